@@ -1,8 +1,8 @@
 """Randomness that is a function of keys, not of history.
 
-Every random draw of a run is keyed by what it belongs to: a sample's augmentation by (seed, epoch, index), a step's mask and
-drop path by (seed, step, micro-batch). Nothing has to be saved to resume a run exactly, and the number of data-loader workers
-changes nothing.
+Every random draw of a run is keyed by what it belongs to: a sample's augmentation by (seed, epoch, index), a step's
+mask and drop path by (seed, step, micro-batch). Nothing has to be saved to resume a run exactly, and the number of
+data-loader workers changes nothing.
 """
 
 import hashlib
