@@ -1,9 +1,10 @@
 """Starting, talking across and ending the processes of one run.
 
-Who we are (rank, world size, ...) comes from whatever started us: `torchrun`, a bare `srun`, MPI (`--dist_on_itp`), or nobody.
-`detect_launch` decides that from the environment alone and rejects contradictions; `init_distributed` then picks the device,
-starts the process group (NCCL on CUDA, gloo on a CPU) and a second, gloo group for decisions that the CPUs take together.
-Every function below works without a group too: a single process is a world of one.
+Who we are (rank, world size, ...) comes from whatever started us: `torchrun`, a bare `srun`, MPI
+(`--dist_on_itp`), or nobody. `detect_launch` decides that from the environment alone and rejects
+contradictions; `init_distributed` then picks the device, starts the process group (NCCL on CUDA, gloo on a
+CPU) and a second, gloo group for decisions that the CPUs take together. Every function below works without
+a group too: a single process is a world of one.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlparse
 
@@ -44,8 +45,8 @@ class CollectiveError(RuntimeError):
 class Launch:
     """Who this process is among the processes of the run.
 
-    `launcher` is 'torchrun', 'srun', 'mpi' or 'none'; `local_world_size` counts the processes on this node. Rank 0 is
-    reached at `master_addr:master_port` unless `--dist_url` names another meeting point.
+    `launcher` is 'torchrun', 'srun', 'mpi' or 'none'; `local_world_size` counts the processes on this node.
+    Rank 0 is reached at `master_addr:master_port` unless `--dist_url` names another meeting point.
     """
 
     rank: int
@@ -87,9 +88,9 @@ def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Detection
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 
 def detect_launch(
@@ -101,13 +102,14 @@ def detect_launch(
 ) -> Launch:
     """Who we are, from the environment of the process.
 
-    In this order: Open MPI when `dist_on_itp`, torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK), a step of `srun` with
-    more than one task, and else a single process. Shells inside an allocation (`salloc`, `srun --pty`) are single
-    processes. `port` overrides the port derived from the job id; `world_size` is what the user said it should be: 1
-    declares a single process in a batch script.
+    In this order: Open MPI when `dist_on_itp`, torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK), a step
+    of `srun` with more than one task, and else a single process. Shells inside an allocation (`salloc`,
+    `srun --pty`) are single processes. `port` overrides the port derived from the job id; `world_size` is
+    what the user said it should be: 1 declares a single process in a batch script.
 
     Raises:
-        LaunchError: variables are missing, not numbers, or contradict each other; names them and their values.
+        LaunchError: variables are missing, not numbers, or contradict each other; names them and their
+        values.
     """
     if port is not None and not 0 < port < 65536:
         raise LaunchError(f"--port {port} is not a TCP port: give one from 1024 to 65535")
@@ -144,7 +146,8 @@ def _detect_torchrun(environ: Mapping[str, str], port: int | None) -> Launch:
     master_port = _integer(environ, "MASTER_PORT", DEFAULT_PORT)
     if port is not None and port != master_port:
         raise LaunchError(
-            f"--port {port} contradicts torchrun's MASTER_PORT={master_port}: give torchrun --master_port {port} instead"
+            f"--port {port} contradicts torchrun's MASTER_PORT={master_port}: give torchrun --master_port "
+            f"{port} instead"
         )
     address = environ.get("MASTER_ADDR", "127.0.0.1")
     return Launch(rank, world_size, local_rank, local_world_size, "torchrun", address, master_port)
@@ -154,7 +157,8 @@ def _detect_srun(environ: Mapping[str, str]) -> Launch:
     world_size = _step_tasks(environ)
     if "WORLD_SIZE" in environ and _integer(environ, "WORLD_SIZE", 0) != world_size:
         raise LaunchError(
-            f"WORLD_SIZE={environ['WORLD_SIZE']} (without RANK) contradicts the {world_size} tasks of the srun step: unset it"
+            f"WORLD_SIZE={environ['WORLD_SIZE']} (without RANK) contradicts the {world_size} tasks of the "
+            f"srun step: unset it"
         )
     rank, local_rank = _read_integers(environ, "srun", "SLURM_PROCID", "SLURM_LOCALID")
     if not 0 <= rank < world_size:
@@ -180,7 +184,8 @@ def _detect_srun(environ: Mapping[str, str]) -> Launch:
         nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
         if not nodelist:
             raise LaunchError(
-                "neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is set, so the node of rank 0 is unknown: "
+                "neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is set, so the node of rank 0 is "
+                "unknown: "
                 "set MASTER_ADDR"
             )
         address = first_host(nodelist)
@@ -209,15 +214,20 @@ def _detect_mpi(environ: Mapping[str, str]) -> Launch:
 def _reject_forgotten_launchers(environ: Mapping[str, str], world_size: int | None) -> None:
     """Several processes were asked for, but we cannot tell which one we are: every one would train alone."""
     if "WORLD_SIZE" in environ and _integer(environ, "WORLD_SIZE", 1) != 1:
-        raise LaunchError(f"WORLD_SIZE={environ['WORLD_SIZE']} is set but RANK is not: set both (torchrun does) or neither")
+        raise LaunchError(
+            f"WORLD_SIZE={environ['WORLD_SIZE']} is set but RANK is not: set both (torchrun does) or neither"
+        )
     processes = _integer(environ, "OMPI_COMM_WORLD_SIZE", 1)
     if processes > 1:
-        raise LaunchError(f"Open MPI started {processes} processes (OMPI_COMM_WORLD_SIZE): give --dist_on_itp to use it")
+        raise LaunchError(
+            f"Open MPI started {processes} processes (OMPI_COMM_WORLD_SIZE): give --dist_on_itp to use it"
+        )
     # A batch script has SLURM_PROCID like a task of srun, but no step; a shell of `salloc` has neither.
     tasks = _integer(environ, "SLURM_NTASKS", 1)
     if tasks > 1 and "SLURM_PROCID" in environ and "SLURM_STEP_ID" not in environ and world_size != 1:
         raise LaunchError(
-            f"the batch script has SLURM_NTASKS={tasks} tasks but started only this process: write `srun python ...`, "
+            f"the batch script has SLURM_NTASKS={tasks} tasks but started only this process: write `srun "
+            f"python ...`, "
             f"or give --world_size 1 if one process is what you want"
         )
 
@@ -233,13 +243,12 @@ def _apply_meeting_point(launch: Launch, dist_url: str, port: int | None) -> Lau
         address, master_port = url.hostname, url.port
     elif url.scheme not in ("env", "file"):
         raise LaunchError(f"--dist_url {dist_url} is not one of env://, tcp://HOST:PORT, file:///SHARED/NEW_FILE")
-    return Launch(
-        launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, launch.launcher, address, master_port
-    )
+    return replace(launch, master_addr=address, master_port=master_port)
 
 
 def _in_srun_step(environ: Mapping[str, str]) -> bool:
-    """Whether srun started this process as one of several tasks (in a batch script SLURM_STEP_ID is absent)."""
+    """Whether srun started this process as one of several tasks (in a batch script SLURM_STEP_ID is
+    absent)."""
     return "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and _step_tasks(environ) > 1
 
 
@@ -260,7 +269,8 @@ def _read_integers(environ: Mapping[str, str], launcher: str, *names: str) -> li
     missing = [name for name in names if name not in environ]
     if missing:
         raise LaunchError(
-            f"{launcher} sets {', '.join(names)}, but {', '.join(missing)} is missing (found: {found or 'none of them'})"
+            f"{launcher} sets {', '.join(names)}, but {', '.join(missing)} is missing (found: "
+            f"{found or 'none of them'})"
         )
     return [_integer(environ, name, 0) for name in names]
 
@@ -291,34 +301,37 @@ def parse_tasks_per_node(layout: str) -> list[int]:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list such as `gpu[03-05,9],login1`, by `scontrol` or, without it, by ourselves.
+    """The first host of a Slurm node list such as `gpu[03-05,9],login1`, by `scontrol` or, without it, by
+    ourselves.
 
     Raises:
         LaunchError: the list cannot be read.
     """
     try:
-        listing = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=30)
+        listing = subprocess.run(
+            ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=30
+        )
         if listing.returncode == 0 and listing.stdout.strip():
             return listing.stdout.split()[0]
     except (OSError, subprocess.TimeoutExpired):
         pass  # containers often lack Slurm's commands
     first = re.match(r"(?:[^\[\],]|\[[^\]]*\])+", nodelist)  # up to the first comma outside brackets
     if first is None or "[" in nodelist.replace(first[0], "", 1).split(",")[0]:
-        raise LaunchError(f"the Slurm node list {nodelist!r} cannot be read: set MASTER_ADDR to the node of rank 0")
+        raise LaunchError(f"the Slurm node list {nodelist!r} cannot be read: set MASTER_ADDR to rank 0's node")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
 def job_port(environ: Mapping[str, str]) -> int:
-    """A port from SLURM_JOB_ID, SLURM_STEP_ID and SLURM_RESTART_COUNT: jobs and steps that share a node do not collide,
-    and a requeued job does not wait for the port of its last attempt."""
+    """A port from SLURM_JOB_ID, SLURM_STEP_ID and SLURM_RESTART_COUNT: jobs and steps that share a node do
+    not collide, and a requeued job does not wait for the port of its last attempt."""
     job, step = _integer(environ, "SLURM_JOB_ID", 0), _integer(environ, "SLURM_STEP_ID", 0)
     restart = _integer(environ, "SLURM_RESTART_COUNT", 0)
     return FIRST_JOB_PORT + (job * 31 + step + restart * 7919) % JOB_PORTS
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Start and end
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -337,8 +350,9 @@ _world: _World | None = None  # None: a single process
 def init_distributed(args: argparse.Namespace) -> Launch:
     """Detect the launcher, choose the device and start the process groups.
 
-    Reads the flags of `add_distributed_arguments` and `args.device` ('auto', 'cuda', 'cuda:I', 'cpu', ...); sets `args.rank`,
-    `args.world_size`, `args.local_rank`, `args.distributed` and `args.device` (a `torch.device`).
+    Reads the flags of `add_distributed_arguments` and `args.device` ('auto', 'cuda', 'cuda:I', 'cpu', ...);
+    sets `args.rank`, `args.world_size`, `args.local_rank`, `args.distributed` and `args.device` (a
+    `torch.device`).
 
     Raises:
         LaunchError: contradictory variables or flags, or more processes on this node than GPUs.
@@ -353,7 +367,7 @@ def init_distributed(args: argparse.Namespace) -> Launch:
     device = _choose_device(args.device, launch)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if launch.world_size > 1:
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a timed-out NCCL collective ends the process
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a timed-out NCCL collective ends us
         _world = _start_groups(launch, backend, args.dist_url, args.dist_timeout)
     args.rank, args.world_size, args.local_rank = launch.rank, launch.world_size, launch.local_rank
     args.distributed, args.device = launch.world_size > 1, device
@@ -361,8 +375,7 @@ def init_distributed(args: argparse.Namespace) -> Launch:
         logger.info(
             "started by %s: %d processes (%d on this node), meeting at %s, %s on %s",
             launch.launcher, launch.world_size, launch.local_world_size,
-            args.dist_url if args.dist_url.startswith("file:") else f"{launch.master_addr}:{launch.master_port}",
-            backend, device.type,
+            _meeting_point(launch, args.dist_url), backend, device.type,
         )  # fmt: skip
     else:
         logger.info("started as a single process (launcher: %s) on %s", launch.launcher, device)
@@ -370,8 +383,8 @@ def init_distributed(args: argparse.Namespace) -> Launch:
 
 
 def device_index(launch: Launch, device_count: int, environ: Mapping[str, str]) -> int:
-    """Which of the `device_count` visible GPUs belongs to this process: its local rank, or the only one when Slurm already
-    shows every task its own (--gpus-per-task, --gpu-bind).
+    """Which of the `device_count` visible GPUs belongs to this process: its local rank, or the only one
+    when Slurm already shows every task its own (--gpus-per-task, --gpu-bind).
 
     Raises:
         LaunchError: there are fewer GPUs than processes on this node.
@@ -381,9 +394,11 @@ def device_index(launch: Launch, device_count: int, environ: Mapping[str, str]) 
         return 0
     if launch.local_rank >= device_count:
         raise LaunchError(
-            f"local rank {launch.local_rank} needs a GPU of its own, but this node ({socket.gethostname()}) shows "
+            f"local rank {launch.local_rank} needs a GPU of its own, but this node "
+            f"({socket.gethostname()}) shows "
             f"{device_count} (CUDA_VISIBLE_DEVICES={environ.get('CUDA_VISIBLE_DEVICES', 'unset')}) to its "
-            f"{launch.local_world_size} processes: start as many processes per node as GPUs, or use --device cpu"
+            f"{launch.local_world_size} processes: start as many processes per node as GPUs, or use "
+            f"--device cpu"
         )
     return launch.local_rank
 
@@ -409,10 +424,16 @@ def _choose_device(name: str | torch.device, launch: Launch) -> torch.device:
     return device
 
 
+def _meeting_point(launch: Launch, dist_url: str) -> str:
+    """The URL of the rendezvous. torchrun's is env://, where its agent, not rank 0, may hold the store."""
+    if dist_url.startswith("file:") or (launch.launcher == "torchrun" and dist_url == "env://"):
+        return dist_url
+    return f"tcp://{launch.master_addr}:{launch.master_port}"
+
+
 def _start_groups(launch: Launch, backend: str, dist_url: str, seconds: float) -> _World:
     timeout = datetime.timedelta(seconds=seconds)
-    by_torchrun = launch.launcher == "torchrun" and dist_url == "env://"
-    url = dist_url if by_torchrun or dist_url.startswith("file:") else f"tcp://{launch.master_addr}:{launch.master_port}"
+    url = _meeting_point(launch, dist_url)
     try:
         store, rank, world_size = next(
             dist.rendezvous(url, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
@@ -423,7 +444,7 @@ def _start_groups(launch: Launch, backend: str, dist_url: str, seconds: float) -
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
         )
         control = dist.new_group(backend="gloo", timeout=timeout)
-    except (RuntimeError, dist.DistError) as error:
+    except RuntimeError as error:
         raise CollectiveError(
             f"rank {launch.rank} of {launch.world_size} did not meet the others at {url} within --dist_timeout "
             f"{seconds:g} s: are all {launch.world_size} processes running, is the port free ({error})?"
@@ -441,8 +462,9 @@ def shutdown() -> None:
 
 @contextlib.contextmanager
 def explain_collective_failures() -> Iterator[None]:
-    """Around training: a collective that fails inside becomes a `CollectiveError` that names this rank, --dist_timeout and,
-    where it can be found out, the ranks that no longer answer. Other errors pass through."""
+    """Around training: a collective that fails inside becomes a `CollectiveError` that names this rank,
+    --dist_timeout and, where it can be found out, the ranks that no longer answer. Other errors pass
+    through."""
     try:
         yield
     except RuntimeError as error:
@@ -479,9 +501,12 @@ def _describe_failure(world: _World) -> str:
     else:
         who = "all ranks still answer, so one of them was too slow"
     return (
-        f"rank {world.launch.rank} of {world.launch.world_size} could not complete a collective: {who}. A process was killed, "
-        f"failed (its own message is above) or kept the others waiting longer than --dist_timeout {world.timeout:g} s. "
-        f"Continue from the last checkpoint with --resume auto; raise --dist_timeout if a rank may be that slow."
+        f"rank {world.launch.rank} of {world.launch.world_size} could not complete a collective: {who}. A "
+        f"process was killed, "
+        f"failed (its own message is above) or kept the others waiting longer than --dist_timeout "
+        f"{world.timeout:g} s. "
+        f"Continue from the last checkpoint with --resume auto; raise --dist_timeout if a rank may be that "
+        f"slow."
     )
 
 
@@ -496,9 +521,9 @@ def _missing_ranks(world: _World) -> list[int]:
     return missing
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Talking across ranks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 
 def get_rank() -> int:
@@ -540,7 +565,8 @@ def all_reduce_mean(value: torch.Tensor | float) -> torch.Tensor | float:
 
 
 def gather_objects(obj: Any) -> list[Any]:
-    """`obj` of every rank, in the order of ranks, on every rank. It is pickled, so keep it small and our own."""
+    """`obj` of every rank, in the order of ranks, on every rank. It is pickled, so keep it small and our
+    own."""
     if not _world:
         return [obj]
     gathered: list[Any] = [None] * get_world_size()

@@ -1,0 +1,145 @@
+"""Ending a run on request without losing a step: time limits, preemption, `scancel`, Ctrl-C's gentler cousins.
+
+SIGUSR1, SIGUSR2 (`sbatch --signal=USR2@120`, submitit) and SIGTERM only set a flag. At the next boundary between
+optimizer steps all ranks agree that one of them saw a signal; the main then saves and calls `exit_for_requeue`.
+A second SIGTERM ends the process at once.
+
+Exit codes: 75 (EX_TEMPFAIL: saved, start me again), 143 (second SIGTERM, nothing was saved).
+"""
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from util import distributed
+
+logger = logging.getLogger(__name__)
+
+EXIT_REQUEUE = 75
+EXIT_SECOND_TERM = 128 + signal.SIGTERM
+REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # "your time is nearly over": sent ahead of the end
+
+
+class Preemption:
+    """The flag that the signals set, and what all ranks make of it.
+
+    The main installs one before it builds anything, asks `requested_on_any_rank` once per optimizer step and, when
+    that is true, saves and calls `exit_for_requeue`.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self._previous: dict[int, Any] = {}
+        self._flags = torch.zeros(2, dtype=torch.int32)  # (a requeue signal, SIGTERM) seen on any rank
+        self._pending: Any = None  # the reduction that is under way
+
+    def install(self) -> None:
+        """Take over SIGUSR1, SIGUSR2 and SIGTERM; main thread only. Handlers that were there before are kept: submitit's
+        is called once everything is saved."""
+        for signum in (*REQUEUE_SIGNALS, signal.SIGTERM):
+            self._previous[signum] = signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        # Nothing but this: the handler may interrupt any line, one that holds the logger's lock included.
+        if signum == signal.SIGTERM and signum in self._seen:
+            os._exit(EXIT_SECOND_TERM)
+        self._seen.add(signum)
+
+    def requested_on_any_rank(self) -> bool:
+        """Whether any rank has been asked to stop; the same answer on all ranks, which must call it equally often.
+
+        The reduction that one call starts is read by the next, so nobody waits for it. The answer therefore comes one
+        call late across ranks (a single process answers at once).
+        """
+        if distributed.get_world_size() == 1:
+            self._flags = self._local_flags()
+            return bool(self._flags.any())
+        self._finish_reduction()
+        if self._flags.any():
+            return True
+        self._flags = self._local_flags()
+        self._pending = dist.all_reduce(
+            self._flags, dist.ReduceOp.MAX, group=distributed.control_group(), async_op=True
+        )
+        return False
+
+    def exit_for_requeue(self) -> NoReturn:
+        """Leave after saving, on all ranks together; have the job queued again where that is ours to do.
+
+        After SIGUSR1 or SIGUSR2, rank 0 hands over to the handler that was there before us (submitit's), or else calls
+        `scontrol requeue` for a batch job that allows it. After SIGTERM alone somebody is ending the job already
+        (`scontrol requeue`, preemption, `scancel`): asking for a requeue could bring a cancelled job back.
+
+        Raises:
+            SystemExit: with `EXIT_REQUEUE`, or whatever submitit's handler exits with.
+        """
+        self._finish_reduction()
+        requeue, terminated = bool(self._flags[0]), bool(self._flags[1])
+        try:
+            if requeue and not terminated and distributed.is_main_process():
+                self._requeue()
+        finally:
+            # The first to leave makes srun kill the others, so nobody leaves before rank 0 is done.
+            with contextlib.suppress(RuntimeError):  # a rank that was killed meanwhile: leave all the same
+                distributed.barrier()
+        sys.exit(EXIT_REQUEUE)
+
+    def close(self) -> None:
+        """Wait for the reduction under way and give the signals back to their previous handlers."""
+        self._finish_reduction()
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+        self._previous.clear()
+
+    def _local_flags(self) -> torch.Tensor:
+        requeue = any(signum in self._seen for signum in REQUEUE_SIGNALS)
+        return torch.tensor([requeue, signal.SIGTERM in self._seen], dtype=torch.int32)
+
+    def _finish_reduction(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.wait()
+
+    def _requeue(self) -> None:
+        for signum in REQUEUE_SIGNALS:
+            if callable(handler := self._previous.get(signum)):
+                handler(signum, None)
+                return
+        job = os.environ.get("SLURM_JOB_ID")
+        if job is None:
+            logger.warning("saved; start the same command again to continue")
+        elif reason := _why_not_requeue(job):
+            logger.warning("saved, but job %s is not queued again: %s; submit it again to continue", job, reason)
+        else:
+            result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+            if result.returncode:
+                logger.error("scontrol requeue %s failed: %s", job, result.stderr.strip())
+            else:
+                logger.warning("saved; job %s is queued again", job)
+
+
+def _why_not_requeue(job: str) -> str:
+    """Why Slurm would not, or should not, queue `job` again; '' when it may."""
+    try:
+        result = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True)
+    except FileNotFoundError:
+        return "scontrol is not installed on this node"
+    if result.returncode:
+        return f"scontrol show job failed: {result.stderr.strip()}"
+    facts = dict(re.findall(r"(\w+)=(\S+)", result.stdout))
+    if facts.get("BatchFlag") != "1":
+        return "it is not a batch job (started by srun or salloc, not sbatch)"
+    if facts.get("Requeue") != "1":
+        return "it was submitted without --requeue"
+    if facts.get("JobState") != "RUNNING":
+        return f"its state is {facts.get('JobState')} already"
+    return ""
