@@ -49,11 +49,16 @@ class CheckpointError(ValueError):
 # --- Writing ------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any]) -> None:
+def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any], later_than: int = 0) -> None:
     """Write `checkpoint` to `path` so that the file is there whole, on the disk, or was never touched.
 
     The bytes go to a temporary file in the same folder (`.<name>.<host>.<pid>.tmp`), are flushed to the disk, read back
     and compared with what was meant to be written, and only then take the name `path`.
+
+    Args:
+        path: the file; its folder exists.
+        checkpoint: tensors, dicts, lists, tuples and plain values.
+        later_than: a `saved_at` that the file's own shall exceed, even where the clock was set back.
 
     Raises:
         CheckpointError: `checkpoint` holds something that `torch.load(weights_only=True)` would not open.
@@ -66,7 +71,7 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any]) -> Non
         with open(temporary, "wb") as file:
             sealing = _SealingWriter(file)
             torch.save(checkpoint, sealing)
-            digest = sealing.seal()
+            digest = sealing.seal(max(time.time_ns(), later_than + 1))
             file.flush()
             os.fsync(file.fileno())
             if hasattr(os, "posix_fadvise"):  # so that reading it back asks the disk, not the cache
@@ -137,11 +142,11 @@ class _SealingWriter:
     def flush(self) -> None:
         """Nothing to do: `write_checkpoint` flushes the file."""
 
-    def seal(self) -> str:
-        """Write what was held back and the seal; the digest of the whole file."""
+    def seal(self, moment: int) -> str:
+        """Write what was held back and the seal with its moment (nanoseconds); the digest of the whole file."""
         assert self.error is not None or (self.held.startswith(ZIP_END) and self.held.endswith(b"\0\0"))
         self._pass_on(self.held[:-2] + struct.pack("<H", SEAL_SIZE))
-        self._pass_on(f"mixmae seal time={time.time_ns():020d} sha256=".encode())
+        self._pass_on(f"mixmae seal time={moment:020d} sha256=".encode())
         self._pass_on(self.digest.hexdigest().encode())
         if self.error is not None:
             raise self.error

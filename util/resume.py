@@ -1,0 +1,331 @@
+"""A run's folder of checkpoints: what is kept, under which names, and which one a resumed run takes.
+
+    checkpoint-<step>.pth         the last `keep` of them
+    checkpoint-epoch<epoch>.pth   milestones, never removed
+    checkpoint-best.pth           the best so far by the caller's measure
+    checkpoint.pth                the newest, under the name that the authors' scripts expect
+
+The names are hard links to one file where the file system has them, so a checkpoint is written, and takes space, once.
+"""
+
+import logging
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from util.checkpoint import (
+    CheckpointError,
+    read_checkpoint,
+    refuse_what_is_not_plain,
+    saved_at,
+    sync_folder,
+    temporary_path,
+    write_checkpoint,
+)
+
+logger = logging.getLogger(__name__)
+
+TOLERATED_FAILURES = 3  # saves in a row that may fail (a full disk, a network file system away) before the run ends
+STALE_AFTER = 3600  # seconds; a temporary file of a process that cannot be asked is a leftover when it is older
+
+STEP_NAME = re.compile(r"checkpoint-\d+\.pth")
+TEMPORARY_NAME = re.compile(r"\.checkpoint.*\.pth\.(?P<host>.+)\.(?P<pid>\d+)\.tmp")
+
+
+class CheckpointFolder:
+    """Saves and finds the checkpoints of one run. For one process of a run: rank 0.
+
+    Saving copies the tensors to the CPU and returns; a thread writes the copy, one at a time. The folder is whole at
+    every moment: each name appears by an atomic rename after its content is on the disk, and older files go last.
+
+    Args:
+        output_dir: the folder, made if need be.
+        keep: how many step checkpoints to keep, at least 1.
+
+    Raises:
+        CheckpointError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, keep: int = 3):
+        if keep < 1:
+            raise CheckpointError(f"at least one checkpoint must be kept, got keep={keep}")
+        self.folder = Path(output_dir)
+        self.keep = keep
+        self.failures = 0  # in a row
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        probe = temporary_path(self.folder / "checkpoint.pth")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"probe")
+            probe.unlink()
+            self._remove_leftovers()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder} cannot be written to ({error.strerror}): give --output_dir a folder that can"
+            ) from error
+
+    # -- Saving ------------------------------------------------------------------------------------------------
+
+    def save(self, checkpoint: dict[str, Any], *, milestone: bool = False, best: bool = False) -> None:
+        """Save `checkpoint` as the newest, named by its 'step'; on request a milestone of its 'epoch', or the best.
+
+        Returns once the tensors are copied; `wait()` before relying on the file. A write that fails is logged, leaves
+        all earlier files as they were and is tolerated `TOLERATED_FAILURES` times in a row.
+
+        Raises:
+            CheckpointError: `checkpoint` holds something that is not a tensor or plain.
+            OSError: the write before this one failed, once too often.
+        """
+        refuse_what_is_not_plain(checkpoint)
+        self.wait()
+        # The first name is written, the others are links to it. Whichever of them a crash leaves, a resumed run finds
+        # the newest state, and no milestone is lost because the run went on from a step checkpoint.
+        names = [f"checkpoint-epoch{checkpoint['epoch']:04d}.pth"] if milestone else []
+        names += ["checkpoint-best.pth"] if best else []
+        names += [f"checkpoint-{checkpoint['step']:08d}.pth", "checkpoint.pth"]
+        copied = _copied_to_cpu(checkpoint)
+        self._thread = threading.Thread(target=self._write, args=(copied, names), name="checkpoint writer")
+        self._thread.start()
+
+    def wait(self, final: bool = False) -> None:
+        """Return when no write is under way.
+
+        Args:
+            final: nothing is to be saved after this, so a failure counts at once.
+
+        Raises:
+            OSError: the last write failed, and it was the final one or once too often.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is None:
+            return
+        if final or self.failures > TOLERATED_FAILURES or not isinstance(error, OSError):
+            raise error
+        logger.error(
+            "a checkpoint could not be saved: %s. Training goes on and earlier checkpoints are intact "
+            "(failure %d in a row, %d are tolerated)",
+            error,
+            self.failures,
+            TOLERATED_FAILURES,
+        )
+
+    def _write(self, checkpoint: dict[str, Any], names: list[str]) -> None:
+        try:
+            latest = max((moment for moment, _ in self._by_age()), default=0)
+            written = self.folder / names[0]
+            write_checkpoint(written, checkpoint, later_than=latest)
+            for name in names[1:]:
+                _give_name(written, self.folder / name)
+            self._prune()
+            self.failures = 0
+        except Exception as error:  # raised in the caller's thread by wait()
+            self.failures += 1
+            self._error = error
+
+    def _prune(self) -> None:
+        steps = [path for _, path in self._by_age() if STEP_NAME.fullmatch(path.name)]
+        for path in steps[: -self.keep]:
+            path.unlink()
+
+    def _by_age(self) -> list[tuple[int, Path]]:
+        """All checkpoints of the folder with the moment they were saved, oldest first.
+
+        By that moment, not by step: after going back to an older checkpoint, the new steps are the run's.
+        """
+        found = [(saved_at(path), path) for path in self.folder.glob("checkpoint*.pth")]
+        return sorted(found, key=lambda entry: (entry[0], STEP_NAME.fullmatch(entry[1].name) is not None))
+
+    def _remove_leftovers(self) -> None:
+        """Remove the temporary files of runs that died while saving."""
+        for path in self.folder.glob(".checkpoint*.tmp"):
+            match = TEMPORARY_NAME.fullmatch(path.name)
+            if match and not _may_be_in_use(path, match["host"], int(match["pid"])):
+                path.unlink(missing_ok=True)
+                logger.info("removed %s, left by a run that ended while saving", path)
+
+    # -- Resuming ----------------------------------------------------------------------------------------------
+
+    def resume(self, spec: str) -> tuple[Path, dict[str, Any]] | None:
+        """The file and the checkpoint to go on from, or None to start anew.
+
+        Args:
+            spec: '' starts anew; 'auto' takes the newest whole checkpoint of the folder, if there is any; a path takes
+                that file.
+
+        Raises:
+            CheckpointError: the path is missing, damaged or no checkpoint of a run; or 'auto' finds damaged ones only.
+        """
+        if not spec:
+            return None
+        if spec == "auto":
+            return self.newest_valid()
+        return Path(spec), read_run_checkpoint(spec)
+
+    def newest_valid(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint of the folder that is whole, or None where there is none at all.
+
+        Files that are skipped are named in the log, with the reason.
+
+        Raises:
+            CheckpointError: there are checkpoints, but not one is whole: starting anew would waste or overwrite a run.
+        """
+        reasons: list[str] = []
+        seen: set[tuple[int, int]] = set()
+        for _, path in reversed(self._by_age()):
+            status = path.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue  # another name of a file that was skipped
+            seen.add((status.st_dev, status.st_ino))
+            try:
+                checkpoint = read_run_checkpoint(path)
+            except CheckpointError as error:
+                logger.warning("not resuming from %s: %s", path.name, error)
+                reasons.append(str(error))
+                continue
+            logger.info("resuming from %s%s", path, f", after skipping {len(reasons)} newer" if reasons else "")
+            return path, checkpoint
+        if reasons:
+            raise CheckpointError(
+                f"{self.folder} has checkpoints, but none to resume from: {'; '.join(reasons)}. "
+                "Move them away to start anew, or give another --output_dir"
+            )
+        logger.info("no checkpoint in %s: starting anew", self.folder)
+        return None
+
+
+def read_run_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """`read_checkpoint` for a file to resume from: weights, optimizer and epoch must be there.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`, or the file holds weights without the state of a run.
+    """
+    checkpoint = read_checkpoint(path)
+    absent = [key for key in ("model", "optimizer", "epoch") if key not in checkpoint]
+    if absent:
+        raise CheckpointError(
+            f"{path} holds no run to resume (no {', '.join(absent)} in it): to start from its weights, use --finetune"
+        )
+    return checkpoint
+
+
+def _copied_to_cpu(value: Any) -> Any:
+    """A copy of `value` on the CPU that training cannot change any more."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied_to_cpu(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied_to_cpu(item) for item in value)
+    return value
+
+
+def _give_name(existing: Path, name: Path) -> None:
+    """Give the content of `existing` one more name, atomically: by a hard link, or a copy where there are none."""
+    temporary = temporary_path(name)
+    try:
+        try:
+            os.link(existing, temporary)
+        except OSError:
+            with open(existing, "rb") as source, open(temporary, "wb") as target:
+                shutil.copyfileobj(source, target, 1 << 22)
+                target.flush()
+                os.fsync(target.fileno())
+        os.replace(temporary, name)
+        sync_folder(name.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _may_be_in_use(path: Path, host: str, pid: int) -> bool:
+    """Whether the process that named a temporary file may still be writing it."""
+    if time.time() - path.stat().st_mtime > STALE_AFTER:
+        return False
+    if host != socket.gethostname():
+        return True
+    if pid == os.getpid():
+        return False  # this process has not begun to write: the name is of an earlier one with the same number
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# -- The recipe that a checkpoint was made with ------------------------------------------------------------------------
+
+# Settings that a resumed run may change freely: where things are, how fast they go, what is reported.
+FREE = frozenset(
+    "output_dir log_dir data_dir num_workers pin_mem prefetch_factor print_freq log_every "
+    "resume resume_force save_every save_steps keep keep_every start_epoch stop_epoch stop_step "
+    "world_size_requested rank gpu local_rank dist_url dist_backend dist_on_itp distributed "
+    "eval dist_eval eval_every predictions per_class knn_every knn_data nan_dump visualize_every "
+    "partition nodes ngpus gpus timeout comment job_dir job_name".split()
+)
+# Settings that keep the recipe but not the bits, each with what changes.
+BATCHING = "the batches are drawn and averaged otherwise from here on"
+NUMERICS = "the same computation, rounded otherwise"
+CHANGES_BITS = {
+    "world_size": BATCHING,
+    "batch_size": BATCHING,
+    "accum_iter": BATCHING,
+    "precision": NUMERICS,
+    "device": NUMERICS,
+    "compile": NUMERICS,
+    "grad_checkpointing": NUMERICS,
+    "data_path": "identical only if it holds the same images in the same order",
+    "bad_images": "another set of samples wherever an image cannot be read",
+    "max_bad_images": "the run ends at another number of unreadable images",
+}
+
+
+def compare_recipes(saved_args: dict[str, Any], args: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs between the settings a checkpoint was made with and those of the run that resumes it.
+
+    Args:
+        saved_args: the checkpoint's 'args'.
+        args: `vars(args)` of the run.
+
+    Returns:
+        errors: 'name: saved -> now' for every difference in model or recipe.
+        warnings: differences after which the run goes on, but no longer identically to an uninterrupted one.
+    """
+    errors, warnings = [], []
+    batching_differs = False
+    for name in sorted(saved_args.keys() & args.keys() - FREE):
+        saved, now = _comparable(saved_args[name]), _comparable(args[name])
+        if saved == now:
+            continue
+        difference = f"{name}: {saved} -> {now}"
+        if name in CHANGES_BITS:
+            warnings.append(f"{difference} ({CHANGES_BITS[name]})")
+            batching_differs |= CHANGES_BITS[name] is BATCHING
+        else:
+            errors.append(difference)
+    if batching_differs and (saved_args.get("blr"), args.get("blr")) != (None, None):
+        # A learning rate derived from blr and the effective batch size follows the latter.
+        followed = [difference for difference in errors if difference.startswith("lr: ")]
+        errors = [difference for difference in errors if difference not in followed]
+        warnings += [f"{difference} (follows the effective batch size)" for difference in followed]
+    unknown = sorted((saved_args.keys() ^ args.keys()) - FREE)
+    if unknown:
+        warnings.append(f"only in the checkpoint or only in this version, so not compared: {', '.join(unknown)}")
+    return errors, warnings
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_comparable(item) for item in value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
