@@ -1,4 +1,4 @@
-"""Ending a run on request without losing a step: time limits, preemption, `scancel`, Ctrl-C's gentler cousins.
+"""Ending a run on request without losing a step: time limits, preemption, `scancel`.
 
 SIGUSR1, SIGUSR2 (`sbatch --signal=USR2@120`, submitit) and SIGTERM only set a flag. At the next boundary between
 optimizer steps all ranks agree that one of them saw a signal; the main then saves and calls `exit_for_requeue`.
@@ -43,8 +43,8 @@ class Preemption:
         self._pending: Any = None  # the reduction that is under way
 
     def install(self) -> None:
-        """Take over SIGUSR1, SIGUSR2 and SIGTERM; main thread only. Handlers that were there before are kept: submitit's
-        is called once everything is saved."""
+        """Take over SIGUSR1, SIGUSR2 and SIGTERM; main thread only. Handlers that were there before are kept:
+        submitit's is called once everything is saved."""
         for signum in (*REQUEUE_SIGNALS, signal.SIGTERM):
             self._previous[signum] = signal.signal(signum, self._on_signal)
 
