@@ -1,0 +1,165 @@
+"""Data sets opened by timm: tar files, torchvision's sets, Hugging Face, WebDataset and TensorFlow sets."""
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+
+import torch
+from timm.data import create_dataset
+from torch.utils.data import IterableDataset
+
+from util.decoding import decode, from_pillow
+
+_logger = logging.getLogger(__name__)
+
+# prefix of the name -> (package that it needs, how to install it)
+OPTIONAL_PACKAGES = {
+    "hfds": ("datasets", "pip install datasets"),
+    "hfids": ("datasets", "pip install datasets"),
+    "wds": ("webdataset", "pip install webdataset"),
+    "tfds": ("tensorflow_datasets", "pip install tensorflow tensorflow-datasets"),
+}
+SPLITS = {"train": "train", "val": "validation"}
+
+
+class ReaderSource:
+    """Encoded images from one of timm's readers: tar, folder, Hugging Face.
+
+    `read(i)` -> (image (in_chans, h, w), target).
+    """
+
+    def __init__(self, reader, in_chans: int):
+        self.reader, self.in_chans = reader, in_chans
+        self.classes = _class_names(
+            getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+        )
+        self.process = os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def path(self, i: int) -> str:
+        return str(self.reader.filename(i))
+
+    def read(self, i: int) -> tuple[torch.Tensor, int]:
+        if self.process != os.getpid():  # a new worker: file positions must not be shared with the parent
+            self._close_files()
+            self.process = os.getpid()
+        file, target = self.reader[i][:2]
+        with file:
+            return decode(file.read(), self.in_chans), -1 if target is None else int(target)
+
+    def __getstate__(self) -> dict:
+        self._close_files()  # open files cannot be sent to a worker
+        return self.__dict__
+
+    def _close_files(self) -> None:
+        states = getattr(self.reader, "tar_state", {})
+        waiting = list(states.values()) if isinstance(states, dict) else [states]
+        while waiting:
+            state = waiting.pop()
+            state.reset()
+            waiting.extend(state.children.values())
+
+
+class PillowSource:
+    """A torchvision data set, whose items are (Pillow image, target)."""
+
+    def __init__(self, dataset, name: str, in_chans: int):
+        self.dataset, self.name, self.in_chans = dataset, name, in_chans
+        self.classes = list(dataset.classes) if hasattr(dataset, "classes") else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def path(self, i: int) -> str:
+        return f"{self.name}[{i}]"
+
+    def read(self, i: int) -> tuple[torch.Tensor, int]:
+        image, target = self.dataset[i]
+        return from_pillow(image, self.in_chans), int(target)
+
+
+class StreamSource:
+    """A data set that can only be streamed: `read(i)` gives the worker's next image, whatever `i` is.
+
+    timm shares the stream out among ranks and workers. When a worker's part is at its end, it begins again
+    with the next epoch's shuffling.
+    """
+
+    def __init__(self, dataset: IterableDataset, name: str, in_chans: int):
+        self.dataset, self.name, self.in_chans = dataset, name, in_chans
+        self.classes = _class_names(getattr(dataset.reader, "class_to_idx", None))
+        self.process, self.stream, self.epoch = None, None, 0
+        if len(self) == 0:
+            raise ValueError(
+                f"--dataset {name} does not say how many images it has, which the schedule needs"
+            )
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def path(self, i: int) -> str:
+        return f"{self.name}[{i}]"
+
+    def read(self, i: int) -> tuple[torch.Tensor, int]:
+        if self.process != os.getpid():
+            self.process, self.stream = os.getpid(), iter(self.dataset)
+        try:
+            image, target = next(self.stream)
+        except StopIteration:
+            self.epoch += 1
+            self.dataset.set_epoch(self.epoch)
+            self.stream = iter(self.dataset)
+            image, target = next(self.stream)
+        return from_pillow(image, self.in_chans), -1 if target is None else int(target)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "process": None, "stream": None}
+
+
+def open_timm_source(
+    name: str, path: Path, split: str, in_chans: int, seed: int
+) -> ReaderSource | PillowSource | StreamSource:
+    """Open timm's data set `name` ('' for a tar file) at `path`.
+
+    Raises ValueError with what timm or a missing package says.
+    """
+    if in_chans not in (1, 3):
+        raise ValueError(
+            f"--dataset {name or path} holds pictures, --in_chans must be 1 or 3, got {in_chans}"
+        )
+    prefix = name.partition("/")[0].lower()
+    package, install = OPTIONAL_PACKAGES.get(prefix, (None, None))
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(f"--dataset {name} needs the package {package}, which is not installed: {install}")
+    if prefix not in OPTIONAL_PACKAGES and not path.exists():
+        raise ValueError(f"--data_path {path} does not exist; --dataset {name or 'tar'} is looked for there")
+    try:
+        dataset = create_dataset(
+            name,
+            root=str(path),
+            split=SPLITS[split],
+            is_training=split == "train",
+            seed=seed,
+            input_img_mode="RGB" if in_chans == 3 else "L",
+        )
+    except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"timm cannot open --dataset {name or path} ({split}) at {path}: {error}") from error
+    if isinstance(dataset, IterableDataset):
+        if split != "train":
+            raise ValueError(
+                f"--dataset {name} can only be streamed, which cannot promise to evaluate each image once"
+            )
+        _logger.warning(
+            "%s is streamed: a resumed run will not see the same images as an uninterrupted one", name
+        )
+        return StreamSource(dataset, name, in_chans)
+    if hasattr(dataset, "reader"):
+        return ReaderSource(dataset.reader, in_chans)
+    return PillowSource(dataset, name, in_chans)
+
+
+def _class_names(class_to_idx: dict | None) -> list[str] | None:
+    return sorted(class_to_idx, key=class_to_idx.get) if class_to_idx else None

@@ -1,0 +1,149 @@
+"""Bytes to images: uint8 tensors of a chosen number of channels, by a fast JPEG decoder or by Pillow.
+
+What becomes of each kind of file, for in_chans 3 (RGB) and 1 (grey):
+
+    JPEG                        decoded by torchvision's libjpeg, with the same pixels as Pillow's; EXIF
+                                orientation applied
+    grey image                  in_chans 3: its value in all three channels
+    RGB image                   in_chans 1: luma (ITU-R 601)
+    CMYK/YCCK JPEG              converted to RGB by Pillow (no colour profile)
+    palette, transparency       palette expanded, alpha dropped, as torchvision's ImageFolder does
+    16-bit PNG or TIFF          reduced to 8 bits, grey: round(value / 257). To keep 16 bits, use .npy
+    32-bit float TIFF           refused: its range is not known. Use .npy
+    animation, several pages    the first frame
+    1 x 1, 20,000 x 100         images like any other
+    above MAX_PIXELS            refused before any pixel is decoded (a decompression bomb)
+    truncated, empty, no image  refused
+    damaged bytes inside JPEG   what libjpeg makes of them, as with Pillow: the format has no checksum
+
+`.npy` files hold arrays (H, W, in_chans), or (H, W) for one channel; any in_chans, and the only format for
+other than 1 and 3:
+
+    uint8                       uint8, normalised like a photo (value / 255)
+    uint16, int16, int32, float16, float32, float64
+                                float32 in the file's own units: --mean and --std are in these units too
+    not a number, infinite      refused
+"""
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+try:  # torchvision announces that its decoders will move elsewhere: without them, Pillow decodes everything
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
+
+MAX_PIXELS = 89_478_485  # a quarter GiB as RGB; Pillow's own limit for a warning
+# Pillow reads other formats too; one of them (EPS) would start another program.
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+ARRAY_TYPES = ("uint8", "uint16", "int16", "int32", "float16", "float32", "float64")
+
+
+class BadImageError(ValueError):
+    """An image that cannot be used. The message says why."""
+
+
+def decode(data: bytes, in_chans: int) -> torch.Tensor:
+    """Decode an encoded image or a `.npy` array to a tensor (in_chans, h, w): see the module's table.
+
+    In memory the channels are the fastest axis, as resizing is fastest on that layout. Raises BadImageError.
+    """
+    if data[:6] == b"\x93NUMPY":
+        return _decode_array(data, in_chans)
+    if in_chans not in (1, 3):
+        raise BadImageError(
+            f"images with {in_chans} channels are read from .npy arrays (H, W, {in_chans}) only"
+        )
+    if not data:
+        raise BadImageError("the file is empty")
+    frame = _jpeg_frame(data)
+    if frame is not None:
+        height, width, components = frame
+        _check_pixels(height, width)
+        if decode_jpeg is not None and components in (1, 3):
+            mode = ImageReadMode.RGB if in_chans == 3 else ImageReadMode.GRAY
+            try:
+                encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                return decode_jpeg(encoded, mode=mode, apply_exif_orientation=True)
+            except RuntimeError:  # Pillow may still read it, or says what is wrong
+                pass
+    return _decode_with_pillow(data, in_chans)
+
+
+def from_pillow(image: Image.Image, in_chans: int) -> torch.Tensor:
+    """A Pillow image as a uint8 tensor (in_chans, h, w), in_chans 1 or 3. Raises BadImageError."""
+    _check_pixels(image.height, image.width)
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise BadImageError("32-bit float pixels have no known range; store the image as .npy")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise BadImageError("integer pixels outside 0..65535; store the image as .npy")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    array = np.array(image.convert("RGB" if in_chans == 3 else "L"))
+    return torch.from_numpy(array.reshape(*array.shape[:2], in_chans)).permute(2, 0, 1)
+
+
+def _decode_with_pillow(data: bytes, in_chans: int) -> torch.Tensor:
+    try:
+        with warnings.catch_warnings():  # about bombs below our limit, transparency, odd metadata
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
+                return from_pillow(image, in_chans)
+    except BadImageError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadImageError(f"not an image in a known format ({', '.join(PILLOW_FORMATS)})") from None
+    except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
+        raise BadImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _decode_array(data: bytes, in_chans: int) -> torch.Tensor:
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError, MemoryError, SyntaxError) as error:
+        raise BadImageError(f"damaged .npy file: {error}") from error
+    if array.ndim == 2 and in_chans == 1:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] != in_chans or 0 in array.shape:
+        raise BadImageError(
+            f"the array has shape {array.shape}, (H, W, {in_chans}) is needed (--in_chans {in_chans})"
+        )
+    _check_pixels(*array.shape[:2])
+    if array.dtype.name not in ARRAY_TYPES:
+        raise BadImageError(f"the array's type is {array.dtype}, one of {', '.join(ARRAY_TYPES)} is needed")
+    if array.dtype != np.uint8:
+        array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise BadImageError("the array holds values that are not finite (in float32)")
+    return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+
+
+def _check_pixels(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadImageError(f"{width} x {height} = {height * width} pixels, above the limit of {MAX_PIXELS}")
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
+    """(height, width, number of components) from the frame header of a JPEG, None if `data` has none."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    position = 2
+    while position + 10 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:  # padding
+            position += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without content
+            position += 2
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            height = int.from_bytes(data[position + 5 : position + 7], "big")
+            width = int.from_bytes(data[position + 7 : position + 9], "big")
+            return height, width, data[position + 9]
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return None
