@@ -108,8 +108,7 @@ def detect_launch(
     what the user said it should be: 1 declares a single process in a batch script.
 
     Raises:
-        LaunchError: variables are missing, not numbers, or contradict each other; names them and their
-        values.
+        LaunchError: variables are missing, not numbers, or contradict each other; names them and their values.
     """
     if port is not None and not 0 < port < 65536:
         raise LaunchError(f"--port {port} is not a TCP port: give one from 1024 to 65535")
@@ -184,8 +183,7 @@ def _detect_srun(environ: Mapping[str, str]) -> Launch:
         nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
         if not nodelist:
             raise LaunchError(
-                "neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is set, so the node of rank 0 is "
-                "unknown: "
+                "neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is set, so the node of rank 0 is unknown: "
                 "set MASTER_ADDR"
             )
         address = first_host(nodelist)
@@ -227,8 +225,7 @@ def _reject_forgotten_launchers(environ: Mapping[str, str], world_size: int | No
     if tasks > 1 and "SLURM_PROCID" in environ and "SLURM_STEP_ID" not in environ and world_size != 1:
         raise LaunchError(
             f"the batch script has SLURM_NTASKS={tasks} tasks but started only this process: write `srun "
-            f"python ...`, "
-            f"or give --world_size 1 if one process is what you want"
+            f"python ...`, or give --world_size 1 if one process is what you want"
         )
 
 
@@ -247,8 +244,7 @@ def _apply_meeting_point(launch: Launch, dist_url: str, port: int | None) -> Lau
 
 
 def _in_srun_step(environ: Mapping[str, str]) -> bool:
-    """Whether srun started this process as one of several tasks (in a batch script SLURM_STEP_ID is
-    absent)."""
+    """Whether srun started this process as one of several tasks (in a batch script SLURM_STEP_ID is absent)."""
     return "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and _step_tasks(environ) > 1
 
 
@@ -394,11 +390,9 @@ def device_index(launch: Launch, device_count: int, environ: Mapping[str, str]) 
         return 0
     if launch.local_rank >= device_count:
         raise LaunchError(
-            f"local rank {launch.local_rank} needs a GPU of its own, but this node "
-            f"({socket.gethostname()}) shows "
+            f"local rank {launch.local_rank} needs a GPU of its own, but this node ({socket.gethostname()}) shows "
             f"{device_count} (CUDA_VISIBLE_DEVICES={environ.get('CUDA_VISIBLE_DEVICES', 'unset')}) to its "
-            f"{launch.local_world_size} processes: start as many processes per node as GPUs, or use "
-            f"--device cpu"
+            f"{launch.local_world_size} processes: start as many processes per node as GPUs, or use --device cpu"
         )
     return launch.local_rank
 
@@ -471,7 +465,7 @@ def explain_collective_failures() -> Iterator[None]:
         if _world is None or isinstance(error, CollectiveError) or not _is_collective_failure(error):
             raise
         # Said at once, since the launcher may end us before the survivors have been counted.
-        logger.error("rank %d: a collective failed: %s", _world.launch.rank, str(error).strip().splitlines()[0])
+        logger.error("rank %d: a collective failed: %s", _world.launch.rank, str(error).partition("\n")[0])
         raise CollectiveError(_describe_failure(_world)) from error
 
 
@@ -501,12 +495,10 @@ def _describe_failure(world: _World) -> str:
     else:
         who = "all ranks still answer, so one of them was too slow"
     return (
-        f"rank {world.launch.rank} of {world.launch.world_size} could not complete a collective: {who}. A "
-        f"process was killed, "
-        f"failed (its own message is above) or kept the others waiting longer than --dist_timeout "
-        f"{world.timeout:g} s. "
-        f"Continue from the last checkpoint with --resume auto; raise --dist_timeout if a rank may be that "
-        f"slow."
+        f"rank {world.launch.rank} of {world.launch.world_size} could not complete a collective: {who}. "
+        f"A process was killed, failed (its own message is above) or kept the others waiting longer than "
+        f"--dist_timeout {world.timeout:g} s. Continue from the last checkpoint with --resume auto; raise "
+        f"--dist_timeout if a rank may be that slow."
     )
 
 
@@ -565,8 +557,7 @@ def all_reduce_mean(value: torch.Tensor | float) -> torch.Tensor | float:
 
 
 def gather_objects(obj: Any) -> list[Any]:
-    """`obj` of every rank, in the order of ranks, on every rank. It is pickled, so keep it small and our
-    own."""
+    """`obj` of every rank, in the order of ranks, on every rank. It is pickled, so keep it small and our own."""
     if not _world:
         return [obj]
     gathered: list[Any] = [None] * get_world_size()

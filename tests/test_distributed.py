@@ -1,0 +1,421 @@
+"""Who we are under each launcher, talking across ranks, and ending a run whose ranks fail or are asked to stop."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from util import distributed
+from util.distributed import LaunchError, add_distributed_arguments, detect_launch, device_index, first_host, job_port
+from util.preemption import EXIT_REQUEUE, EXIT_SECOND_TERM, Preemption
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "10.0.0.7",
+    "MASTER_PORT": "4321",
+    "TORCHELASTIC_RUN_ID": "none",
+}
+# What Slurm 22.05 sets for task 2 of `srun -n 3 -N 2`, and in the batch script of `sbatch -n 3`.
+SRUN = {
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+    "SLURM_NTASKS": "3",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "2,1",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+}
+BATCH_SCRIPT = {
+    "SLURM_JOB_ID": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NTASKS": "3",
+    "SLURM_TASKS_PER_NODE": "3",
+    "SLURM_JOB_NODELIST": "node1",
+}
+MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "MASTER_ADDR": "head",
+    "MASTER_PORT": "5000",
+}
+
+
+def facts(launch):
+    return launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, launch.launcher
+
+
+def test_no_launcher_is_a_single_process():
+    assert facts(detect_launch({})) == (0, 1, 0, 1, "none")
+
+
+def test_torchrun():
+    launch = detect_launch(TORCHRUN)
+    assert facts(launch) == (5, 8, 1, 4, "torchrun")
+    assert (launch.master_addr, launch.master_port) == ("10.0.0.7", 4321)
+
+
+def test_bare_srun_takes_address_and_port_from_slurm():
+    launch = detect_launch(SRUN)
+    assert facts(launch) == (2, 3, 0, 1, "srun")
+    assert (launch.master_addr, launch.master_port) == ("node1", job_port(SRUN))
+    on_first_node = SRUN | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}
+    assert facts(detect_launch(on_first_node)) == (1, 3, 1, 2, "srun")
+
+
+def test_srun_on_one_node_needs_no_name_to_resolve():
+    step = SRUN | {"SLURM_NODEID": "0", "SLURM_LOCALID": "2", "SLURM_STEP_TASKS_PER_NODE": "3"}
+    assert detect_launch(step).master_addr == "127.0.0.1"
+
+
+def test_mpi_only_when_asked_for():
+    assert facts(detect_launch(MPI, dist_on_itp=True)) == (3, 4, 1, 2, "mpi")
+    with pytest.raises(LaunchError, match=r"4 processes \(OMPI_COMM_WORLD_SIZE\): give --dist_on_itp"):
+        detect_launch(MPI)
+    with pytest.raises(LaunchError, match=r"OMPI_COMM_WORLD_RANK.* missing"):
+        detect_launch({}, dist_on_itp=True)
+    with pytest.raises(LaunchError, match="MASTER_ADDR is not set"):
+        detect_launch({k: v for k, v in MPI.items() if k != "MASTER_ADDR"}, dist_on_itp=True)
+
+
+def test_shells_inside_an_allocation_are_single_processes():
+    salloc = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "node1"}
+    assert detect_launch(salloc).world_size == 1
+    pty = SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}
+    assert detect_launch(pty).world_size == 1
+
+
+def test_batch_script_without_srun_is_an_error_unless_one_process_is_wanted():
+    with pytest.raises(LaunchError, match=r"SLURM_NTASKS=3 .*srun python"):
+        detect_launch(BATCH_SCRIPT)
+    assert detect_launch(BATCH_SCRIPT, world_size=1).world_size == 1
+    assert detect_launch(BATCH_SCRIPT | {"SLURM_NTASKS": "1"}).world_size == 1
+    assert detect_launch(BATCH_SCRIPT | TORCHRUN).launcher == "torchrun"
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "0"}, r"WORLD_SIZE, LOCAL_RANK is missing \(found: RANK=0\)"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set but RANK is not"),
+        (TORCHRUN | {"RANK": "8"}, "RANK=8 does not fit WORLD_SIZE=8"),
+        (TORCHRUN | {"RANK": "-1"}, "RANK=-1 does not fit WORLD_SIZE=8"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, "LOCAL_RANK=4 does not fit LOCAL_WORLD_SIZE=4"),
+        (TORCHRUN | {"WORLD_SIZE": "eight"}, "WORLD_SIZE='eight' is not a whole number"),
+        (SRUN | {"SLURM_PROCID": "3"}, "SLURM_PROCID=3 is not below the step's number of tasks, 3"),
+        (SRUN | {"SLURM_LOCALID": "1"}, "SLURM_LOCALID=1 is not below this node's number of tasks, 1"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2,2"}, "SLURM_STEP_TASKS_PER_NODE='2,2' .* do not fit"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "two"}, "SLURM_TASKS_PER_NODE='two' is not of the form"),
+        (SRUN | {"WORLD_SIZE": "8"}, "WORLD_SIZE=8 .* contradicts the 3 tasks"),
+        ({k: v for k, v in SRUN.items() if k != "SLURM_LOCALID"}, "SLURM_LOCALID is missing"),
+        # torchrun in every task of a step, each believing to be alone, or with a world of another size
+        (SRUN | TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, "contradict"),
+        (SRUN | {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}, r"RANK=1, WORLD_SIZE=3\) contradict"),
+    ],
+)
+def test_contradictions_name_the_variables_and_values(environ, message):
+    with pytest.raises(LaunchError, match=message):
+        detect_launch(environ)
+
+
+def test_torchrun_per_node_and_hand_made_variables_agree_with_srun():
+    one_agent_per_task = SRUN | TORCHRUN | {"WORLD_SIZE": "12"}
+    assert facts(detect_launch(one_agent_per_task)) == (5, 12, 1, 4, "torchrun")
+    by_hand = SRUN | {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
+    assert detect_launch(by_hand).rank == 2
+
+
+def test_flags_override_or_contradict():
+    assert detect_launch(SRUN, port=4000).master_port == 4000
+    assert detect_launch(SRUN, dist_url="tcp://head:77").master_addr == "head"
+    with pytest.raises(LaunchError, match="--world_size 4 contradicts the 3 process"):
+        detect_launch(SRUN, world_size=4)
+    with pytest.raises(LaunchError, match="--port 4000 contradicts torchrun's MASTER_PORT=4321"):
+        detect_launch(TORCHRUN, port=4000)
+    with pytest.raises(LaunchError, match="--port 4000 contradicts --dist_url tcp://head:77"):
+        detect_launch(SRUN, dist_url="tcp://head:77", port=4000)
+    with pytest.raises(LaunchError, match="is not a TCP port"):
+        detect_launch(SRUN, port=70000)
+    for url in ("tcp://head", "nccl://x"):
+        with pytest.raises(LaunchError, match=url):
+            detect_launch(SRUN, dist_url=url)
+
+
+def test_ports_of_neighbouring_jobs_steps_and_restarts_differ():
+    ports = {
+        job_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step), "SLURM_RESTART_COUNT": str(restart)})
+        for job in range(1000, 1020)
+        for step in range(5)
+        for restart in range(3)
+    }
+    assert len(ports) == 20 * 5 * 3
+    assert all(1024 < port < 32768 for port in ports)
+
+
+@pytest.mark.parametrize("with_scontrol", [True, False])
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("node[1-2]", "node1"),
+        ("gpu[03-05,9],login1", "gpu03"),
+        ("alone", "alone"),
+        ("rack2-node7,rack1-node[1-3]", "rack2-node7"),
+        ("r[1-2]n[3-4]", "r1n3"),
+    ],
+)
+def test_first_host(nodelist, first, with_scontrol, monkeypatch):
+    if not with_scontrol:
+        monkeypatch.setenv("PATH", "")
+    assert first_host(nodelist) == first
+
+
+def test_unreadable_nodelist(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(LaunchError, match="cannot be read: set MASTER_ADDR"):
+        first_host("node[1-2")
+
+
+def test_device_is_the_local_rank():
+    launch = detect_launch(TORCHRUN)
+    assert device_index(launch, 4, {}) == 1
+    with pytest.raises(LaunchError, match=r"local rank 1 needs a GPU of its own.* shows 1 "):
+        device_index(launch, 1, {})
+    task = detect_launch(SRUN | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"})
+    assert device_index(task, 1, {"SLURM_GPUS_PER_TASK": "1"}) == 0  # Slurm shows each task its own GPU only
+    with pytest.raises(LaunchError, match="local rank 1"):
+        device_index(task, 1, {})
+
+
+def parse(*flags):
+    parser = argparse.ArgumentParser()
+    add_distributed_arguments(parser)
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args(flags)
+
+
+def test_single_process_start_and_its_errors(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "RANK", "WORLD_SIZE"))]:
+        monkeypatch.delenv(name)
+    args = parse("--device", "cpu")
+    distributed.init_distributed(args)
+    assert (args.rank, args.world_size, args.distributed, args.device) == (0, 1, False, torch.device("cpu"))
+    assert distributed.is_main_process() and distributed.get_world_size() == 1
+    assert distributed.all_reduce_mean(3.5) == 3.5 and distributed.gather_objects("a") == ["a"]
+    value = torch.ones(2)
+    total = distributed.all_reduce_sum(value)
+    total += 1
+    assert value.tolist() == [1, 1]
+    distributed.barrier()
+    distributed.shutdown()
+    for flags, message in (
+        (["--dist_timeout", "0"], "--dist_timeout 0 must be a positive number of seconds"),
+        (["--local_rank", "2"], "--local_rank 2 contradicts the launcher's local rank 0"),
+        (["--device", "abacus"], "--device abacus is not a device"),
+    ):
+        with pytest.raises(LaunchError, match=message):
+            distributed.init_distributed(parse(*flags))
+    if not torch.cuda.is_available():
+        with pytest.raises(LaunchError, match="sees no GPU: use --device cpu"):
+            distributed.init_distributed(parse("--device", "cuda"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Several processes
+# ---------------------------------------------------------------------------------------------------
+
+PROLOGUE = """
+import argparse, logging, os, signal, sys, time
+import torch
+from util import distributed
+from util.preemption import Preemption
+logging.basicConfig(level=logging.INFO)
+torch.set_num_threads(1)
+parser = argparse.ArgumentParser()
+distributed.add_distributed_arguments(parser)
+args = parser.parse_args()
+args.device = "cpu"
+"""
+
+
+def start_ranks(tmp_path, body, world_size, *flags, ranks=None):
+    """Start `body` in `world_size` processes (or only its `ranks`) that meet through a file; their output is piped."""
+    program = PROLOGUE + textwrap.dedent(body)
+    meeting = ["--dist_url", f"file://{tmp_path}/meeting"]
+    processes = []
+    for rank in range(world_size) if ranks is None else ranks:
+        environ = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+        environ["PYTHONPATH"] = str(ROOT)
+        for name in [name for name in environ if name.startswith("SLURM_")]:
+            del environ[name]
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", program, *meeting, *flags],
+                env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )
+        )  # fmt: skip
+    return processes
+
+
+def finish(processes, timeout=60):
+    """Exit codes and outputs, in the order of ranks."""
+    outputs = []
+    for process in processes:
+        try:
+            outputs.append(process.communicate(timeout=timeout)[0])
+        except subprocess.TimeoutExpired:
+            for other in processes:
+                other.kill()
+            raise
+    return [process.returncode for process in processes], outputs
+
+
+def test_reductions_and_gathering_across_ranks(tmp_path):
+    body = """
+    distributed.init_distributed(args)
+    rank = distributed.get_rank()
+    assert args.world_size == 3 and args.distributed and args.device.type == "cpu"
+    assert distributed.all_reduce_mean(float(rank)) == 1.0
+    own = torch.full((2,), float(rank))
+    assert distributed.all_reduce_sum(own).tolist() == [3.0, 3.0] and own[0] == rank
+    assert distributed.gather_objects({"rank": rank}) == [{"rank": i} for i in range(3)]
+    distributed.barrier()
+    distributed.shutdown()
+    assert distributed.get_world_size() == 1
+    print("fine", rank)
+    """
+    codes, outputs = finish(start_ranks(tmp_path, body, 3))
+    assert codes == [0, 0, 0], outputs
+    assert "started by torchrun: 3 processes" in outputs[0]
+
+
+FAILURE = """
+distributed.init_distributed(args)
+with distributed.explain_collective_failures():
+    for step in range(1000):
+        if step == 3 and distributed.get_rank() == VICTIM:
+            os.kill(os.getpid(), signal.SIGNAL)
+        distributed.all_reduce_mean(1.0)
+"""
+
+
+@pytest.mark.parametrize(("signal_name", "victim"), [("SIGKILL", 1), ("SIGSTOP", 1), ("SIGSTOP", 0)])
+def test_survivors_say_which_rank_is_gone(tmp_path, signal_name, victim):
+    body = FAILURE.replace("SIGNAL", signal_name).replace("VICTIM", str(victim))
+    processes = start_ranks(tmp_path, body, 3, "--dist_timeout", "4")
+    began = time.monotonic()
+    survivors = [process for rank, process in enumerate(processes) if rank != victim]
+    try:
+        codes, outputs = finish(survivors)
+    finally:
+        processes[victim].kill()
+        processes[victim].communicate()
+    assert codes == [1, 1]
+    assert time.monotonic() - began < 30
+    for output in outputs:
+        assert f"CollectiveError: rank {processes.index(survivors[outputs.index(output)])} of 3" in output
+        assert f"rank(s) {victim} no longer answer" in output
+        assert "--dist_timeout 4 s" in output
+
+
+def test_a_rank_that_never_comes_is_reported(tmp_path):
+    alone = start_ranks(tmp_path, "distributed.init_distributed(args)", 2, "--dist_timeout", "3", ranks=[0])
+    codes, [output] = finish(alone)
+    assert codes == [1]
+    assert "CollectiveError: rank 0 of 2 did not meet the others" in output
+    assert "within --dist_timeout 3 s" in output
+
+
+STEPS = """
+distributed.init_distributed(args)
+preemption = Preemption()
+preemption.install()
+print("ready", flush=True)
+for step in range(100000):
+    time.sleep(0.01)
+    if preemption.requested_on_any_rank():
+        print("saved at", step, flush=True)
+        preemption.exit_for_requeue()
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, signum):
+    processes = start_ranks(tmp_path, STEPS, 3)
+    time.sleep(0.1)
+    for process in processes:
+        for line in process.stdout:
+            if "ready" in line:
+                break
+    processes[2].send_signal(signum)
+    codes, outputs = finish(processes)
+    assert codes == [EXIT_REQUEUE] * 3
+    saved = {line for output in outputs for line in output.splitlines() if line.startswith("saved at")}
+    assert len(saved) == 1
+
+
+def test_second_term_ends_at_once(tmp_path):
+    body = """
+    preemption = Preemption()
+    preemption.install()
+    print("ready", flush=True)
+    time.sleep(100)
+    time.sleep(100)
+    """
+    [process] = start_ranks(tmp_path, body, 1)
+    assert "ready" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert finish([process], timeout=10)[0] == [EXIT_SECOND_TERM]
+
+
+def test_earlier_handler_takes_over_after_saving_and_is_given_back():
+    calls = []
+    before = signal.signal(signal.SIGUSR2, lambda signum, frame: calls.append(signum))
+    try:
+        preemption = Preemption()
+        preemption.install()
+        assert not preemption.requested_on_any_rank()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert preemption.requested_on_any_rank() and calls == []
+        with pytest.raises(SystemExit) as ended:
+            preemption.exit_for_requeue()
+        assert ended.value.code == EXIT_REQUEUE and calls == [signal.SIGUSR2]
+        preemption.close()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert calls == [signal.SIGUSR2] * 2
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_cancelled_job_is_not_brought_back(monkeypatch):
+    preemption = Preemption()
+    preemption.install()
+    try:
+        monkeypatch.setattr(preemption, "_requeue", lambda: pytest.fail("asked for a requeue"))
+        os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.requested_on_any_rank()
+        with pytest.raises(SystemExit):
+            preemption.exit_for_requeue()
+    finally:
+        preemption.close()
