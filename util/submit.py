@@ -1,0 +1,168 @@
+"""Submit a run to Slurm from Python, to be queued again after preemption and at its time limit (needs `submitit`).
+
+    python -m util.submit pretrain --exp base_600ep --partition P --nodes 2 --ngpus 8 --timeout 4320 --data_path DIR
+    python -m util.submit finetune --partition P --data_path DIR -- --model swin_base_w14 --finetune base_600ep
+
+With `--exp` the recipe is what `sh exp/<exp>/<task>.sh print ...` prints, so it stands in one place; flags after `--`
+go to the main and win. Logs and the pickled job lie in the job folder; so does the output, unless a flag or the recipe
+says otherwise.
+"""
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = ("pretrain", "finetune", "finetune_384", "linear", "eval")
+
+
+class Training:
+    """What every task of the job runs: one of the mains with its flags.
+
+    `folder` is the job folder, with submitit's `%j` for the job id. It is pickled, started once per GPU by submitit, and
+    started again as it is after a requeue: `--resume auto` finds the checkpoint.
+    """
+
+    def __init__(self, main: str, flags: list[str], folder: str):
+        self.main, self.flags, self.folder = main, flags, folder
+
+    def __call__(self) -> None:
+        sys.path.insert(0, str(ROOT))
+        folder = Path(self.folder.replace("%j", os.environ["SLURM_JOB_ID"]))
+        # One file per attempt: the file of an earlier attempt would list ranks that are gone.
+        meeting = folder / f"meeting-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        defaults = [
+            "--output_dir",
+            str(folder),
+            "--log_dir",
+            str(folder),
+            "--resume",
+            "auto",
+            "--dist_url",
+            f"file://{meeting}",
+        ]
+        module = importlib.import_module(self.main)
+        module.main(module.get_args_parser().parse_args([*defaults, *self.flags]))
+
+    def checkpoint(self):
+        """What submitit queues after a preemption; called when the run has saved and stopped."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def recipe(exp: str, task: str, gpus: int, data_path: str, flags: list[str]) -> tuple[str, list[str]]:
+    """The main (a module name) and all its flags for an experiment, from the experiment's own script.
+
+    Raises:
+        ValueError: there is no such experiment, or its script rejects the arguments; carries the script's message.
+    """
+    script = ROOT / "exp" / exp / f"{task}.sh"
+    if not script.is_file():
+        known = sorted(str(path.relative_to(ROOT / "exp").with_suffix("")) for path in ROOT.glob(f"exp/*/{task}.sh"))
+        raise ValueError(f"--exp {exp} has no {task}.sh; these experiments have: {', '.join(known)}")
+    result = subprocess.run(["sh", str(script), "print", str(gpus), data_path, *flags], capture_output=True, text=True)
+    if result.returncode:
+        raise ValueError(result.stderr.strip())
+    main, *lines = result.stdout.removesuffix("\n").split("\n")
+    return main.removesuffix(".py"), lines
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m util.submit",
+        description="Submit a run to Slurm; it is queued again after preemption and at its time limit.",
+        epilog="Flags after -- go to the main and win over the recipe's.",
+    )
+    parser.add_argument("task", choices=TASKS, help="script of the experiment, or (without --exp) pretrain or finetune")
+    parser.add_argument("--exp", default="", help="experiment whose recipe to take, such as base_600ep (default: none)")
+    parser.add_argument("--data_path", required=True, help="the data, as for the main")
+    parser.add_argument("--partition", required=True, help="Slurm partition")
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes (default: %(default)s)")
+    parser.add_argument("--ngpus", type=int, default=8, help="GPUs, and processes, per node (default: %(default)s)")
+    parser.add_argument("--cpus_per_task", type=int, default=8, help="CPUs per process (default: %(default)s)")
+    parser.add_argument(
+        "--timeout", type=int, default=4320, help="time limit of one attempt in minutes (default: 3 days)"
+    )
+    parser.add_argument(
+        "--signal_delay", type=int, default=120, metavar="SECONDS",
+        help="how long before the time limit to save and stop, in seconds (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--requeue_limit", type=int, default=10, metavar="N",
+        help="how often the job may run into its time limit and be queued again (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--job_dir", default="runs/%j", help="job folder, %%j is the job id (default: runs/%%j)")
+    parser.add_argument(
+        "--slurm", action="append", default=[], metavar="KEY=VALUE",
+        help="further options of sbatch, such as account=lab or qos=long; may be repeated",
+    )  # fmt: skip
+    return parser
+
+
+def submit(args: argparse.Namespace, flags: list[str]):
+    """Submit the job and return submitit's `Job`.
+
+    Raises:
+        ValueError: contradictory arguments, or no Slurm or submitit here.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise ValueError("submitit is not installed: pip install submitit") from error
+
+    if args.nodes < 1 or args.ngpus < 1:
+        raise ValueError(f"--nodes {args.nodes} and --ngpus {args.ngpus} must be positive")
+    if args.exp:
+        main, flags = recipe(args.exp, args.task, args.nodes * args.ngpus, args.data_path, flags)
+    elif args.task in ("pretrain", "finetune"):
+        main, flags = f"main_{args.task}", ["--data_path", args.data_path, *flags]
+    else:
+        raise ValueError(f"{args.task} is a script of an experiment: add --exp, such as --exp base_600ep")
+    # Parse the flags here, where the user sees what is wrong with them.
+    importlib.import_module(main).get_args_parser().parse_args(flags)
+    options = {}
+    for option in args.slurm:
+        key, separator, value = option.partition("=")
+        options[key] = value if separator else True
+
+    folder = str(Path(args.job_dir).absolute())
+    try:
+        executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=args.requeue_limit)
+    except RuntimeError as error:
+        raise ValueError(f"Slurm's srun is not installed here ({error}): submit from a login node") from error
+    executor.update_parameters(
+        name=f"{args.exp or 'mixmae'}-{args.task}",
+        nodes=args.nodes,
+        tasks_per_node=args.ngpus,
+        gpus_per_node=args.ngpus,
+        cpus_per_task=args.cpus_per_task,
+        timeout_min=args.timeout,
+        slurm_partition=args.partition,
+        slurm_signal_delay_s=args.signal_delay,
+        slurm_srun_args=["--kill-on-bad-exit=1"],
+        slurm_setup=[f"export PYTHONPATH={ROOT}:$PYTHONPATH OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}"],
+        slurm_additional_parameters={"requeue": True, **options},
+    )
+    return executor.submit(Training(main, flags, folder))
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    parser = get_args_parser()
+    args = parser.parse_args(own)
+    try:
+        job = submit(args, flags)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    print(f"submitted job {job.job_id}; its log is {job.paths.stdout}")
+
+
+if __name__ == "__main__":
+    from util.submit import main as importable_main  # so that the job is pickled by name, not by value
+
+    importable_main()
