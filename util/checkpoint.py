@@ -18,6 +18,7 @@ import re
 import socket
 import struct
 import time
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -277,7 +278,8 @@ def _restricted_load(path: Path, mmap: bool) -> Any:
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
     ]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with a file is said once, by the exception
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise

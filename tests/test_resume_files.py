@@ -1,0 +1,305 @@
+"""A run's folder of checkpoints: what is kept, what survives a crash, and what a resumed run takes."""
+
+import errno
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import util.resume
+from util.checkpoint import CheckpointError, read_checkpoint, saved_at
+from util.resume import TOLERATED_FAILURES, CheckpointFolder, compare_recipes
+
+
+def run_state(step: int, epoch: int = 0) -> dict:
+    return {
+        "model": {"weight": torch.full((100,), float(step))},
+        "optimizer": {"state": {}},
+        "epoch": epoch,
+        "step": step,
+        "args": {},
+        "format": 1,
+    }
+
+
+def save_steps(folder: CheckpointFolder, *steps: int) -> None:
+    for step in steps:
+        folder.save(run_state(step))
+    folder.wait()
+
+
+def names(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir())
+
+
+def damage(path: Path) -> None:
+    """Flip one bit of a file in place, whatever its names."""
+    with open(path, "r+b") as file:
+        file.seek(700)
+        byte = file.read(1)[0]
+        file.seek(700)
+        file.write(bytes([byte ^ 4]))
+
+
+def step_of(found) -> int:
+    return found[1]["step"]
+
+
+def test_the_last_ones_the_milestones_the_best_and_the_newest_are_kept(tmp_path):
+    folder = CheckpointFolder(tmp_path / "run" / "ckpt", keep=2)
+    for epoch in range(6):
+        folder.save(run_state(10 * epoch, epoch), milestone=epoch in (1, 4), best=epoch == 2)
+    folder.wait()
+    folder = tmp_path / "run" / "ckpt"
+    assert names(folder) == [
+        "checkpoint-00000040.pth",
+        "checkpoint-00000050.pth",
+        "checkpoint-best.pth",
+        "checkpoint-epoch0001.pth",
+        "checkpoint-epoch0004.pth",
+        "checkpoint.pth",
+    ]
+    assert read_checkpoint(folder / "checkpoint.pth")["step"] == 50
+    assert read_checkpoint(folder / "checkpoint-best.pth")["step"] == 20
+    assert read_checkpoint(folder / "checkpoint-epoch0001.pth")["step"] == 10
+    # One file, two names: it takes its space once.
+    assert os.path.samefile(folder / "checkpoint.pth", folder / "checkpoint-00000050.pth")
+
+
+def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch):
+    def no_links(*args):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    save_steps(CheckpointFolder(tmp_path), 1, 2)
+    assert read_checkpoint(tmp_path / "checkpoint.pth")["step"] == 2
+    assert not os.path.samefile(tmp_path / "checkpoint.pth", tmp_path / "checkpoint-00000002.pth")
+    assert names(tmp_path) == ["checkpoint-00000001.pth", "checkpoint-00000002.pth", "checkpoint.pth"]
+
+
+def test_saving_returns_before_writing_and_what_is_written_is_the_moment_of_saving(tmp_path, monkeypatch):
+    go_on = threading.Event()
+    real_write = util.resume.write_checkpoint
+
+    def slow_write(*args, **kwargs):
+        assert go_on.wait(20)
+        real_write(*args, **kwargs)
+
+    monkeypatch.setattr(util.resume, "write_checkpoint", slow_write)
+    state = run_state(1)
+    folder = CheckpointFolder(tmp_path)
+    folder.save(state)
+    assert names(tmp_path) == []
+    state["model"]["weight"].zero_()  # training goes on
+    state["args"]["changed"] = True
+    go_on.set()
+    folder.wait()
+    saved = read_checkpoint(tmp_path / "checkpoint.pth")
+    assert saved["args"] == {} and torch.equal(saved["model"]["weight"], torch.ones(100))
+
+
+def test_failing_saves_are_reported_tolerated_a_few_times_and_harm_nothing(tmp_path, monkeypatch, caplog):
+    folder = CheckpointFolder(tmp_path)
+    save_steps(folder, 1)
+
+    def disk_full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(util.resume, "write_checkpoint", disk_full)
+    save_steps(folder, *range(2, 2 + TOLERATED_FAILURES))
+    assert caplog.text.count("could not be saved: [Errno 28] No space left") == TOLERATED_FAILURES
+    folder.save(run_state(9))
+    with pytest.raises(OSError, match="No space left"):
+        folder.wait()
+    assert step_of(folder.newest_valid()) == 1
+
+    monkeypatch.undo()
+    save_steps(folder, 10)
+    assert folder.failures == 0 and step_of(folder.newest_valid()) == 10
+    # The last save of a run is not tolerated to fail: nothing would follow it.
+    monkeypatch.setattr(util.resume, "write_checkpoint", disk_full)
+    folder.save(run_state(11))
+    with pytest.raises(OSError, match="No space left"):
+        folder.wait(final=True)
+
+
+def test_an_unwritable_folder_is_an_error_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot be written to.*--output_dir"):
+        CheckpointFolder(tmp_path / "file" / "ckpt")
+    with pytest.raises(CheckpointError, match="keep=0"):
+        CheckpointFolder(tmp_path, keep=0)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_an_error_before_training(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(CheckpointError, match=r"cannot be written to.*Permission denied"):
+        CheckpointFolder(tmp_path)
+    tmp_path.chmod(0o700)
+
+
+def test_what_is_not_plain_is_an_error_where_it_is_saved(tmp_path):
+    with pytest.raises(CheckpointError, match=r"\['args'\]\['path'\]"):
+        CheckpointFolder(tmp_path).save(run_state(1) | {"args": {"path": Path("a")}})
+
+
+# -- Resuming --------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_skipped_ones_are_named(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    folder = CheckpointFolder(tmp_path)
+    assert folder.resume("auto") is None and "starting anew" in caplog.text
+    assert folder.resume("") is None
+    save_steps(folder, 1, 2, 3)
+    path, checkpoint = folder.resume("auto")
+    assert path.name == "checkpoint-00000003.pth" and checkpoint["step"] == 3
+    damage(tmp_path / "checkpoint.pth")  # and with it checkpoint-00000003.pth: one file
+    (tmp_path / "checkpoint-00000002.pth").write_bytes(b"")
+    assert step_of(folder.resume("auto")) == 1
+    assert "not resuming from checkpoint-00000003.pth" in caplog.text and "is damaged" in caplog.text
+    assert "not resuming from checkpoint-00000002.pth" in caplog.text and "is empty" in caplog.text
+    assert "after skipping 2 newer" in caplog.text
+
+
+def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    save_steps(folder, 1)
+    damage(tmp_path / "checkpoint.pth")
+    with pytest.raises(CheckpointError, match=r"has checkpoints, but none to resume from: .* is damaged"):
+        folder.resume("auto")
+
+
+def test_an_explicit_path_is_that_file_or_an_error(tmp_path):
+    folder = CheckpointFolder(tmp_path / "run")
+    save_steps(folder, 1, 2)
+    earlier = tmp_path / "run" / "checkpoint-00000001.pth"
+    assert step_of(folder.resume(str(earlier))) == 1
+    damage(earlier)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        folder.resume(str(earlier))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        folder.resume(str(tmp_path / "absent.pth"))
+    torch.save({"model": {"weight": torch.ones(1)}}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=r"no optimizer, epoch in it.*--finetune"):
+        folder.resume(str(tmp_path / "weights.pth"))
+
+
+def test_after_going_back_the_new_steps_count_as_newest_and_are_not_pruned(tmp_path):
+    save_steps(CheckpointFolder(tmp_path), 10, 20, 30, 40)
+    folder = CheckpointFolder(tmp_path)  # as a run that was given --resume .../checkpoint-00000020.pth
+    save_steps(folder, 25)
+    assert step_of(folder.newest_valid()) == 25
+    save_steps(folder, 28, 29)
+    assert [name for name in names(tmp_path) if "-" in name] == [
+        f"checkpoint-000000{step}.pth" for step in (25, 28, 29)
+    ]
+
+
+def test_a_clock_set_back_does_not_hide_the_newest(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path)
+    save_steps(folder, 1, 2)
+    monkeypatch.setattr(time, "time_ns", lambda: 5)
+    save_steps(folder, 3, 4)
+    monkeypatch.undo()
+    assert step_of(folder.newest_valid()) == 4
+    assert saved_at(tmp_path / "checkpoint.pth") > saved_at(tmp_path / "checkpoint-00000003.pth")
+
+
+def test_leftovers_of_dead_runs_are_removed_and_files_in_use_are_not(tmp_path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    host = socket.gethostname()
+    leftover = tmp_path / f".checkpoint-00000001.pth.{host}.{int(dead.stdout)}.tmp"
+    alive = tmp_path / f".checkpoint-00000001.pth.{host}.{os.getppid()}.tmp"
+    elsewhere = tmp_path / ".checkpoint.pth.another.node.7.tmp"
+    old_elsewhere = tmp_path / ".checkpoint.pth.another.node.8.tmp"
+    other = tmp_path / ".checkpoint-notes.tmp"
+    for path in (leftover, alive, elsewhere, old_elsewhere, other):
+        path.write_text("")
+    os.utime(old_elsewhere, (0, 0))
+    CheckpointFolder(tmp_path)
+    assert names(tmp_path) == sorted([alive.name, elsewhere.name, other.name])
+
+
+KILLED_WHILE_SAVING = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from util.resume import CheckpointFolder
+
+folder_name, kills = sys.argv[1], int(sys.argv[2])
+rng = random.Random(0)
+cut_short, reached = 0, 0
+for _ in range(kills):
+    child = os.fork()
+    if child == 0:
+        folder = CheckpointFolder(folder_name)
+        found = folder.newest_valid()
+        step = found[1]["step"] if found else 0
+        while True:
+            step += 1
+            model = {"weight": torch.full((200_000,), float(step))}
+            state = {"model": model, "optimizer": {}, "epoch": step, "step": step}
+            folder.save(state, milestone=step % 50 == 0, best=step % 7 == 0)
+    time.sleep(0.05 + rng.random() * 0.1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    cut_short += any(name.endswith(".tmp") for name in os.listdir(folder_name))
+    found = CheckpointFolder(folder_name).newest_valid()
+    step = found[1]["step"] if found else 0
+    assert step >= reached, (step, reached)
+    reached = step
+    if found:
+        assert (found[1]["model"]["weight"] == step).all()
+    assert not any(name.endswith(".tmp") for name in os.listdir(folder_name))
+print(cut_short, reached)
+"""
+
+
+def test_killed_at_any_moment_nothing_is_lost(tmp_path):
+    """kill -9 of a process that does nothing but save: the newest whole file is always found, and never goes back."""
+    kills = 25
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path), str(kills)],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    cut_short, reached = map(int, done.stdout.split())
+    assert cut_short >= kills // 5  # caught with a file half written
+    assert reached >= 10
+
+
+# -- Recipes ---------------------------------------------------------------------------------------------------
+
+
+def test_recipes_are_compared():
+    saved = dict(model="mixmae_base", mask_ratio=0.5, input_size=(224, 224), batch_size=64, num_workers=8, seed=0)
+    assert compare_recipes(saved, dict(saved, num_workers=2, output_dir="/b", input_size=[224, 224])) == ([], [])
+    errors, warnings = compare_recipes(saved, dict(saved, model="mixmae_large", mask_ratio=0.75))
+    assert errors == ["mask_ratio: 0.5 -> 0.75", "model: mixmae_base -> mixmae_large"] and warnings == []
+    errors, warnings = compare_recipes(saved, dict(saved, batch_size=32))
+    assert errors == [] and len(warnings) == 1 and warnings[0].startswith("batch_size: 64 -> 32 (")
+
+
+def test_a_learning_rate_that_follows_the_batch_size_is_no_error():
+    saved = dict(blr=1e-3, lr=4e-3, world_size=4)
+    errors, warnings = compare_recipes(saved, dict(blr=1e-3, lr=2e-3, world_size=2))
+    assert errors == [] and any(warning.startswith("lr: 0.004 -> 0.002") for warning in warnings)
+    errors, _ = compare_recipes(saved, dict(blr=1e-3, lr=2e-3, world_size=4))
+    assert errors == ["lr: 0.004 -> 0.002"]
+
+
+def test_settings_of_another_version_are_named():
+    errors, warnings = compare_recipes(dict(model="a", old_flag=1), dict(model="a", new_flag=2))
+    assert errors == [] and len(warnings) == 1 and "new_flag, old_flag" in warnings[0]
