@@ -13,7 +13,15 @@ import pytest
 import torch
 
 from util import distributed
-from util.distributed import LaunchError, add_distributed_arguments, detect_launch, device_index, first_host, job_port
+from util.distributed import (
+    LaunchError,
+    add_distributed_arguments,
+    describe_placement,
+    detect_launch,
+    device_index,
+    first_host,
+    job_port,
+)
 from util.preemption import EXIT_REQUEUE, EXIT_SECOND_TERM, Preemption
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,6 +210,10 @@ def test_device_is_the_local_rank():
     assert device_index(task, 1, {"SLURM_GPUS_PER_TASK": "1"}) == 0  # Slurm shows each task its own GPU only
     with pytest.raises(LaunchError, match="local rank 1"):
         device_index(task, 1, {})
+
+
+def test_placement_in_words():
+    assert describe_placement(["a", "a", "b"]) == "2 on a, 1 on b"
 
 
 def parse(*flags):

@@ -368,14 +368,20 @@ def init_distributed(args: argparse.Namespace) -> Launch:
     args.rank, args.world_size, args.local_rank = launch.rank, launch.world_size, launch.local_rank
     args.distributed, args.device = launch.world_size > 1, device
     if launch.world_size > 1:
+        node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         logger.info(
-            "started by %s: %d processes (%d on this node), meeting at %s, %s on %s",
-            launch.launcher, launch.world_size, launch.local_world_size,
+            "started by %s: %d processes (%s), meeting at %s, %s on %s",
+            launch.launcher, launch.world_size, describe_placement(gather_objects(node)),
             _meeting_point(launch, args.dist_url), backend, device.type,
         )  # fmt: skip
     else:
         logger.info("started as a single process (launcher: %s) on %s", launch.launcher, device)
     return launch
+
+
+def describe_placement(nodes: list[str]) -> str:
+    """The node of every rank, in words: `'2 on node1, 1 on node2'`."""
+    return ", ".join(f"{nodes.count(node)} on {node}" for node in dict.fromkeys(nodes))
 
 
 def device_index(launch: Launch, device_count: int, environ: Mapping[str, str]) -> int:
