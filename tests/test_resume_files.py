@@ -55,7 +55,7 @@ def step_of(found) -> int:
 def test_the_last_ones_the_milestones_the_best_and_the_newest_are_kept(tmp_path):
     folder = CheckpointFolder(tmp_path / "run" / "ckpt", keep=2)
     for epoch in range(6):
-        folder.save(run_state(10 * epoch, epoch), milestone=epoch in (1, 4), best=epoch == 2)
+        folder.save(run_state(10 * epoch, epoch), milestone=epoch in (0, 3), best=epoch == 2)
     folder.wait()
     folder = tmp_path / "run" / "ckpt"
     assert names(folder) == [
@@ -68,7 +68,7 @@ def test_the_last_ones_the_milestones_the_best_and_the_newest_are_kept(tmp_path)
     ]
     assert read_checkpoint(folder / "checkpoint.pth")["step"] == 50
     assert read_checkpoint(folder / "checkpoint-best.pth")["step"] == 20
-    assert read_checkpoint(folder / "checkpoint-epoch0001.pth")["step"] == 10
+    assert read_checkpoint(folder / "checkpoint-epoch0001.pth")["step"] == 0
     # One file, two names: it takes its space once.
     assert os.path.samefile(folder / "checkpoint.pth", folder / "checkpoint-00000050.pth")
 
@@ -293,10 +293,10 @@ def test_recipes_are_compared():
 
 
 def test_a_learning_rate_that_follows_the_batch_size_is_no_error():
-    saved = dict(blr=1e-3, lr=4e-3, world_size=4)
-    errors, warnings = compare_recipes(saved, dict(blr=1e-3, lr=2e-3, world_size=2))
+    saved = dict(blr=1e-3, lr=4e-3, world_size=4, eff_batch_size=1024)
+    errors, warnings = compare_recipes(saved, dict(blr=1e-3, lr=2e-3, world_size=2, eff_batch_size=512))
     assert errors == [] and any(warning.startswith("lr: 0.004 -> 0.002") for warning in warnings)
-    errors, _ = compare_recipes(saved, dict(blr=1e-3, lr=2e-3, world_size=4))
+    errors, _ = compare_recipes(saved, dict(saved, lr=2e-3))  # given by hand
     assert errors == ["lr: 0.004 -> 0.002"]
 
 

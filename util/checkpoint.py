@@ -211,7 +211,10 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, An
 
 def saved_at(path: str | os.PathLike) -> int:
     """When a file was written, in nanoseconds since 1970: by its seal, which a copy keeps, else by its folder."""
-    seal = _read_seal(Path(path))
+    try:
+        seal = _read_seal(Path(path))
+    except OSError:  # unreadable, which is for those to report who need its content
+        seal = None
     return int(seal[1]) if seal else os.stat(path).st_mtime_ns
 
 
@@ -337,6 +340,9 @@ class WeightsInfo:
     args: dict[str, Any] = field(default_factory=dict)
     epoch: int | None = None
 
+    def __str__(self) -> str:
+        return self.source
+
 
 def read_weights(source: str | os.PathLike) -> tuple[dict[str, Tensor], WeightsInfo]:
     """The weights that `source` names, under the names that the authors' checkpoints use, and where they came from.
@@ -447,7 +453,9 @@ class LoadReport:
         return "; ".join(parts)
 
 
-def load_encoder(model: nn.Module, state_dict: dict[str, Tensor], source: str | os.PathLike) -> LoadReport:
+def load_encoder(
+    model: nn.Module, state_dict: dict[str, Tensor], source: WeightsInfo | str | os.PathLike
+) -> LoadReport:
     """Load an encoder to fine-tune or probe; position embedding and bias tables are resized to the model's image size.
 
     A decoder in `state_dict` is ignored. A head is loaded where its size fits, else the model's own stays as it is.
@@ -458,7 +466,9 @@ def load_encoder(model: nn.Module, state_dict: dict[str, Tensor], source: str | 
     return _load(model, state_dict, source, optional=("head.",), ignored=("decoder_", "mask_token", "head."))
 
 
-def load_classifier(model: nn.Module, state_dict: dict[str, Tensor], source: str | os.PathLike) -> LoadReport:
+def load_classifier(
+    model: nn.Module, state_dict: dict[str, Tensor], source: WeightsInfo | str | os.PathLike
+) -> LoadReport:
     """Load a fine-tuned classifier, head included, to evaluate it; resizes as `load_encoder` does.
 
     Raises:
@@ -476,7 +486,9 @@ def load_classifier(model: nn.Module, state_dict: dict[str, Tensor], source: str
     return _load(model, state_dict, source, optional=(), ignored=("decoder_", "mask_token"))
 
 
-def load_pretraining(model: nn.Module, state_dict: dict[str, Tensor], source: str | os.PathLike) -> LoadReport:
+def load_pretraining(
+    model: nn.Module, state_dict: dict[str, Tensor], source: WeightsInfo | str | os.PathLike
+) -> LoadReport:
     """Load a whole pretraining model, decoder included, to train on or to reconstruct; resizes as `load_encoder` does.
 
     Raises:
@@ -496,7 +508,7 @@ def _has_decoder(state_dict: dict[str, Tensor]) -> bool:
 def _load(
     model: nn.Module,
     state_dict: dict[str, Tensor],
-    source: str | os.PathLike,
+    source: WeightsInfo | str | os.PathLike,
     optional: tuple[str, ...],
     ignored: tuple[str, ...],
 ) -> LoadReport:
@@ -534,7 +546,7 @@ def _load(
 
 
 def _why_it_does_not_fit(
-    source: str | os.PathLike,
+    source: WeightsInfo | str | os.PathLike,
     state_dict: dict[str, Tensor],
     expected_shapes: dict[str, torch.Size],
     absent: list[str],

@@ -1,7 +1,7 @@
 """A run's folder of checkpoints: what is kept, under which names, and which one a resumed run takes.
 
     checkpoint-<step>.pth         the last `keep` of them
-    checkpoint-epoch<epoch>.pth   milestones, never removed
+    checkpoint-epoch<n>.pth       milestones, after n complete epochs; never removed
     checkpoint-best.pth           the best so far by the caller's measure
     checkpoint.pth                the newest, under the name that the authors' scripts expect
 
@@ -75,7 +75,7 @@ class CheckpointFolder:
     # -- Saving ------------------------------------------------------------------------------------------------
 
     def save(self, checkpoint: dict[str, Any], *, milestone: bool = False, best: bool = False) -> None:
-        """Save `checkpoint` as the newest, named by its 'step'; on request a milestone of its 'epoch', or the best.
+        """Save `checkpoint` as the newest, named by its 'step'; on request as a milestone and as the best.
 
         Returns once the tensors are copied; `wait()` before relying on the file. A write that fails is logged, leaves
         all earlier files as they were and is tolerated `TOLERATED_FAILURES` times in a row.
@@ -88,7 +88,8 @@ class CheckpointFolder:
         self.wait()
         # The first name is written, the others are links to it. Whichever of them a crash leaves, a resumed run finds
         # the newest state, and no milestone is lost because the run went on from a step checkpoint.
-        names = [f"checkpoint-epoch{checkpoint['epoch']:04d}.pth"] if milestone else []
+        # ('epoch' is that of the last complete one, counted from 0, as in the authors' files.)
+        names = [f"checkpoint-epoch{checkpoint['epoch'] + 1:04d}.pth"] if milestone else []
         names += ["checkpoint-best.pth"] if best else []
         names += [f"checkpoint-{checkpoint['step']:08d}.pth", "checkpoint.pth"]
         copied = _copied_to_cpu(checkpoint)
@@ -266,28 +267,25 @@ def _may_be_in_use(path: Path, host: str, pid: int) -> bool:
 
 # -- The recipe that a checkpoint was made with ------------------------------------------------------------------------
 
-# Settings that a resumed run may change freely: where things are, how fast they go, what is reported.
+# Settings that a resumed run may change freely: where things are, how fast they go, what is reported and kept.
 FREE = frozenset(
-    "output_dir log_dir data_dir num_workers pin_mem prefetch_factor print_freq log_every "
-    "resume resume_force save_every save_steps keep keep_every start_epoch stop_epoch stop_step "
-    "world_size_requested rank gpu local_rank dist_url dist_backend dist_on_itp distributed "
-    "eval dist_eval eval_every predictions per_class knn_every knn_data nan_dump visualize_every "
-    "partition nodes ngpus gpus timeout comment job_dir job_name".split()
+    "output_dir log_dir num_workers pin_mem print_freq vis_every knn_every nan_dump max_bad_images "
+    "resume resume_force start_epoch save_every save_steps keep_checkpoints keep_every eval dist_eval predictions "
+    "eff_batch_size rank local_rank distributed dist_url port dist_timeout".split()
 )
-# Settings that keep the recipe but not the bits, each with what changes.
-BATCHING = "the batches are drawn and averaged otherwise from here on"
-NUMERICS = "the same computation, rounded otherwise"
+# Settings that keep the recipe but not the bits, each with what changes; eff_batch_size, above, follows from them.
+BATCHES = "steps are made of other images, or averaged in another order"
+ROUNDING = "the same computation, rounded otherwise"
 CHANGES_BITS = {
-    "world_size": BATCHING,
-    "batch_size": BATCHING,
-    "accum_iter": BATCHING,
-    "precision": NUMERICS,
-    "device": NUMERICS,
-    "compile": NUMERICS,
-    "grad_checkpointing": NUMERICS,
+    "world_size": BATCHES,
+    "batch_size": BATCHES,
+    "accum_iter": BATCHES,
+    "precision": ROUNDING,
+    "device": ROUNDING,
+    "compile": ROUNDING,
+    "grad_checkpointing": ROUNDING,
     "data_path": "identical only if it holds the same images in the same order",
-    "bad_images": "another set of samples wherever an image cannot be read",
-    "max_bad_images": "the run ends at another number of unreadable images",
+    "bad_images": "other samples wherever an image cannot be read",
 }
 
 
@@ -303,26 +301,26 @@ def compare_recipes(saved_args: dict[str, Any], args: dict[str, Any]) -> tuple[l
         warnings: differences after which the run goes on, but no longer identically to an uninterrupted one.
     """
     errors, warnings = [], []
-    batching_differs = False
-    for name in sorted(saved_args.keys() & args.keys() - FREE):
+    for name in sorted((saved_args.keys() & args.keys()) - FREE):
         saved, now = _comparable(saved_args[name]), _comparable(args[name])
+        difference = f"{name}: {saved} -> {now}"
         if saved == now:
             continue
-        difference = f"{name}: {saved} -> {now}"
         if name in CHANGES_BITS:
             warnings.append(f"{difference} ({CHANGES_BITS[name]})")
-            batching_differs |= CHANGES_BITS[name] is BATCHING
+        elif name == "lr" and _follows_batch_size(saved_args) and _follows_batch_size(args):
+            warnings.append(f"{difference} (it follows the effective batch size)")
         else:
             errors.append(difference)
-    if batching_differs and (saved_args.get("blr"), args.get("blr")) != (None, None):
-        # A learning rate derived from blr and the effective batch size follows the latter.
-        followed = [difference for difference in errors if difference.startswith("lr: ")]
-        errors = [difference for difference in errors if difference not in followed]
-        warnings += [f"{difference} (follows the effective batch size)" for difference in followed]
     unknown = sorted((saved_args.keys() ^ args.keys()) - FREE)
     if unknown:
         warnings.append(f"only in the checkpoint or only in this version, so not compared: {', '.join(unknown)}")
     return errors, warnings
+
+
+def _follows_batch_size(args: dict[str, Any]) -> bool:
+    """Whether the learning rate is the one derived from the base learning rate, rather than given."""
+    return args.get("blr") is not None and args["lr"] == args["blr"] * args.get("eff_batch_size", 0) / 256
 
 
 def _comparable(value: Any) -> Any:
