@@ -265,6 +265,17 @@ def test_position_embeddings_of_oblong_images_keep_their_grid():
     torch.testing.assert_close(wide.absolute_pos_embed.data, reference.flatten(2).transpose(1, 2), rtol=0, atol=1e-6)
 
 
+def test_position_embeddings_of_any_grid_are_left_alone_at_their_own_size():
+    for img_size in ((128, 32), (32, 128), (32, 32), (96, 64)):
+        model = pretraining(img_size=img_size, window_size=(1, 1, 1, 1))
+        report = load_pretraining(pretraining(img_size=img_size, window_size=(1, 1, 1, 1)), model.state_dict(), "a.pth")
+        assert report.resized == [], img_size
+    weights = {**classifier().state_dict(), "absolute_pos_embed": torch.randn(1, 256, 8)}  # not a sin-cos one
+    model = classifier()
+    assert load_encoder(model, weights, "a.pth").resized == []
+    assert load_encoder(classifier(img_size=128), weights, "a.pth").resized == ["absolute_pos_embed"]
+
+
 def refusal(load, model: nn.Module, weights: dict[str, torch.Tensor]) -> str:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:

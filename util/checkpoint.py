@@ -582,8 +582,9 @@ def _resized(name: str, tensor: Tensor, shape: torch.Size, model: nn.Module) -> 
         return tensor
     if name in ("absolute_pos_embed", "decoder_pos_embed"):
         new_grid = model.layers[0].grid if name == "absolute_pos_embed" else model.grid_size
-        old_grid = _grid_of(tensor)
-        if old_grid is None or old_grid == tuple(new_grid):
+        side = isqrt(tensor.shape[1])
+        old_grid = _grid_of(tensor) or ((side, side) if tensor.shape != shape else tuple(new_grid))
+        if old_grid == tuple(new_grid) or old_grid[0] * old_grid[1] != tensor.shape[1]:
             return tensor
         return resample_abs_pos_embed(
             tensor, new_size=list(new_grid), old_size=list(old_grid), num_prefix_tokens=0, antialias=False
@@ -597,18 +598,17 @@ def _resized(name: str, tensor: Tensor, shape: torch.Size, model: nn.Module) -> 
 
 
 def _grid_of(pos_embed: Tensor) -> tuple[int, int] | None:
-    """The (rows, cols) that a (1, L, D) sin-cos embedding was made for, or None where that cannot be told.
+    """The (rows, cols) that a (1, L, D) sin-cos embedding was made for, or None if it is another kind of embedding.
 
-    Its second half encodes the row, so the tokens of one row share it: the first row ends where it changes.
+    Its first half encodes the column and is the same in every row; its second half encodes the row.
     """
     length, dim = pos_embed.shape[1:]
-    row_code = pos_embed[0, :, dim // 2 :]
-    changed = ((row_code - row_code[0]).abs().amax(dim=1) > 1e-3).nonzero()
-    cols = int(changed[0]) if len(changed) else length
-    if cols > 1 and length % cols == 0:
-        return length // cols, cols
-    side = isqrt(length)
-    return (side, side) if side * side == length else None
+    col_code, row_code = pos_embed[0, :, : dim // 2], pos_embed[0, :, dim // 2 :]  # (L, D/2)
+    new_row = ((row_code - row_code[0]).abs().amax(dim=1) > 1e-3).nonzero()
+    cols = int(new_row[0]) if len(new_row) else length
+    if length % cols or (col_code.unflatten(0, (-1, cols)) - col_code[:cols]).abs().amax() > 1e-3:
+        return None
+    return length // cols, cols
 
 
 def _listed(names, most: int = MAX_LISTED) -> str:
