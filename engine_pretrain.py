@@ -1,0 +1,37 @@
+"""One epoch of pretraining (MixMAE, section 3)."""
+
+from util.lr_sched import adjust_learning_rate
+from util.precision import autocast, backward, clip_and_step
+from util.run import Run
+from util.seeding import keyed_generator, seed_all
+
+
+def train_one_epoch(run: Run) -> float:
+    """Train on what is left of the current epoch; returns the last learning rate.
+
+    Raises:
+        NonFiniteError, Preempted: see `Run.finish_step`.
+    """
+    args, state, progress = run.args, run.state, run.state.progress
+    run.model.train()
+    lr = state.optimizer.param_groups[0]["lr"]
+    meter, batches = run.start_epoch()
+    while progress.step_in_epoch < run.steps_per_epoch:
+        lr = adjust_learning_rate(state.optimizer, progress.fraction(run.steps_per_epoch), args)
+        loss, batch = 0.0, []
+        for micro in range(args.accum_iter):
+            imgs, _ = meter.wait_for(batches)
+            keys = run.step_keys(micro)
+            mask = state.model.random_masking(args.mask_ratio, keyed_generator(*keys))
+            seed_all(*keys)  # for drop path
+            batch.append({"imgs": imgs, "mask": mask, "keys": keys})
+            with run.gradients_in_sync(micro):
+                with autocast(args.precision, run.device):
+                    micro_loss, _, _ = run.model(run.normalize(imgs.to(run.device, non_blocking=True)), mask=mask)
+                micro_loss = micro_loss / args.accum_iter
+                backward(micro_loss, state.scaler)
+            loss = loss + micro_loss.detach()
+        run.guard.check()  # of the step before, which a GPU has finished by now
+        grad_norm = clip_and_step(state.optimizer, state.scaler, state.model.parameters(), args.clip_grad)
+        run.finish_step(meter, lr, loss, grad_norm, batch)
+    return lr

@@ -1,0 +1,158 @@
+"""Pretrain MixMAE.
+
+On this machine (a CPU, or one GPU):
+    python main_pretrain.py --data_path /path/to/images --model mixmae_tiny --batch_size 32
+On the GPUs of one machine:
+    torchrun --standalone --nproc_per_node 8 main_pretrain.py --data_path /path/to/imagenet --norm_pix_loss
+The paper's experiments, on Slurm or here:
+    sh exp/base_600ep/pretrain.sh partition 16 /path/to/imagenet
+    sh exp/base_600ep/pretrain.sh local 8 /path/to/imagenet
+"""
+
+import argparse
+import logging
+import time
+from pathlib import Path
+
+import timm
+import torch
+from timm.optim import param_groups_weight_decay
+from util.visualize import reconstruction_figure
+
+from engine_pretrain import train_one_epoch
+from models_mixmae import MixMAE
+from util import arguments, distributed
+from util.checkpoint import load_pretraining, read_weights
+from util.datasets import build_dataset, build_loader
+from util.logger import describe_environment, setup_logging
+from util.precision import autocast, make_scaler, resolve_precision
+from util.preemption import Preemption
+from util.run import Run, count_work, ending, open_run
+from util.samplers import TrainBatchSampler
+from util.seeding import keyed_generator, seed_all
+from util.training_state import Progress, TrainingState
+from util.transforms import Normalize, pretrain_transform
+
+logger = logging.getLogger(__name__)
+
+PICTURE_IMAGES = 6
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Pretrain MixMAE on unlabelled images.", formatter_class=arguments.HelpFormatter
+    )
+    arguments.add_model_arguments(parser, "mixmae_base", arguments.PRETRAINING_MODELS)
+    group = parser.add_argument_group("pretraining")
+    group.add_argument(
+        "--mask_ratio", type=float, default=0.5, metavar="SHARE", help="share of cells that are mixed in"
+    )
+    group.add_argument(
+        "--range_mask_ratio",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="adds U(0, SHARE) to every step's mask ratio",
+    )
+    group.add_argument(
+        "--norm_pix_loss", action="store_true", help="predict pixels normalised by their cell's mean and variance"
+    )
+    group.add_argument("--vis_every", type=int, default=20, metavar="EPOCHS", help="epochs between pictures; 0: none")
+    group.add_argument("--knn_every", type=int, default=0, metavar="EPOCHS", help="epochs between kNN tests; 0: none")
+    arguments.add_optimizer_arguments(parser, batch_size=64, epochs=400, blr=1.5e-4, min_lr=0.0, warmup_epochs=40)
+    arguments.add_data_arguments(parser)
+    arguments.add_run_arguments(parser)
+    return parser
+
+
+def prepare(args: argparse.Namespace, launch: distributed.Launch, preemption: Preemption) -> Run:
+    """Everything before the first step; raises ValueError or OSError for what the user can put right."""
+    device = args.device
+    arguments.finish_arguments(args, launch)
+    args.model = arguments.resolve_model_name(
+        args.model, arguments.PRETRAINING_MODELS, arguments.AUTHORS_PRETRAINING_NAMES
+    )
+    args.precision = resolve_precision(args.precision, device)
+    if args.batch_size % 2:
+        raise ValueError(f"--batch_size must be even, since images are mixed in pairs; got {args.batch_size}")
+
+    seed_all(args.seed, "weights")  # the same initial weights on every rank
+    model: MixMAE = timm.create_model(
+        args.model,
+        norm_pix_loss=args.norm_pix_loss,
+        range_mask_ratio=args.range_mask_ratio,
+        **arguments.model_shape(args),
+    )
+    args.input_size = model.img_size
+    model.random_masking(args.mask_ratio, keyed_generator(0))  # complains now about a ratio that hides nothing
+    if args.finetune:
+        weights, source = read_weights(args.finetune)
+        logger.info("%s", load_pretraining(model, weights, source))
+    model.to(device)
+    model.set_grad_checkpointing(args.grad_checkpointing)
+
+    dataset = build_dataset(args, "train", pretrain_transform(args))
+    sampler = TrainBatchSampler(
+        len(dataset), args.batch_size, args.accum_iter, launch.rank, launch.world_size, args.seed
+    )
+    loader = build_loader(dataset, sampler, args)
+    if launch.rank == 0:
+        parameters, multiply_adds = count_work(model, 2)
+        logger.info(
+            "%s at %dx%d: %.1f M parameters, %.2f G multiply-adds per image, %s",
+            args.model, *model.img_size, parameters / 1e6, multiply_adds / 1e9, args.precision,
+        )  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        param_groups_weight_decay(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95), fused=True
+    )
+    if args.compile:
+        model.compile_blocks()
+    state = TrainingState(model, optimizer, make_scaler(args.precision, device), args, Progress())
+    return open_run(args, device, state, loader, Normalize(args.mean, args.std), preemption)
+
+
+def due(every: int, run: Run) -> bool:
+    """Whether something that happens every so many epochs, and after the last one, is due at the end of this one."""
+    finished = run.state.progress.epoch + 1
+    return every > 0 and (finished % every == 0 or finished == run.args.epochs)
+
+
+def save_picture(run: Run) -> None:
+    """Write reconstructions of the first training images to the output folder and TensorBoard."""
+    if not distributed.is_main_process():
+        return
+    args, model = run.args, run.state.model
+    dataset = run.loader.dataset
+    imgs = torch.stack([dataset[(0, index)][0] for index in range(min(PICTURE_IMAGES, len(dataset)) // 2 * 2)])
+    mask = model.random_masking(args.mask_ratio, keyed_generator(args.seed, "picture"))
+    with autocast(args.precision, run.device):
+        picture = reconstruction_figure(model, run.normalize(imgs.to(run.device)), mask, args.mean, args.std)
+    path = Path(args.output_dir) / "reconstructions" / f"epoch{run.state.progress.epoch + 1:04d}.png"
+    path.parent.mkdir(exist_ok=True)
+    picture.save(path)
+    run.log.picture("reconstructions", picture, run.epoch_1000x)
+
+
+def main(args: argparse.Namespace) -> None:
+    with arguments.user_errors():
+        setup_logging()
+        launch = distributed.init_distributed(args)
+        preemption = Preemption()
+        preemption.install()
+        for line in describe_environment():
+            logger.info(line)
+        run = prepare(args, launch, preemption)
+    start = time.time()
+    with ending(run):
+        while run.state.progress.epoch < args.epochs:
+            epoch_start = time.time()
+            lr = train_one_epoch(run)
+            if due(args.vis_every, run):
+                save_picture(run)
+            run.finish_epoch({"train_lr": lr, "seconds": time.time() - epoch_start})
+    logger.info("pretraining took %.1f minutes; checkpoint: %s", (time.time() - start) / 60, args.output_dir)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

@@ -1,0 +1,112 @@
+"""Measuring a run without slowing it: losses stay on the device until a log line is due."""
+
+import datetime
+import logging
+import resource
+import sys
+import time
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from util import distributed
+
+logger = logging.getLogger(__name__)
+
+SPIKE_HISTORY = 100  # steps that say what losses are usual
+SPIKE_SIGMAS = 6.0
+
+
+class StepMeter:
+    """Collects one epoch's optimizer steps; `flush` reduces them over ranks and describes them.
+
+    Args:
+        epoch: for the console line.
+        steps_per_epoch, total_steps: optimizer steps of an epoch and of the whole run.
+        images_per_step: of all ranks.
+        device: of training.
+    """
+
+    def __init__(self, epoch: int, steps_per_epoch: int, total_steps: int, images_per_step: int, device: torch.device):
+        self.epoch = epoch
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = total_steps
+        self.images_per_step = images_per_step
+        self.device = device
+        self.pending: list[tuple[int, float, Tensor, Tensor]] = []
+        self.usual_losses: deque[float] = deque(maxlen=SPIKE_HISTORY)
+        self.waited = 0.0
+        self.window_start = time.perf_counter()
+
+    def wait_for(self, batches):
+        """The next batch, with the time spent waiting for it noted."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        return batch
+
+    def add(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor) -> None:
+        """Note one optimizer step, its loss on this rank and its gradient norm; nothing is read from the device."""
+        self.pending.append((step, lr, loss.detach(), grad_norm.detach()))
+
+    def flush(self) -> tuple[list[dict], dict[str, float]]:
+        """Reduce what was noted over all ranks, which must call this together.
+
+        Returns:
+            One record per optimizer step, with its loss averaged over ranks; and the scalars of the log line.
+        """
+        if not self.pending:
+            return [], {}
+        steps, lrs, losses, norms = zip(*self.pending)
+        losses = distributed.all_reduce_mean(torch.stack(losses).float()).tolist()
+        norms = torch.stack(norms).float().tolist()
+        now = time.perf_counter()
+        seconds = now - self.window_start
+        records = [
+            {"step": step, "epoch": self.epoch, "lr": lr, "loss": loss, "grad_norm": norm}
+            for step, lr, loss, norm in zip(steps, lrs, losses, norms)
+        ]
+        scalars = {
+            "loss": sum(losses) / len(losses),
+            "lr": lrs[-1],
+            "grad_norm": sum(norms) / len(norms),
+            "images_per_second": self.images_per_step * len(steps) / seconds,
+            "data_wait_share": self.waited / seconds,
+            "memory_mb": peak_memory_mb(self.device),
+            "seconds_per_step": seconds / len(steps),
+        }
+        self.warn_of_spikes(records)
+        self.pending, self.waited, self.window_start = [], 0.0, now
+        return records, scalars
+
+    def line(self, step: int, step_in_epoch: int, scalars: dict[str, float]) -> str:
+        """The console line of a flush."""
+        left = (self.total_steps - step) * scalars["seconds_per_step"]
+        return (
+            f"epoch {self.epoch}  step {step_in_epoch}/{self.steps_per_epoch}  loss {scalars['loss']:.4f}  "
+            f"lr {scalars['lr']:.3g}  grad norm {scalars['grad_norm']:.3g}  "
+            f"{scalars['images_per_second']:.0f} images/s  data wait {scalars['data_wait_share']:.0%}  "
+            f"memory {scalars['memory_mb']:.0f} MB  ETA {datetime.timedelta(seconds=int(left))}"
+        )
+
+    def warn_of_spikes(self, records: list[dict]) -> None:
+        """Log a warning for a loss far above those of the steps before it."""
+        for record in records:
+            if len(self.usual_losses) == SPIKE_HISTORY:
+                usual = torch.tensor(self.usual_losses, dtype=torch.float64)
+                limit = usual.mean() + SPIKE_SIGMAS * usual.std()
+                if record["loss"] > limit:
+                    logger.warning(
+                        "loss spike: %.4f at step %d, the last %d steps had %.4f +- %.4f",
+                        record["loss"], record["step"], SPIKE_HISTORY, usual.mean(), usual.std(),
+                    )  # fmt: skip
+            self.usual_losses.append(record["loss"])
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process so far in MB: of the GPU's allocator, or the resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

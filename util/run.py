@@ -1,0 +1,239 @@
+"""What both mains do around their training loops: setting a run up, and ending its steps and epochs."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from util import distributed
+from util.datasets import BadImageError
+from util.logger import RunLog
+from util.metrics import StepMeter
+from util.nonfinite import NonFiniteError, NonFiniteGuard
+from util.preemption import Preemption
+from util.resume import CheckpointFolder
+from util.training_state import TrainingState, find_checkpoint
+from util.transforms import Normalize
+
+logger = logging.getLogger(__name__)
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and has saved."""
+
+
+@dataclass
+class Run:
+    """A run in progress: what a training loop works with."""
+
+    args: argparse.Namespace
+    device: torch.device
+    model: nn.Module  # what is called: the state's model, or its DistributedDataParallel wrapper
+    state: TrainingState
+    loader: DataLoader
+    normalize: Normalize
+    folder: CheckpointFolder | None  # rank 0 alone
+    log: RunLog
+    guard: NonFiniteGuard
+    preemption: Preemption
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.loader.batch_sampler.steps_per_epoch
+
+    @property
+    def epoch_1000x(self) -> int:
+        """The axis of TensorBoard: comparable between runs whatever their batch size."""
+        return int(self.state.progress.fraction(self.steps_per_epoch) * 1000)
+
+    def start_epoch(self) -> tuple[StepMeter, Iterator]:
+        """A meter for the epoch, and the batches that are left of it."""
+        progress = self.state.progress
+        meter = StepMeter(
+            progress.epoch,
+            self.steps_per_epoch,
+            self.steps_per_epoch * self.args.epochs,
+            self.args.eff_batch_size,
+            self.device,
+        )
+        if progress.step_in_epoch == self.steps_per_epoch:
+            return meter, iter(())
+        self.loader.batch_sampler.set_position(progress.epoch, progress.step_in_epoch)
+        return meter, iter(self.loader)
+
+    def step_keys(self, micro: int) -> tuple[int, str, int, int]:
+        """Keys of all randomness of one micro-batch; they do not tell ranks from accumulation."""
+        piece = micro * distributed.get_world_size() + distributed.get_rank()
+        return self.args.seed, "step", self.state.progress.step, piece
+
+    def gradients_in_sync(self, micro: int) -> contextlib.AbstractContextManager:
+        """Around forward and backward of a micro-batch: ranks reduce their gradients with the last one only."""
+        if micro < self.args.accum_iter - 1 and isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def finish_step(self, meter: StepMeter, lr: float, loss: Tensor, grad_norm: Tensor, batch: list[dict]) -> None:
+        """After an optimizer step: check, count, log and save as far as due.
+
+        Raises:
+            NonFiniteError: on all ranks, when the loss or gradient was not finite.
+            Preempted: on all ranks, when any was asked to stop; the state is saved.
+        """
+        args, progress = self.args, self.state.progress
+        self.guard.watch(str(progress), loss, grad_norm, batch)
+        progress.next_step()
+        meter.add(progress.step, lr, loss, grad_norm)
+        stop = self.preemption.requested_on_any_rank()
+        save = stop or (args.save_steps and progress.step % args.save_steps == 0)
+        if save or progress.step % args.print_freq == 0 or progress.step_in_epoch == self.steps_per_epoch:
+            self.report(meter)
+        if save:
+            self.save()
+        if stop:
+            raise Preempted(f"stopped on request at {progress}")
+
+    def report(self, meter: StepMeter) -> None:
+        """Write the log lines that are due."""
+        progress = self.state.progress
+        records, scalars = meter.flush()
+        if not records:
+            return
+        progress.epoch_loss += sum(record["loss"] for record in records)
+        tags = {f"train/{name}": scalars[name] for name in ("loss", "lr", "grad_norm")}
+        tags |= {f"speed/{name}": scalars[name] for name in ("images_per_second", "data_wait_share", "memory_mb")}
+        self.log.steps(records, self.epoch_1000x, tags)
+        logger.info(meter.line(progress.step, progress.step_in_epoch, scalars))
+
+    def save(self, milestone: bool = False, best: bool = False) -> None:
+        """Write a checkpoint (rank 0), once the last step is known to be good (all ranks)."""
+        self.guard.check()
+        if self.folder is not None:
+            self.folder.save(self.state.checkpoint(), milestone=milestone, best=best)
+
+    def finish_epoch(self, record: dict, best: bool = False) -> None:
+        """Move to the next epoch, save when due, and write the epoch's line of log.txt with `record` in it.
+
+        The line comes after the checkpoint is on its way: a resumed run repeats the epoch's end, or neither.
+        """
+        args, progress = self.args, self.state.progress
+        epoch = progress.epoch
+        record = {"epoch": epoch, "step": progress.step, "train_loss": progress.next_epoch(), **record}
+        last = progress.epoch == args.epochs
+        milestone = bool(args.keep_every) and progress.epoch % args.keep_every == 0
+        self.log.epoch(record, self.epoch_1000x)
+        if last or milestone or best or progress.epoch % args.save_every == 0:
+            self.save(milestone, best)
+        logger.info("epoch %d done: %s", epoch, ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
+
+    def close(self) -> None:
+        """Wait for the last checkpoint to be on the disk, and close the logs."""
+        if self.folder is not None:
+            self.folder.wait(final=True)
+        self.log.close()
+        self.preemption.close()
+
+
+def open_run(
+    args: argparse.Namespace,
+    device: torch.device,
+    state: TrainingState,
+    loader: DataLoader,
+    normalize: Normalize,
+    preemption: Preemption,
+) -> Run:
+    """Restore what `--resume` names, open the run's files, and wrap the model for several ranks.
+
+    Raises:
+        CheckpointError: the output folder or the checkpoint to resume from cannot be used.
+    """
+    steps_per_epoch = loader.batch_sampler.steps_per_epoch
+    folder = open_folder(args)
+    checkpoint = find_checkpoint(folder, args)
+    state.progress.epoch = args.start_epoch
+    if checkpoint is not None:
+        state.restore(checkpoint, steps_per_epoch)
+        logger.info("resumed at %s", state.progress)
+    elif folder is not None and args.resume == "" and (folder.folder / "checkpoint.pth").exists():
+        logger.warning(
+            "%s holds an earlier run, which this one replaces: --resume auto would continue it", args.output_dir
+        )
+    progress = state.progress
+    log = RunLog(
+        args.output_dir,
+        args.log_dir,
+        progress.step,
+        progress.epoch,
+        int(progress.fraction(steps_per_epoch) * 1000),
+    )
+    guard = NonFiniteGuard(device, state, Path(args.output_dir) if args.nan_dump else None)
+    model = state.model
+    if distributed.get_world_size() > 1:
+        # Without device_ids, inputs are left where they are: masks belong on the CPU.
+        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    logger.info(
+        "effective batch %d = %d images x %d micro-batches x %d ranks; learning rate %.3g; %d steps per epoch",
+        args.eff_batch_size, args.batch_size, args.accum_iter, distributed.get_world_size(), args.lr, steps_per_epoch,
+    )  # fmt: skip
+    return Run(args, device, model, state, loader, normalize.to(device), folder, log, guard, preemption)
+
+
+def open_folder(args: argparse.Namespace) -> CheckpointFolder | None:
+    """The run's folder on rank 0; an error there is an error on all ranks."""
+    folder, error = None, None
+    if distributed.is_main_process():
+        try:
+            folder = CheckpointFolder(args.output_dir, args.keep_checkpoints)
+        except ValueError as caught:
+            error = str(caught)
+    error = distributed.gather_objects(error)[0]
+    if error:
+        raise ValueError(error)
+    return folder
+
+
+@contextlib.contextmanager
+def ending(run: Run) -> Iterator[None]:
+    """Around training: ends the process in the way that fits how training ended, with the last checkpoint written.
+
+    Exit codes: 1 for a failure that is explained in one line, `util.preemption.EXIT_REQUEUE` after a request to stop.
+    """
+    try:
+        with distributed.explain_collective_failures():
+            yield
+        run.close()
+    except Preempted as stopped:
+        logger.warning("%s", stopped)
+        if run.folder is not None:
+            run.folder.wait(final=True)
+        run.preemption.exit_for_requeue()
+    except (NonFiniteError, BadImageError, distributed.CollectiveError) as error:
+        if run.folder is not None:
+            run.folder.wait()
+        if distributed.is_main_process() or not isinstance(error, NonFiniteError):
+            logger.error("%s", error)
+        sys.stdout.flush()
+        # At once, without Python's shutdown: a rank that hangs must not keep this one waiting for its goodbye.
+        os._exit(1)
+
+
+def count_work(model: nn.Module, batch_size: int) -> tuple[int, float]:
+    """Parameters (frozen ones included) and multiply-adds of one image's forward pass."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    device = next(model.parameters()).device
+    imgs = torch.zeros(batch_size, model.in_chans, *model.img_size, device=device)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(imgs)
+    model.train(was_training)
+    return parameters, counter.get_total_flops() / 2 / batch_size
