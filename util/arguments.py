@@ -40,7 +40,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in hidden or "default" in action.help else super()._get_help_string(action)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, model: str, names: list[str]) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, model: str, names: list[str], drop_path: float = 0.0) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", default=model, metavar="NAME", help=f"one of {', '.join(names)}, or the authors' mixmim_* names"
@@ -57,7 +57,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, model: str, names: list
         "--window_size", type=int, nargs=4, metavar="TOKENS", help="window side of each stage (default: the model's)"
     )
     group.add_argument(
-        "--drop_path", type=float, default=0.0, metavar="RATE", help="stochastic depth of the last block"
+        "--drop_path", type=float, default=drop_path, metavar="RATE", help="stochastic depth of the last block"
     )
     group.add_argument(
         "--grad_checkpointing", action="store_true", help="store less and compute blocks twice: slower, less memory"

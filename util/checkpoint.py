@@ -344,12 +344,14 @@ class WeightsInfo:
         return self.source
 
 
-def read_weights(source: str | os.PathLike) -> tuple[dict[str, Tensor], WeightsInfo]:
+def read_weights(source: str | os.PathLike, ema: bool = False) -> tuple[dict[str, Tensor], WeightsInfo]:
     """The weights that `source` names, under the names that the authors' checkpoints use, and where they came from.
 
     Args:
         source: a file; the name of a published checkpoint (`base_600ep`, see `util.pretrained.PUBLISHED`); or an
             `https://` link with its hash: `https://.../file.pth#sha256=<hex>`, or a name that ends in `-<hex>.pth`.
+
+        ema: take the averaged weights that `--model_ema` keeps, where the file has them.
 
     Derived tensors (`relative_position_index`, `attn_mask`) are left out, wrappers' prefixes (`module.`) are taken off
     and mmpretrain's MixMIM names and patch-merging order are converted.
@@ -361,6 +363,10 @@ def read_weights(source: str | os.PathLike) -> tuple[dict[str, Tensor], WeightsI
 
     path = locate(os.fspath(source))
     checkpoint = read_checkpoint(path, mmap=True)
+    if ema:
+        if "model_ema" not in checkpoint:
+            raise CheckpointError(f"{path} holds no averaged weights: leave out --model_ema to use its plain ones")
+        checkpoint["model"] = checkpoint["model_ema"]
     state_dict, layout = normalise_state_dict(checkpoint, path)
     args = checkpoint.get("args")
     epoch = checkpoint.get("epoch")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from util import distributed
@@ -55,7 +56,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     args: argparse.Namespace
     progress: Progress
-    model_ema: nn.Module | None = None
+    model_ema: ModelEmaV3 | None = None
 
     def checkpoint(self) -> dict[str, Any]:
         """The state as plain data, in the authors' layout: 'epoch' is the last complete one."""
@@ -73,7 +74,7 @@ class TrainingState:
             "args": plain_arguments(self.args),
         }
         if self.model_ema is not None:
-            checkpoint["model_ema"] = self.model_ema.state_dict()
+            checkpoint["model_ema"] = self.model_ema.module.state_dict()
         return checkpoint
 
     def restore(self, checkpoint: dict[str, Any], steps_per_epoch: int) -> None:
@@ -85,7 +86,7 @@ class TrainingState:
         if checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         if self.model_ema is not None:
-            self.model_ema.load_state_dict(checkpoint.get("model_ema") or checkpoint["model"])
+            self.model_ema.module.load_state_dict(checkpoint.get("model_ema") or checkpoint["model"])
         progress = self.progress
         progress.epoch = checkpoint["epoch"] + 1
         progress.step_in_epoch = checkpoint.get("step_in_epoch", 0)

@@ -1,0 +1,153 @@
+"""One epoch of fine-tuning, and exact evaluation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from util import distributed
+from util.lr_sched import adjust_learning_rate
+from util.precision import autocast, backward, clip_and_step
+from util.run import Run
+from util.seeding import seed_all
+from util.transforms import Normalize
+
+TOP = 5
+
+
+def train_one_epoch(
+    run: Run,
+    criterion: nn.Module,
+    random_erasing: Callable[[Tensor], Tensor],
+    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+) -> float:
+    """Train on what is left of the current epoch; returns the last learning rate.
+
+    Args:
+        run: whose model is the classifier.
+        criterion: loss of (logits, targets).
+        random_erasing: applied to the normalised batch.
+        mixup: mixup and cutmix of a batch, turning targets into class distributions; None for neither.
+
+    Raises:
+        NonFiniteError, Preempted: see `Run.finish_step`.
+        ValueError: for a label outside the classes.
+    """
+    args, state, progress = run.args, run.state, run.state.progress
+    run.model.train(not args.freeze_encoder)
+    lr = state.optimizer.param_groups[0]["lr"]
+    meter, batches = run.start_epoch()
+    while progress.step_in_epoch < run.steps_per_epoch:
+        lr = adjust_learning_rate(state.optimizer, progress.fraction(run.steps_per_epoch), args)
+        loss, batch = 0.0, []
+        for micro in range(args.accum_iter):
+            imgs, targets = meter.wait_for(batches)
+            check_targets(targets, args.nb_classes)
+            keys = run.step_keys(micro)
+            seed_all(*keys)  # for random erasing, mixup and drop path
+            batch.append({"imgs": imgs, "targets": targets, "keys": keys})
+            imgs = random_erasing(run.normalize(imgs.to(run.device, non_blocking=True)))
+            targets = targets.to(run.device, non_blocking=True)
+            if mixup is not None:
+                imgs, targets = mixup(imgs, targets)
+            with run.gradients_in_sync(micro):
+                with autocast(args.precision, run.device):
+                    micro_loss = criterion(run.model(imgs).float(), targets)
+                micro_loss = micro_loss / args.accum_iter
+                backward(micro_loss, state.scaler)
+            loss = loss + micro_loss.detach()
+        run.guard.check()  # of the step before, which a GPU has finished by now
+        grad_norm = clip_and_step(state.optimizer, state.scaler, state.model.parameters(), args.clip_grad)
+        if state.model_ema is not None:
+            state.model_ema.update(state.model)
+        run.finish_step(meter, lr, loss, grad_norm, batch)
+    return lr
+
+
+def check_targets(targets: Tensor, nb_classes: int) -> None:
+    """Raise a ValueError for a label that is not a class."""
+    if targets.min() < 0 or targets.max() >= nb_classes:
+        wrong = targets[(targets < 0) | (targets >= nb_classes)].unique().tolist()
+        raise ValueError(
+            f"labels {wrong} lie outside the {nb_classes} classes (0 to {nb_classes - 1}): "
+            "correct the labels of the data, or --nb_classes"
+        )
+
+
+@dataclass
+class Evaluation:
+    """Result of classifying a whole data set, the same on all ranks."""
+
+    images: int
+    acc1: float  # percent
+    acc5: float  # percent
+    loss: float  # mean cross-entropy
+    class_acc1: list[float]  # percent; nan for a class without images
+    predictions: list[tuple[int, int, list[int], list[float]]]  # index, label, top classes, their probabilities
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    normalize: Normalize,
+    precision: str,
+    device: torch.device,
+    keep_predictions: bool = False,
+) -> Evaluation:
+    """Classify every image of the loader's data set exactly once over all ranks.
+
+    The counts are whole numbers and losses are summed in float64, so that the result does not depend on the number of
+    ranks or the batch size.
+
+    Args:
+        model: the classifier, not wrapped.
+        loader: with an `EvalBatchSampler`.
+        keep_predictions: also return the top classes of every image.
+
+    Raises:
+        RuntimeError: when images were lost or counted twice.
+        ValueError: for a label outside the classes.
+    """
+    was_training = model.training
+    model.eval()
+    nb_classes = model.num_classes
+    top = min(TOP, nb_classes)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    top5_correct = torch.zeros((), dtype=torch.int64, device=device)
+    class_images = torch.zeros(nb_classes, dtype=torch.int64, device=device)
+    class_correct = torch.zeros(nb_classes, dtype=torch.int64, device=device)
+    predictions = []
+    for keys, (imgs, targets) in zip(loader.batch_sampler, loader):
+        check_targets(targets, nb_classes)
+        targets = targets.to(device, non_blocking=True)
+        with autocast(precision, device):
+            logits = model(normalize(imgs.to(device, non_blocking=True))).float()
+        loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum()
+        scores, classes = logits.softmax(dim=1).topk(top, dim=1)
+        hits = classes == targets[:, None]
+        top5_correct += hits.sum()
+        class_images += torch.bincount(targets, minlength=nb_classes)
+        class_correct += torch.bincount(targets[hits[:, 0]], minlength=nb_classes)
+        if keep_predictions:
+            rows = zip(keys, targets.tolist(), classes.tolist(), scores.tolist())
+            predictions += [(index, target, best, score) for (_, index), target, best, score in rows]
+    model.train(was_training)
+    loss_sum, top5_correct = distributed.all_reduce_sum(loss_sum), distributed.all_reduce_sum(top5_correct)
+    class_images, class_correct = distributed.all_reduce_sum(class_images), distributed.all_reduce_sum(class_correct)
+    images = int(class_images.sum())
+    if images != len(loader.dataset):
+        raise RuntimeError(f"evaluation saw {images} images of {len(loader.dataset)}: please report this as a bug")
+    if keep_predictions:
+        predictions = sorted(row for rows in distributed.gather_objects(predictions) for row in rows)
+    return Evaluation(
+        images=images,
+        acc1=100 * class_correct.sum().item() / images,
+        acc5=100 * top5_correct.item() / images,
+        loss=loss_sum.item() / images,
+        class_acc1=(100 * class_correct.double() / class_images).tolist(),
+        predictions=predictions,
+    )
