@@ -5,12 +5,14 @@ import contextlib
 import logging
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from util import distributed
 from util.datasets import BadImageError
 from util.logger import RunLog
-from util.metrics import StepMeter
+from util.metrics import SPIKE_HISTORY, StepMeter
 from util.nonfinite import NonFiniteError, NonFiniteGuard
 from util.preemption import Preemption
 from util.resume import CheckpointFolder
@@ -46,10 +48,16 @@ class Run:
     log: RunLog
     guard: NonFiniteGuard
     preemption: Preemption
+    usual_losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_HISTORY))
 
     @property
     def steps_per_epoch(self) -> int:
         return self.loader.batch_sampler.steps_per_epoch
+
+    @property
+    def saves_at_this_step(self) -> bool:
+        """Whether `--save_steps` asks for a checkpoint after the step that was done last."""
+        return self.args.save_steps > 0 and self.state.progress.step % self.args.save_steps == 0
 
     @property
     def epoch_1000x(self) -> int:
@@ -65,6 +73,7 @@ class Run:
             self.steps_per_epoch * self.args.epochs,
             self.args.eff_batch_size,
             self.device,
+            self.usual_losses,
         )
         if progress.step_in_epoch == self.steps_per_epoch:
             return meter, iter(())
@@ -94,8 +103,9 @@ class Run:
         progress.next_step()
         meter.add(progress.step, lr, loss, grad_norm)
         stop = self.preemption.requested_on_any_rank()
-        save = stop or (args.save_steps and progress.step % args.save_steps == 0)
-        if save or progress.step % args.print_freq == 0 or progress.step_in_epoch == self.steps_per_epoch:
+        last = progress.step_in_epoch == self.steps_per_epoch
+        save = stop or (self.saves_at_this_step and not last)  # after the last step, the epoch's end saves
+        if save or last or progress.step % args.print_freq == 0:
             self.report(meter)
         if save:
             self.save()
@@ -108,7 +118,8 @@ class Run:
         records, scalars = meter.flush()
         if not records:
             return
-        progress.epoch_loss += sum(record["loss"] for record in records)
+        for record in records:  # one by one: the same sum, to the bit, however the steps fall into reports
+            progress.epoch_loss += record["loss"]
         tags = {f"train/{name}": scalars[name] for name in ("loss", "lr", "grad_norm")}
         tags |= {f"speed/{name}": scalars[name] for name in ("images_per_second", "data_wait_share", "memory_mb")}
         self.log.steps(records, self.epoch_1000x, tags)
@@ -123,7 +134,7 @@ class Run:
     def finish_epoch(self, record: dict, best: bool = False) -> None:
         """Move to the next epoch, save when due, and write the epoch's line of log.txt with `record` in it.
 
-        The line comes after the checkpoint is on its way: a resumed run repeats the epoch's end, or neither.
+        The line comes before the checkpoint: a run that resumes before it drops the line and writes it again.
         """
         args, progress = self.args, self.state.progress
         epoch = progress.epoch
@@ -131,7 +142,7 @@ class Run:
         last = progress.epoch == args.epochs
         milestone = bool(args.keep_every) and progress.epoch % args.keep_every == 0
         self.log.epoch(record, self.epoch_1000x)
-        if last or milestone or best or progress.epoch % args.save_every == 0:
+        if last or milestone or best or progress.epoch % args.save_every == 0 or self.saves_at_this_step:
             self.save(milestone, best)
         logger.info("epoch %d done: %s", epoch, ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
 
@@ -227,13 +238,17 @@ def ending(run: Run) -> Iterator[None]:
 
 
 def count_work(model: nn.Module, batch_size: int) -> tuple[int, float]:
-    """Parameters (frozen ones included) and multiply-adds of one image's forward pass."""
+    """Parameters (frozen ones included) and multiply-adds of one image's forward pass.
+
+    Counted are the products of matrices and convolutions, those of attention included.
+    """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     device = next(model.parameters()).device
     imgs = torch.zeros(batch_size, model.in_chans, *model.img_size, device=device)
     was_training = model.training
     model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # The counter does not know all fused attentions (not a CPU's); the plain one is made of products that it knows.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(imgs)
     model.train(was_training)
     return parameters, counter.get_total_flops() / 2 / batch_size
