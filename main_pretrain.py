@@ -12,12 +12,10 @@ The paper's experiments, on Slurm or here:
 import argparse
 import logging
 import time
-from pathlib import Path
 
 import timm
 import torch
 from timm.optim import param_groups_weight_decay
-from util.visualize import reconstruction_figure
 
 from engine_pretrain import train_one_epoch
 from models_mixmae import MixMAE
@@ -32,6 +30,7 @@ from util.samplers import TrainBatchSampler
 from util.seeding import keyed_generator, seed_all
 from util.training_state import Progress, TrainingState
 from util.transforms import Normalize, pretrain_transform
+from util.visualize import reconstruction_figure
 
 logger = logging.getLogger(__name__)
 
@@ -127,10 +126,8 @@ def save_picture(run: Run) -> None:
     mask = model.random_masking(args.mask_ratio, keyed_generator(args.seed, "picture"))
     with autocast(args.precision, run.device):
         picture = reconstruction_figure(model, run.normalize(imgs.to(run.device)), mask, args.mean, args.std)
-    path = Path(args.output_dir) / "reconstructions" / f"epoch{run.state.progress.epoch + 1:04d}.png"
-    path.parent.mkdir(exist_ok=True)
-    picture.save(path)
-    run.log.picture("reconstructions", picture, run.epoch_1000x)
+    name = f"epoch{run.state.progress.epoch + 1:04d}.png"
+    run.log.picture("reconstructions", picture, name, run.epoch_1000x)
 
 
 def main(args: argparse.Namespace) -> None:

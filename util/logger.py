@@ -5,6 +5,7 @@ written by rank 0 alone. A resumed run first drops what lies after the point whe
 step stands there once.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -69,72 +71,141 @@ def git_commit() -> str:
 
 
 class RunLog:
-    """Files of a run's progress; does nothing on ranks other than 0.
+    """Files of a run's progress; does nothing on ranks other than 0. Files that cannot be written end no run.
 
     Args:
-        output_dir: folder of log.txt and steps.jsonl.
+        output_dir: folder of log.txt, steps.jsonl and pictures.
         log_dir: folder of TensorBoard's files.
         resume_step: optimizer steps done so far; what the files say of later ones is dropped.
         resume_epoch: epochs complete so far, likewise.
-        resume_x: TensorBoard's axis value (1000 per epoch) from which on events are dropped.
+        resume_x: TensorBoard's axis value (1000 per epoch) after which events are dropped.
+
+    Raises:
+        OSError: the folders cannot be written to now, before training.
     """
 
     def __init__(self, output_dir: str, log_dir: str, resume_step: int, resume_epoch: int, resume_x: int):
         self.enabled = distributed.is_main_process()
         if not self.enabled:
             return
-        self.epochs_file = Path(output_dir) / "log.txt"
-        self.steps_file = Path(output_dir) / "steps.jsonl"
-        keep_lines(self.epochs_file, lambda record: record.get("epoch", -1) < resume_epoch)
-        keep_lines(self.steps_file, lambda record: record.get("step", 0) <= resume_step)
-        # +1: the axis value of the last finished step itself stays.
-        self.tensorboard = SummaryWriter(log_dir, purge_step=resume_x + 1 if resume_step else None)
+        self.output_dir = Path(output_dir)
+        self.epochs_file = LinesFile(self.output_dir / "log.txt", lambda line: line.get("epoch", -1) < resume_epoch)
+        self.steps_file = LinesFile(self.output_dir / "steps.jsonl", lambda line: line.get("step", 0) <= resume_step)
+        # +1: the values of the last finished step itself stay; without one, those of an earlier run go too.
+        self.tensorboard = EventsFile(log_dir, resume_x + 1 if resume_step else 0)
 
     def steps(self, records: list[dict], epoch_1000x: int, tags: dict[str, float]) -> None:
         """Append optimizer steps to steps.jsonl and the last values to TensorBoard."""
         if not self.enabled:
             return
-        append_lines(self.steps_file, records)
-        for tag, value in tags.items():
-            self.tensorboard.add_scalar(tag, value, epoch_1000x)
+        self.steps_file.append(records)
+        if not self.steps_file.waiting:  # else the disk is full
+            self.tensorboard.scalars(tags, epoch_1000x)
 
     def epoch(self, record: dict, epoch_1000x: int) -> None:
-        """Append one epoch to log.txt and its numbers to TensorBoard."""
+        """Append one epoch to log.txt and its results to TensorBoard."""
         if not self.enabled:
             return
-        append_lines(self.epochs_file, [record])
-        for tag, value in record.items():
-            if tag.startswith("test_"):
-                self.tensorboard.add_scalar(f"perf/{tag}", value, epoch_1000x)
-        self.tensorboard.flush()
+        self.epochs_file.append([record])
+        results = {f"perf/{tag}": value for tag, value in record.items() if tag.startswith("test_")}
+        if not self.epochs_file.waiting:
+            self.tensorboard.scalars(results, epoch_1000x)
 
-    def picture(self, tag: str, image: Image.Image, epoch_1000x: int) -> None:
-        """Show a picture in TensorBoard."""
-        if self.enabled:
-            self.tensorboard.add_image(tag, np.asarray(image), epoch_1000x, dataformats="HWC")
+    def picture(self, tag: str, image: Image.Image, name: str, epoch_1000x: int) -> None:
+        """Write a picture to <output_dir>/<tag>/<name>, and show it in TensorBoard."""
+        if not self.enabled:
+            return
+        path = self.output_dir / tag / name
+        with going_on_without(f"{path} could not be written"):
+            path.parent.mkdir(exist_ok=True)
+            image.save(path)
+        self.tensorboard.picture(tag, image, epoch_1000x)
 
     def close(self) -> None:
+        """Write what is left."""
         if self.enabled:
+            self.epochs_file.append([])
+            self.steps_file.append([])
             self.tensorboard.close()
 
 
-def append_lines(path: Path, records: list[dict]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+@contextlib.contextmanager
+def going_on_without(what: str) -> Iterator[None]:
+    """Report a failing write instead of raising it: logs are no reason to end a run."""
+    try:
+        yield
+    except OSError as error:
+        logger.error("%s: %s. Training goes on", what, error)
 
 
-def keep_lines(path: Path, wanted) -> None:
-    """Rewrite a file of JSON lines with those that are `wanted`; a last line that a kill cut short goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if wanted(record):
-            kept.append(json.dumps(record) + "\n")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+class LinesFile:
+    """A file of JSON lines, each written once.
+
+    Lines that a full disk refuses are kept, and written with the next ones.
+
+    Args:
+        path: the file; there or not.
+        wanted: which of the records that are there stay. A last line that a kill cut short goes too.
+    """
+
+    def __init__(self, path: Path, wanted: Callable[[dict], bool]):
+        self.path = path
+        self.waiting = b""  # what is not in the file yet
+        if path.exists():
+            self._keep(wanted)
+
+    def _keep(self, wanted: Callable[[dict], bool]) -> None:
+        kept = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict) and wanted(record):
+                kept.append(line + "\n")
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def append(self, records: list[dict]) -> None:
+        """Write `records`, after those that could not be written before."""
+        self.waiting += "".join(json.dumps(record) + "\n" for record in records).encode()
+        with going_on_without(f"{self.path} could not be written; its lines are kept for the next attempt"):
+            with open(self.path, "ab", buffering=0) as file:  # unbuffered, to know exactly how much went in
+                while self.waiting:
+                    self.waiting = self.waiting[file.write(self.waiting) :]
+
+
+class EventsFile:
+    """TensorBoard's files of a run. Values that a full disk refuses are lost here; steps.jsonl has them too.
+
+    Args:
+        folder: where they lie.
+        purge: axis value from which on TensorBoard shall forget what earlier files in the folder say.
+    """
+
+    def __init__(self, folder: str, purge: int):
+        self.folder = folder
+        self.writer: SummaryWriter | None = SummaryWriter(folder, purge_step=purge)
+
+    def scalars(self, values: dict[str, float], x: int) -> None:
+        def add(writer: SummaryWriter) -> None:
+            for tag, value in values.items():
+                writer.add_scalar(tag, value, x)
+
+        self._write(add)
+
+    def picture(self, tag: str, image: Image.Image, x: int) -> None:
+        self._write(lambda writer: writer.add_image(tag, np.asarray(image), x, dataformats="HWC"))
+
+    def close(self) -> None:
+        self._write(SummaryWriter.close)
+
+    def _write(self, action: Callable[[SummaryWriter], None]) -> None:
+        """Do `action` and bring its values to the disk, so that they do not lag behind a checkpoint."""
+        with going_on_without(f"TensorBoard's file in {self.folder} could not be written"):
+            writer, self.writer = self.writer or SummaryWriter(self.folder), None
+            action(writer)
+            if writer.file_writer is not None:  # not closed
+                writer.flush()
+                self.writer = writer  # a writer that failed is of no more use: the next attempt opens a new file

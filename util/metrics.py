@@ -26,16 +26,25 @@ class StepMeter:
         steps_per_epoch, total_steps: optimizer steps of an epoch and of the whole run.
         images_per_step: of all ranks.
         device: of training.
+        usual_losses: those of the last steps, of earlier epochs too, which say what a spike is; added to.
     """
 
-    def __init__(self, epoch: int, steps_per_epoch: int, total_steps: int, images_per_step: int, device: torch.device):
+    def __init__(
+        self,
+        epoch: int,
+        steps_per_epoch: int,
+        total_steps: int,
+        images_per_step: int,
+        device: torch.device,
+        usual_losses: deque[float],
+    ):
         self.epoch = epoch
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = total_steps
         self.images_per_step = images_per_step
         self.device = device
         self.pending: list[tuple[int, float, Tensor, Tensor]] = []
-        self.usual_losses: deque[float] = deque(maxlen=SPIKE_HISTORY)
+        self.usual_losses = usual_losses
         self.waited = 0.0
         self.window_start = time.perf_counter()
 

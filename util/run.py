@@ -23,7 +23,7 @@ from util.logger import RunLog
 from util.metrics import SPIKE_HISTORY, StepMeter
 from util.nonfinite import NonFiniteError, NonFiniteGuard
 from util.preemption import Preemption
-from util.resume import CheckpointFolder
+from util.resume import CheckpointFolder, SaveError
 from util.training_state import TrainingState, find_checkpoint
 from util.transforms import Normalize
 
@@ -219,22 +219,29 @@ def ending(run: Run) -> Iterator[None]:
     Exit codes: 1 for a failure that is explained in one line, `util.preemption.EXIT_REQUEUE` after a request to stop.
     """
     try:
-        with distributed.explain_collective_failures():
-            yield
-        run.close()
-    except Preempted as stopped:
-        logger.warning("%s", stopped)
-        if run.folder is not None:
-            run.folder.wait(final=True)
-        run.preemption.exit_for_requeue()
-    except (NonFiniteError, BadImageError, distributed.CollectiveError) as error:
-        if run.folder is not None:
-            run.folder.wait()
+        try:
+            with distributed.explain_collective_failures():
+                yield
+            run.close()
+        except Preempted as stopped:
+            logger.warning("%s", stopped)
+            if run.folder is not None:
+                run.folder.wait(final=True)
+            run.preemption.exit_for_requeue()
+    except (NonFiniteError, BadImageError, distributed.CollectiveError, SaveError) as error:
         if distributed.is_main_process() or not isinstance(error, NonFiniteError):
-            logger.error("%s", error)
+            logger.error("%s", in_one_line(error))
+        if run.folder is not None:
+            with contextlib.suppress(SaveError):  # of the checkpoint under way, after the error that ends the run
+                run.folder.wait()
         sys.stdout.flush()
         # At once, without Python's shutdown: a rank that hangs must not keep this one waiting for its goodbye.
         os._exit(1)
+
+
+def in_one_line(error: Exception) -> str:
+    """The message of an error; one that comes from a data-loading process has a traceback before it."""
+    return str(error).rstrip().rpartition("\n")[2].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
 
 
 def count_work(model: nn.Module, batch_size: int) -> tuple[int, float]:
