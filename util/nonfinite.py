@@ -1,6 +1,7 @@
 """Stopping all ranks when a loss or gradient is not finite, and keeping what is needed to see why."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +60,28 @@ class NonFiniteGuard:
         bad_ranks = [rank for rank, value in enumerate(losses) if not torch.isfinite(torch.tensor(value))]
         if not bad_ranks and self.state.scaler.is_enabled():
             return
-        dump = (
-            self.dump(where, batch)
-            if self.dump_folder and (not bad_ranks or distributed.get_rank() in bad_ranks)
-            else None
-        )
+        if self.dump_folder:
+            hint = self.dump(where, batch, bad_ranks or range(len(losses)))
+        else:
+            hint = "Run with --nan_dump to keep the batch"
         what = f"the loss of rank {', '.join(map(str, bad_ranks))}" if bad_ranks else "the gradient"
         raise NonFiniteError(
             f"{what} is not finite at {where} (losses by rank: {', '.join(f'{value:g}' for value in losses)}; gradient "
             f"norm {grad_norm:g}). The weights were not updated and the last checkpoint is intact. "
-            + (f"Batch and state are in {dump}: see python -m util.replay. " if dump else "")
-            + ("" if self.dump_folder else "Run with --nan_dump to keep the batch. ")
-            + "Usual remedies: --precision bf16 or fp32, --clip_grad, a lower --blr, a look at the images"
+            f"{hint}. Usual remedies: --precision bf16 or fp32, --clip_grad, a lower --blr, a look at the images"
         )
 
-    def dump(self, where: str, batch: list[dict[str, Any]]) -> Path:
-        """Write the micro-batches of the bad step and the state before it; for `python -m util.replay`."""
-        path = self.dump_folder / f"nan_dump_rank{distributed.get_rank()}.pth"
-        write_checkpoint(path, {"where": where, "batch": batch, "checkpoint": self.state.checkpoint()})
-        return path
+    def dump(self, where: str, batch: list[dict[str, Any]], bad_ranks: Sequence[int]) -> str:
+        """Let each bad rank write its micro-batches of the step and the state before it, for `python -m util.replay`.
+
+        Returns when all have written, since the first rank to leave may take the others with it; says where it is.
+        """
+        rank, outcome = distributed.get_rank(), None
+        if rank in bad_ranks:
+            path = self.dump_folder / f"nan_dump_rank{rank}.pth"
+            try:
+                write_checkpoint(path, {"where": where, "batch": batch, "checkpoint": self.state.checkpoint()})
+                outcome = f"batch and state are in {path}: see python -m util.replay"
+            except OSError as error:
+                outcome = f"{path} could not be written: {error}"
+        return "; ".join(filter(None, distributed.gather_objects(outcome)))
