@@ -35,6 +35,11 @@ logger = logging.getLogger(__name__)
 TOLERATED_FAILURES = 3  # saves in a row that may fail (a full disk, a network file system away) before the run ends
 STALE_AFTER = 3600  # seconds; a temporary file of a process that cannot be asked is a leftover when it is older
 
+
+class SaveError(OSError):
+    """Checkpoints could not be saved too often in a row. The message is one for the user."""
+
+
 STEP_NAME = re.compile(r"checkpoint-\d+\.pth")
 TEMPORARY_NAME = re.compile(r"\.checkpoint.*\.pth\.(?P<host>.+)\.(?P<pid>\d+)\.tmp")
 
@@ -82,7 +87,7 @@ class CheckpointFolder:
 
         Raises:
             CheckpointError: `checkpoint` holds something that is not a tensor or plain.
-            OSError: the write before this one failed, once too often.
+            SaveError: the write before this one failed, once too often.
         """
         refuse_what_is_not_plain(checkpoint)
         self.wait()
@@ -103,7 +108,7 @@ class CheckpointFolder:
             final: nothing is to be saved after this, so a failure counts at once.
 
         Raises:
-            OSError: the last write failed, and it was the final one or once too often.
+            SaveError: the last write failed, and it was the final one or once too often.
         """
         if self._thread is not None:
             self._thread.join()
@@ -111,8 +116,14 @@ class CheckpointFolder:
         error, self._error = self._error, None
         if error is None:
             return
-        if final or self.failures > TOLERATED_FAILURES or not isinstance(error, OSError):
+        if not isinstance(error, OSError):
             raise error
+        if final or self.failures > TOLERATED_FAILURES:
+            raise SaveError(
+                f"the {'last ' if final else ''}checkpoint could not be saved: {error} (failure {self.failures} in a "
+                f"row, {TOLERATED_FAILURES} are tolerated before the run's last). Earlier checkpoints are intact: put "
+                "the disk right and continue with --resume auto"
+            ) from error
         logger.error(
             "a checkpoint could not be saved: %s. Training goes on and earlier checkpoints are intact "
             "(failure %d in a row, %d are tolerated)",

@@ -77,8 +77,8 @@ class TrainingState:
             checkpoint["model_ema"] = self.model_ema.module.state_dict()
         return checkpoint
 
-    def restore(self, checkpoint: dict[str, Any], steps_per_epoch: int) -> None:
-        """Take over a checkpoint of this run, or of one with other batches (the position is then rounded down)."""
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Take over weights, optimizer, scaler and average."""
         self.model.load_state_dict(
             {name: tensor for name, tensor in checkpoint["model"].items() if "relative_position_index" not in name}
         )
@@ -87,6 +87,21 @@ class TrainingState:
             self.scaler.load_state_dict(checkpoint["scaler"])
         if self.model_ema is not None:
             self.model_ema.module.load_state_dict(checkpoint.get("model_ema") or checkpoint["model"])
+
+    def restore(self, checkpoint: dict[str, Any], steps_per_epoch: int) -> None:
+        """Take over a checkpoint of this run, or of one with other batches (the position is then rounded down).
+
+        Raises:
+            CheckpointError: its weights are not this model's.
+        """
+        try:
+            self.load(checkpoint)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            why = " ".join(str(error).split())[:1000]
+            raise CheckpointError(
+                f"--resume {self.args.resume}: the checkpoint does not fit this model or optimizer: {why}. To start "
+                "from the weights that do fit, use --finetune"
+            ) from error
         progress = self.progress
         progress.epoch = checkpoint["epoch"] + 1
         progress.step_in_epoch = checkpoint.get("step_in_epoch", 0)
@@ -130,7 +145,7 @@ def check_recipe(checkpoint: dict[str, Any], args: argparse.Namespace) -> None:
     if "format" not in checkpoint:
         logger.warning("the checkpoint is not of this program: its settings are not compared with the run's")
         return
-    errors, warnings = compare_recipes(checkpoint["args"], plain_arguments(args))
+    errors, warnings = compare_recipes(checkpoint.get("args", {}), plain_arguments(args))
     for warning in warnings:
         logger.warning("resuming with another setting: %s", warning)
     if errors and not args.resume_force:
