@@ -15,14 +15,18 @@ workers matters.
 """
 
 import argparse
+import atexit
+import gc
 import logging
 import multiprocessing
 import os
 import re
 import signal
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -54,8 +58,8 @@ class FileSource:
         return self.index.path(i)
 
     def read(self, i: int) -> tuple[torch.Tensor, int]:
-        with open(self.path(i), "rb") as file:
-            data = file.read()
+        with open(self.path(i), "rb", buffering=0) as file:
+            data = file.readall()
         return decode(data, self.in_chans), int(self.index.targets[i])
 
 
@@ -94,6 +98,12 @@ class ImageDataset(Dataset):
 
     def path_of(self, index: int) -> str:
         return self.source.path(index)
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        """The labels of all images where they are known without reading them."""
+        index = getattr(self.source, "index", None)
+        return None if index is None or self.classes is None else index.targets
 
     def bad_count(self) -> int:
         """How many different images could not be read so far, in all workers of this process."""
@@ -194,9 +204,11 @@ def build_loader(
 ) -> DataLoader:
     """A loader of (images (B, C, H, W), targets (B,) int64) for the key lists that `batch_sampler` yields.
 
-    Uses args.num_workers, pin_mem, seed. Workers ignore the signals that ask a job to stop: the training
-    process decides.
+    Uses args.num_workers, pin_mem, seed. Workers ignore the signals that ask a job to stop, which reach all of
+    its processes: the training process decides, and takes them along when it exits.
     """
+    exiting = multiprocessing.RawValue("b", 0)  # shared with the workers
+    atexit.register(setattr, exiting, "value", 1)
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,
@@ -205,7 +217,7 @@ def build_loader(
         pin_memory=args.pin_mem and torch.cuda.is_available(),
         persistent_workers=args.num_workers > 0,
         prefetch_factor=4 if args.num_workers > 0 else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, exiting=exiting),
         generator=keyed_generator(args.seed, "loader"),  # so that it draws nothing from the global one
     )
 
@@ -218,10 +230,16 @@ def collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torc
     return images.permute(0, 3, 1, 2), torch.tensor(targets)
 
 
-def _start_worker(_worker_id: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+def _start_worker(_worker_id: int, exiting) -> None:
+    def on_terminate(_number: int, _frame) -> None:
+        if exiting.value:  # this one is from the training process, which waits for its workers to end
+            os._exit(0)
+
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, on_terminate)
     torch.set_num_threads(1)
+    gc.freeze()  # collections then skip the parent's objects: less time, and their memory stays shared
 
 
 def _tar_file(data_path: Path, split: str) -> Path | None:
