@@ -21,7 +21,8 @@ from engine_pretrain import train_one_epoch
 from models_mixmae import MixMAE
 from util import arguments, distributed
 from util.checkpoint import load_pretraining, read_weights
-from util.datasets import build_dataset, build_loader
+from util.datasets import ImageDataset, build_dataset, build_loader
+from util.knn import NEIGHBOURS, knn_accuracy, labelled_datasets
 from util.logger import describe_environment, setup_logging
 from util.precision import autocast, make_scaler, resolve_precision
 from util.preemption import Preemption
@@ -64,8 +65,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def prepare(args: argparse.Namespace, launch: distributed.Launch, preemption: Preemption) -> Run:
-    """Everything before the first step; raises ValueError or OSError for what the user can put right."""
+def prepare(
+    args: argparse.Namespace, launch: distributed.Launch, preemption: Preemption
+) -> tuple[Run, tuple[ImageDataset, ImageDataset] | None]:
+    """Everything before the first step: the run, and the labelled images of --knn_every.
+
+    Raises:
+        ValueError, OSError: for what the user can put right.
+    """
     device = args.device
     arguments.finish_arguments(args, launch)
     args.model = arguments.resolve_model_name(
@@ -107,7 +114,8 @@ def prepare(args: argparse.Namespace, launch: distributed.Launch, preemption: Pr
     if args.compile:
         model.compile_blocks()
     state = TrainingState(model, optimizer, make_scaler(args.precision, device), args, Progress())
-    return open_run(args, device, state, loader, Normalize(args.mean, args.std), preemption)
+    labelled = labelled_datasets(args, NEIGHBOURS) if args.knn_every else None
+    return open_run(args, device, state, loader, Normalize(args.mean, args.std), preemption), labelled
 
 
 def due(every: int, run: Run) -> bool:
@@ -138,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
         preemption.install()
         for line in describe_environment():
             logger.info(line)
-        run = prepare(args, launch, preemption)
+        run, labelled = prepare(args, launch, preemption)
     start = time.time()
     with ending(run):
         while run.state.progress.epoch < args.epochs:
@@ -146,7 +154,11 @@ def main(args: argparse.Namespace) -> None:
             lr = train_one_epoch(run)
             if due(args.vis_every, run):
                 save_picture(run)
-            run.finish_epoch({"train_lr": lr, "seconds": time.time() - epoch_start})
+            record = {"train_lr": lr}
+            if labelled is not None and due(args.knn_every, run):
+                accuracy = knn_accuracy(run.state.model, *labelled, run.normalize, args)
+                record |= {f"knn_acc1_k{k}": value for k, value in accuracy.items()}
+            run.finish_epoch({**record, "seconds": time.time() - epoch_start})
     logger.info("pretraining took %.1f minutes; checkpoint: %s", (time.time() - start) / 60, args.output_dir)
     distributed.shutdown()
 
