@@ -337,6 +337,7 @@ class _World:
     launch: Launch
     timeout: float  # seconds
     store: Any
+    store_address: tuple[str, int] | None  # None: a file
     control: Any
 
 
@@ -449,7 +450,8 @@ def _start_groups(launch: Launch, backend: str, dist_url: str, seconds: float) -
             f"rank {launch.rank} of {launch.world_size} did not meet the others at {url} within --dist_timeout "
             f"{seconds:g} s: are all {launch.world_size} processes running, is the port free ({error})?"
         ) from error
-    return _World(launch, seconds, dist.PrefixStore("survivors", store), control)
+    store_address = None if url.startswith("file:") else (launch.master_addr, launch.master_port)
+    return _World(launch, seconds, dist.PrefixStore("survivors", store), store_address, control)
 
 
 def shutdown() -> None:
@@ -478,45 +480,61 @@ def explain_collective_failures() -> Iterator[None]:
 def _is_collective_failure(error: RuntimeError) -> bool:
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(
-        sign in text for sign in ("gloo", "nccl", "closed by peer", "reset by peer", "broken pipe", "timed out waiting")
+        sign in text
+        for sign in (
+            "gloo",
+            "nccl",
+            "closed by peer",
+            "reset by peer",
+            "broken pipe",
+            "timed out waiting",
+            "pair closure",
+        )
     )
 
 
 def _describe_failure(world: _World) -> str:
-    missing: list[int] | None = None  # None: the store of rank 0 does not answer
+    suspect = "rank 0 (which the others meet through) no longer answers"
 
-    def count() -> None:
-        nonlocal missing
-        with contextlib.suppress(RuntimeError):
-            missing = _missing_ranks(world)
+    def ask() -> None:
+        nonlocal suspect
+        with contextlib.suppress(OSError, RuntimeError):
+            suspect = _find_suspect(world)
 
     # In a thread, since asking the store of a stopped process would block for ever.
-    thread = threading.Thread(target=count, daemon=True)
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(SURVIVOR_WAIT + 2.0)
-    if missing is None:
-        who = "rank 0 (which the others meet through) no longer answers"
-    elif missing:
-        who = f"rank(s) {', '.join(map(str, missing))} no longer answer"
-    else:
-        who = "all ranks still answer, so one of them was too slow"
     return (
-        f"rank {world.launch.rank} of {world.launch.world_size} could not complete a collective: {who}. "
+        f"rank {world.launch.rank} of {world.launch.world_size} could not complete a collective: {suspect}. "
         f"A process was killed, failed (its own message is above) or kept the others waiting longer than "
         f"--dist_timeout {world.timeout:g} s. Continue from the last checkpoint with --resume auto; raise "
         f"--dist_timeout if a rank may be that slow."
     )
 
 
-def _missing_ranks(world: _World) -> list[int]:
-    """The ranks that did not report to the store within `SURVIVOR_WAIT` seconds of our own failure."""
-    world.store.set(str(world.launch.rank), "failed")
+def _find_suspect(world: _World) -> str:
+    """Which ranks do not report their failure to the store within `SURVIVOR_WAIT` seconds of our own, in words.
+
+    Raises:
+        OSError, RuntimeError: the store is gone.
+    """
+    launch, now = world.launch, time.time()
+    if world.store_address is not None:  # the store itself would log a C++ stack trace when nobody listens
+        socket.create_connection(world.store_address, timeout=1.0).close()
+    world.store.set(str(launch.rank), str(now))
+    others = [rank for rank in range(launch.world_size) if rank != launch.rank]
     deadline = time.monotonic() + SURVIVOR_WAIT
-    missing = list(range(world.launch.world_size))
-    while missing and time.monotonic() < deadline:
-        missing = [rank for rank in missing if not world.store.check([str(rank)])]
+    while others and time.monotonic() < deadline:
+        for rank in [rank for rank in others if world.store.check([str(rank)])]:
+            others.remove(rank)
+            ahead = now - float(world.store.get(str(rank)))
+            if ahead > SURVIVOR_WAIT:
+                return f"rank {rank} gave up {ahead:.0f} s ago, so it is this rank that was stopped or too slow"
         time.sleep(0.1)
-    return missing
+    if others:
+        return f"rank(s) {', '.join(map(str, others))} no longer answer"
+    return "all ranks still answer, so one of them was too slow"
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -12,5 +12,5 @@ here=$(cd -- "$(dirname -- "$0")" && pwd)
 EFFECTIVE_BATCH="" exec sh "$here/../launch.sh" "$0" main_finetune.py \
     --model swin_base_w14 --input_size 224 --nb_classes 1000 \
     --finetune "$here/ckpt_finetune/checkpoint.pth" \
-    --eval --dist_eval --batch_size 128 \
+    --eval --batch_size 128 \
     -- "$@"
