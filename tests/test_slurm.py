@@ -5,14 +5,13 @@ import os
 import random
 import re
 import signal
+import sys
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 from slurm_cluster import cluster, lines_of, wait_until
-
-from util.submit import get_args_parser, submit
 
 __all__ = ["cluster"]  # the fixture
 
@@ -173,21 +172,20 @@ def test_a_dead_or_hung_rank_ends_its_job(cluster, images, tmp_path):
             assert "--dist_timeout 10 s" in output
 
 
-def test_submitit_job_survives_a_preemption(cluster, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "environ", os.environ)
-    for name in ("SLURM_CONF", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, cluster.environ[name])
-    arguments = [
-        "pretrain", "--exp", "base_600ep", "--partition", "partition", "--nodes", "2", "--ngpus", "1",
-        "--cpus_per_task", "1", "--timeout", "60", "--data_path", images, "--job_dir", str(tmp_path / "%j"),
-    ]  # fmt: skip
+def test_submitit_job_survives_a_preemption(cluster, images, tmp_path):
     flags = [*SMALL, *SCHEDULE, "--batch_size", "4", "--epochs", "10", *into(tmp_path / "out")]
-    job = submit(get_args_parser().parse_args(arguments), flags)
+    result = cluster.run(
+        sys.executable, "-m", "util.submit", "pretrain", "--exp", "base_600ep", "--partition", "partition",
+        "--nodes", "2", "--ngpus", "1", "--cpus_per_task", "1", "--timeout", "60", "--data_path", images,
+        "--job_dir", str(tmp_path / "%j"), "--", *flags,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    job = re.search(r"submitted job (\d+); its log is", result.stdout)[1]
     wait_until(lambda: len(lines_of(tmp_path / "out/steps.jsonl")) > 5)
-    cluster.run("scancel", "--signal=USR2", job.job_id)  # what Slurm sends ahead of a preemption or the time limit
-    cluster.wait_for_requeue(job.job_id, 1)
-    wait_until(lambda: cluster.job(job.job_id)["JobState"] == "COMPLETED", timeout=120)
-    log = (tmp_path / job.job_id / f"{job.job_id}_0_log.out").read_text()
+    cluster.run("scancel", "--signal=USR2", job)  # what Slurm sends ahead of a preemption or the time limit
+    cluster.wait_for_requeue(job, 1)
+    wait_until(lambda: cluster.job(job)["JobState"] == "COMPLETED", timeout=120)
+    log = (tmp_path / job / f"{job}_0_log.out").read_text()
     assert "resumed at epoch 0 step" in log
     assert redone_steps(log) == 0
     assert len(losses(tmp_path / "out")) == 120

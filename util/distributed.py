@@ -31,6 +31,16 @@ DEFAULT_PORT = 29500  # torchrun's; used where no job id tells runs apart
 # Ports derived from a job id lie below Linux's ephemeral range (32768-60999), so no outgoing connection can hold one.
 FIRST_JOB_PORT, JOB_PORTS = 15000, 16384
 SURVIVOR_WAIT = 3.0  # seconds that the survivors of a failure wait for each other before naming who is missing
+# What gloo and NCCL say, in RuntimeErrors without a class of their own.
+COLLECTIVE_FAILURE_SIGNS = (
+    "gloo",
+    "nccl",
+    "closed by peer",
+    "reset by peer",
+    "broken pipe",
+    "timed out",
+    "pair closure",
+)
 
 
 class LaunchError(ValueError):
@@ -479,18 +489,7 @@ def explain_collective_failures() -> Iterator[None]:
 
 def _is_collective_failure(error: RuntimeError) -> bool:
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(
-        sign in text
-        for sign in (
-            "gloo",
-            "nccl",
-            "closed by peer",
-            "reset by peer",
-            "broken pipe",
-            "timed out waiting",
-            "pair closure",
-        )
-    )
+    return isinstance(error, dist.DistError) or any(sign in text for sign in COLLECTIVE_FAILURE_SIGNS)
 
 
 def _describe_failure(world: _World) -> str:

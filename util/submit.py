@@ -22,8 +22,8 @@ TASKS = ("pretrain", "finetune", "finetune_384", "linear", "eval")
 class Training:
     """What every task of the job runs: one of the mains with its flags.
 
-    `folder` is the job folder, with submitit's `%j` for the job id. It is pickled, started once per GPU by submitit, and
-    started again as it is after a requeue: `--resume auto` finds the checkpoint.
+    `folder` is the job folder, with submitit's `%j` for the job id. It is pickled, started once per GPU by submitit,
+    and started again as it is after a requeue: `--resume auto` finds the checkpoint.
     """
 
     def __init__(self, main: str, flags: list[str], folder: str):

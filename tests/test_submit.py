@@ -1,0 +1,76 @@
+"""What `python -m util.submit` would start; that it does start is tested on a real Slurm in test_slurm.py."""
+
+import argparse
+import subprocess
+import sys
+import types
+
+import pytest
+
+from util import submit
+from util.submit import ROOT, Training, recipe
+
+
+def test_recipe_is_the_experiments_script(tmp_path):
+    main, flags = recipe("base_600ep", "pretrain", 16, str(tmp_path), ["--epochs", "3", "--aa", ""])
+    script = ["sh", str(ROOT / "exp/base_600ep/pretrain.sh"), "print", "16", str(tmp_path), "--epochs", "3", "--aa", ""]
+    printed = subprocess.run(script, capture_output=True, text=True).stdout
+    assert [f"{main}.py", *flags] == printed[:-1].split("\n")
+    assert main == "main_pretrain" and flags[-4:] == ["--epochs", "3", "--aa", ""]
+    assert flags[flags.index("--accum_iter") + 1] == "1"
+
+
+def test_recipe_passes_on_what_the_script_rejects(tmp_path):
+    with pytest.raises(ValueError, match=r"2048 is not a multiple of 3 GPUs x --batch_size 128"):
+        recipe("base_600ep", "pretrain", 3, str(tmp_path), [])
+    with pytest.raises(ValueError, match=r"no_such has no pretrain.sh; these experiments have: base_600ep/pretrain, "):
+        recipe("no_such", "pretrain", 8, str(tmp_path), [])
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["eval"], "eval is a script of an experiment: add --exp"),
+    (["pretrain", "--nodes", "0"], "--nodes 0 and --ngpus 8 must be positive"),
+    (["pretrain", "--exp", "base_600ep", "--data_path", "/no/such"], "'/no/such' does not exist"),
+])  # fmt: skip
+def test_wrong_arguments_end_with_one_line_and_code_2(arguments, message, tmp_path, capsys):
+    defaults = ["--partition", "gpu", "--data_path", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        submit.main([arguments[0], *defaults, *arguments[1:]])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_flags_are_checked_before_submitting(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        submit.main(["pretrain", "--partition", "gpu", "--data_path", str(tmp_path), "--", "--epochs", "many"])
+    assert ended.value.code == 2
+    assert "--epochs: invalid int value: 'many'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A main that only remembers its arguments."""
+    parser = argparse.ArgumentParser()
+    for flag in ("--output_dir", "--log_dir", "--resume", "--dist_url", "--model"):
+        parser.add_argument(flag)
+    started = []
+    module = types.SimpleNamespace(get_args_parser=lambda: parser, main=started.append)
+    monkeypatch.setitem(sys.modules, "stand_in_main", module)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    return started
+
+
+def test_a_job_resumes_and_meets_anew_after_every_restart(stand_in, monkeypatch):
+    training = Training("stand_in_main", ["--model", "m"], "/jobs/%j")
+    training()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    training.checkpoint().function()
+    first, second = stand_in
+    assert (first.output_dir, first.log_dir, first.resume, first.model) == ("/jobs/17", "/jobs/17", "auto", "m")
+    assert (first.dist_url, second.dist_url) == ("file:///jobs/17/meeting-0", "file:///jobs/17/meeting-1")
+
+
+def test_given_flags_win_over_the_jobs_own(stand_in):
+    Training("stand_in_main", ["--output_dir", "elsewhere", "--resume", ""], "/jobs/%j")()
+    assert (stand_in[0].output_dir, stand_in[0].resume) == ("elsewhere", "")
