@@ -1,0 +1,193 @@
+"""Rerun the optimizer step that stopped a run with a non-finite loss or gradient, and say where it goes wrong.
+
+    python -m util.replay --dump output_dir/nan_dump_rank0.pth
+    python -m util.replay --dump output_dir/nan_dump_rank0.pth --precision fp32   # would that have helped?
+
+The dump, which `--nan_dump` of both mains writes, holds the step's micro-batches with the keys of their randomness, and
+the weights before the step. Masks, drop path, mixup and erasing are therefore what they were, on the same kind of
+device.
+"""
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import timm
+import torch
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+
+import main_finetune
+from util import arguments
+from util.checkpoint import CheckpointError, load_classifier, load_pretraining, read_checkpoint
+from util.logger import setup_logging
+from util.precision import autocast, make_scaler, resolve_precision
+from util.seeding import seed_all
+from util.transforms import Normalize
+
+logger = logging.getLogger(__name__)
+
+EXTREME = 20.0  # standard deviations: what no photo reaches after normalisation
+MOST_NAMES = 5  # of parameters in one line
+
+
+def read_dump(path: str) -> dict[str, Any]:
+    """A file that `--nan_dump` wrote.
+
+    Raises:
+        CheckpointError: missing, damaged or another kind of file.
+    """
+    dump = read_checkpoint(path)
+    if not {"where", "batch", "checkpoint"} <= dump.keys():
+        raise CheckpointError(f"{path} is not a dump of a bad step: give a nan_dump_rank<n>.pth, written by --nan_dump")
+    return dump
+
+
+class FirstBadOutput:
+    """Notes the first module whose output is not finite; the innermost one, since modules end before those around them.
+
+    Use as a context around a forward pass. `found` is a sentence, or None.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.found: str | None = None
+
+    def __enter__(self) -> "FirstBadOutput":
+        self.handles = [
+            module.register_forward_hook(self.hook(name)) for name, module in self.model.named_modules() if name
+        ]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def hook(self, name: str) -> Callable:
+        @torch.no_grad()
+        def check(module: nn.Module, inputs: tuple, output: Any) -> None:
+            if self.found is None and isinstance(output, Tensor) and not output.isfinite().all():
+                given = inputs[0]
+                if not given.isfinite().all():
+                    origin = "its input is not finite already"
+                else:
+                    origin = f"its input is finite, up to {given.abs().max():.3g} in size"
+                self.found = f"{name} ({type(module).__name__}): {count_bad(output)} of its output; {origin}"
+
+        return check
+
+
+def count_bad(tensor: Tensor) -> str:
+    """How many values are not finite."""
+    return f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} values not finite"
+
+
+def describe_inputs(imgs: Tensor) -> Iterator[str]:
+    """A line for every normalised image (B, C, H, W) with values that are not finite, or extreme."""
+    for i, img in enumerate(imgs):
+        if not img.isfinite().all():
+            yield f"image {i}: {count_bad(img)}"
+        elif img.abs().max() > EXTREME:
+            yield f"image {i}: extreme values, from {img.min():.3g} to {img.max():.3g} standard deviations"
+
+
+def build_step(
+    args: argparse.Namespace, weights: dict[str, Tensor], device: torch.device
+) -> tuple[nn.Module, Callable[[Tensor, dict[str, Any]], Tensor]]:
+    """The model in training mode with its weights, and the loss of (normalised images, micro-batch of a dump)."""
+    if "mask_ratio" in vars(args):
+        model = timm.create_model(args.model, norm_pix_loss=args.norm_pix_loss, **arguments.model_shape(args))
+        load_pretraining(model, weights, "the dump")
+        return model.to(device).train(), lambda imgs, micro: model(imgs, mask=micro["mask"])[0]
+
+    model = main_finetune.build_classifier(args, device)
+    load_classifier(model, weights, "the dump")
+    if args.freeze_encoder:
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+    criterion, mixup = main_finetune.build_criterion(args)
+    erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
+
+    def loss(imgs: Tensor, micro: dict[str, Any]) -> Tensor:
+        imgs, targets = erasing(imgs), micro["targets"].to(device)
+        if mixup is not None:
+            imgs, targets = mixup(imgs, targets)
+        return criterion(model(imgs).float(), targets)
+
+    return model.train(not args.freeze_encoder), loss
+
+
+def replay(dump: dict[str, Any], device: torch.device, precision: str | None = None) -> Iterator[str]:
+    """Lines that say what each micro-batch of the step does.
+
+    Args:
+        dump: of `read_dump`.
+        device: where to run.
+        precision: instead of the run's.
+
+    Raises:
+        ValueError: the run's precision does not work on this device.
+    """
+    checkpoint = dump["checkpoint"]
+    args = argparse.Namespace(**checkpoint["args"])
+    args.precision = resolve_precision(precision or args.precision, device)
+    yield f"{args.model} at {dump['where']}, in {args.precision} on {device}"
+    bad_weights = [name for name, tensor in checkpoint["model"].items() if not tensor.isfinite().all()]
+    if bad_weights:
+        yield f"weights before the step that are not finite: {first_names(bad_weights)}"
+    model, loss_of = build_step(args, checkpoint["model"], device)
+    normalize = Normalize(args.mean, args.std).to(device)
+    scaler = make_scaler(args.precision, device)
+    if checkpoint["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(checkpoint["scaler"])
+
+    for number, micro in enumerate(dump["batch"]):
+        imgs = normalize(micro["imgs"].to(device))
+        for line in describe_inputs(imgs):
+            yield f"micro-batch {number}, {line}"
+        model.zero_grad()
+        seed_all(*micro["keys"])
+        with FirstBadOutput(model) as forward, autocast(args.precision, device):
+            loss = loss_of(imgs, micro)
+        scaler.scale(loss / args.accum_iter).backward()
+        finite = "finite" if loss.isfinite() else "NOT FINITE"
+        yield f"micro-batch {number}: {len(imgs)} images, loss {loss.item():.6g} ({finite})"
+        if forward.found:
+            yield f"micro-batch {number}, first output that is not finite: {forward.found}"
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        bad_gradients = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        if bad_gradients:
+            yield f"micro-batch {number}, gradients that are not finite: {first_names(bad_gradients)}"
+        else:
+            norm = torch.nn.utils.get_total_norm(gradients.values()) / scaler.get_scale()
+            yield f"micro-batch {number}: gradient norm {norm.item():.4g}"
+
+
+def first_names(names: list[str]) -> str:
+    rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"{len(names)} ({', '.join(names[:MOST_NAMES])}{rest})"
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m util.replay",
+        description="Rerun the step in a dump of --nan_dump and say where it goes wrong.",
+        formatter_class=arguments.HelpFormatter,
+    )
+    parser.add_argument("--dump", required=True, metavar="FILE", help="output_dir/nan_dump_rank<n>.pth")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="instead of the run's")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    with arguments.user_errors():
+        setup_logging()
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        for line in replay(read_dump(args.dump), device, args.precision):
+            logger.info("%s", line)
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())
