@@ -38,7 +38,8 @@ def train_one_epoch(
     """
     args, state, progress = run.args, run.state, run.state.progress
     run.model.train(not args.freeze_encoder)
-    lr = state.optimizer.param_groups[0]["lr"]
+    group = state.optimizer.param_groups[0]
+    lr = group["lr"] / group["lr_scale"]  # of the last step, for an epoch that was resumed at its end
     meter, batches = run.start_epoch()
     while progress.step_in_epoch < run.steps_per_epoch:
         lr = adjust_learning_rate(state.optimizer, progress.fraction(run.steps_per_epoch), args)

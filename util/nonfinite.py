@@ -81,7 +81,7 @@ class NonFiniteGuard:
             path = self.dump_folder / f"nan_dump_rank{rank}.pth"
             try:
                 write_checkpoint(path, {"where": where, "batch": batch, "checkpoint": self.state.checkpoint()})
-                outcome = f"batch and state are in {path}: see python -m util.replay"
+                outcome = f"Batch and state are in {path}: see python -m util.replay"
             except OSError as error:
                 outcome = f"{path} could not be written: {error}"
         return "; ".join(filter(None, distributed.gather_objects(outcome)))

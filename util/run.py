@@ -99,7 +99,8 @@ class Run:
             Preempted: on all ranks, when any was asked to stop; the state is saved.
         """
         args, progress = self.args, self.state.progress
-        self.guard.watch(str(progress), loss, grad_norm, batch)
+        this_step = f"epoch {progress.epoch} step {progress.step_in_epoch + 1} (optimizer step {progress.step + 1})"
+        self.guard.watch(this_step, loss, grad_norm, batch)
         progress.next_step()
         meter.add(progress.step, lr, loss, grad_norm)
         stop = self.preemption.requested_on_any_rank()
