@@ -125,12 +125,13 @@ def due(every: int, run: Run) -> bool:
 
 
 def save_picture(run: Run) -> None:
-    """Write reconstructions of the first training images to the output folder and TensorBoard."""
+    """Write reconstructions of training images from all over the data set to the output folder and TensorBoard."""
     if not distributed.is_main_process():
         return
     args, model = run.args, run.state.model
     dataset = run.loader.dataset
-    imgs = torch.stack([dataset[(0, index)][0] for index in range(min(PICTURE_IMAGES, len(dataset)) // 2 * 2)])
+    number = min(PICTURE_IMAGES, len(dataset)) // 2 * 2
+    imgs = torch.stack([dataset[(0, index)][0] for index in range(0, len(dataset), len(dataset) // number)][:number])
     mask = model.random_masking(args.mask_ratio, keyed_generator(args.seed, "picture"))
     with autocast(args.precision, run.device):
         picture = reconstruction_figure(model, run.normalize(imgs.to(run.device)), mask, args.mean, args.std)

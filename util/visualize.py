@@ -423,7 +423,7 @@ def visualize(args: argparse.Namespace) -> None:
     imgs = torch.stack([normalize(crop(image)) for image in images])
     source = f"{info.args['model']}, {info.path.parent.name}/{info.path.name}"
     if info.epoch is not None:
-        source += f", epoch {info.epoch + 1}"
+        source += f", after {info.epoch + 1} epochs"
     reconstruction_figure(model, imgs, mask, mean, std, channels, source).save(out)
     logger.info("wrote %s", out)
 
