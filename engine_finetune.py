@@ -1,5 +1,6 @@
 """One epoch of fine-tuning, and exact evaluation."""
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from util import distributed
-from util.lr_sched import adjust_learning_rate
+from util.decoding import BadImageError
+from util.lr_sched import adjust_learning_rate, learning_rate
 from util.precision import autocast, backward, clip_and_step
 from util.run import Run
 from util.seeding import seed_all
@@ -34,12 +36,11 @@ def train_one_epoch(
 
     Raises:
         NonFiniteError, Preempted: see `Run.finish_step`.
-        ValueError: for a label outside the classes.
+        BadImageError: for a label outside the classes.
     """
     args, state, progress = run.args, run.state, run.state.progress
     run.model.train(not args.freeze_encoder)
-    group = state.optimizer.param_groups[0]
-    lr = group["lr"] / group["lr_scale"]  # of the last step, for an epoch that was resumed at its end
+    lr = last_learning_rate(progress.epoch, run.steps_per_epoch, args)  # for an epoch that was resumed at its end
     meter, batches = run.start_epoch()
     while progress.step_in_epoch < run.steps_per_epoch:
         lr = adjust_learning_rate(state.optimizer, progress.fraction(run.steps_per_epoch), args)
@@ -68,11 +69,17 @@ def train_one_epoch(
     return lr
 
 
+def last_learning_rate(epoch: int, steps_per_epoch: int, args: argparse.Namespace) -> float:
+    """The rate of an epoch's last step."""
+    last = epoch + (steps_per_epoch - 1) / steps_per_epoch
+    return learning_rate(last, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
+
+
 def check_targets(targets: Tensor, nb_classes: int) -> None:
-    """Raise a ValueError for a label that is not a class."""
+    """Raise a BadImageError for a label that is not a class."""
     if targets.min() < 0 or targets.max() >= nb_classes:
         wrong = targets[(targets < 0) | (targets >= nb_classes)].unique().tolist()
-        raise ValueError(
+        raise BadImageError(
             f"labels {wrong} lie outside the {nb_classes} classes (0 to {nb_classes - 1}): "
             "correct the labels of the data, or --nb_classes"
         )
@@ -111,7 +118,7 @@ def evaluate(
 
     Raises:
         RuntimeError: when images were lost or counted twice.
-        ValueError: for a label outside the classes.
+        BadImageError: for an unreadable image, or a label outside the classes.
     """
     was_training = model.training
     model.eval()

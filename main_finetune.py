@@ -134,6 +134,7 @@ def check_classes(args: argparse.Namespace, dataset) -> None:
 
 def build_validation(args: argparse.Namespace, launch: distributed.Launch) -> DataLoader:
     dataset = build_dataset(args, "val", eval_transform(args))
+    check_classes(args, dataset)
     return build_loader(dataset, EvalBatchSampler(len(dataset), args.batch_size, launch.rank, launch.world_size), args)
 
 
@@ -154,8 +155,14 @@ def resolve_model(args: argparse.Namespace, device: torch.device) -> None:
         args.input_size = tuple(timm.get_pretrained_cfg(args.model).input_size[1:])
 
 
-def prepare(args: argparse.Namespace, launch: distributed.Launch, preemption: Preemption) -> Run:
-    """Everything before the first step; raises ValueError or OSError for what the user can put right."""
+def prepare(
+    args: argparse.Namespace, launch: distributed.Launch, preemption: Preemption
+) -> tuple[Run, DataLoader]:
+    """Everything before the first step: the run, and the validation images.
+
+    Raises:
+        ValueError, OSError: for what the user can put right.
+    """
     device = args.device
     check_arguments(args)
     dataset = build_dataset(args, "train", train_transform(args), require_labels=True)
@@ -164,6 +171,7 @@ def prepare(args: argparse.Namespace, launch: distributed.Launch, preemption: Pr
         len(dataset), args.batch_size, args.accum_iter, launch.rank, launch.world_size, args.seed
     )
     loader = build_loader(dataset, sampler, args)
+    validation = build_validation(args, launch)
     model = build_classifier(args, device)
     if args.finetune:
         weights, source = read_weights(args.finetune)
@@ -187,7 +195,7 @@ def prepare(args: argparse.Namespace, launch: distributed.Launch, preemption: Pr
     if args.compile:
         model.compile_blocks()
     state = TrainingState(model, optimizer, make_scaler(args.precision, device), args, Progress(), model_ema)
-    return open_run(args, device, state, loader, Normalize(args.mean, args.std), preemption)
+    return open_run(args, device, state, loader, Normalize(args.mean, args.std), preemption), validation
 
 
 def build_criterion(args: argparse.Namespace) -> tuple[nn.Module, Mixup | None]:
@@ -220,12 +228,13 @@ def train(run: Run, validation: DataLoader) -> None:
         if state.model_ema is not None:
             result = evaluate(state.model_ema.module, validation, run.normalize, args.precision, run.device)
             record |= {"test_ema_loss": result.loss, "test_ema_acc1": result.acc1, "test_ema_acc5": result.acc5}
-        best = result.acc1 > progress.best_acc1
+        best = result.acc1 > progress.best_acc1  # of the averaged weights where there are any
         progress.best_acc1 = max(progress.best_acc1, result.acc1)
         run.finish_epoch({**record, "best_acc1": progress.best_acc1, "seconds": time.time() - start}, best)
     result = evaluate(state.model, validation, run.normalize, args.precision, run.device)
     logger.info(describe_result(args, result, f"{args.output_dir}/checkpoint.pth"))
-    logger.info("best top-1 of all epochs: %.3f %% (checkpoint-best.pth)", progress.best_acc1)
+    averaged = ", averaged weights" if args.model_ema else ""
+    logger.info("best top-1 of all epochs: %.3f %% (checkpoint-best.pth%s)", progress.best_acc1, averaged)
 
 
 def describe_result(args: argparse.Namespace, result: Evaluation, checkpoint: str) -> str:
@@ -244,15 +253,18 @@ def evaluate_only(args: argparse.Namespace, launch: distributed.Launch) -> None:
             raise ValueError("--eval needs the weights to evaluate: --finetune WEIGHTS (or --resume PATH)")
         weights, info = read_weights(source, ema=args.model_ema)
         validation = build_validation(args, launch)
-        check_classes(args, validation.dataset)
         model = build_classifier(args, args.device)
         logger.info("%s", load_classifier(model, weights, info))
-    normalize = Normalize(args.mean, args.std).to(args.device)
-    result = evaluate(model, validation, normalize, args.precision, args.device, bool(args.predictions))
-    if distributed.is_main_process():
+        if args.predictions and distributed.is_main_process():  # while an evaluation is not yet lost
+            Path(args.predictions).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.predictions).touch()
+        normalize = Normalize(args.mean, args.std).to(args.device)
+        result = evaluate(model, validation, normalize, args.precision, args.device, bool(args.predictions))
+        if not distributed.is_main_process():
+            return
         if args.per_class:
             for name, acc1 in zip(validation.dataset.classes or range(args.nb_classes), result.class_acc1):
-                logger.info("top-1 %6.2f %%  %s", acc1, name)
+                logger.info("top-1 %6.2f %%  %s", acc1, name if str(name).isprintable() else repr(name))
         if args.predictions:
             write_predictions(args.predictions, result, validation.dataset)
         logger.info(describe_result(args, result, str(source)))
@@ -262,8 +274,7 @@ def write_predictions(path: str, result: Evaluation, dataset) -> None:
     """A CSV with one row per image: path, label, the top classes and their probabilities."""
     names = dataset.classes or [str(i) for i in range(len(result.class_acc1))]
     top = len(result.predictions[0][2])
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # names as on the disk
         writer = csv.writer(file)
         writer.writerow(["path", "label", *(f"top{i + 1}" for i in range(top)), *(f"score{i + 1}" for i in range(top))])
         for index, label, classes, scores in result.predictions:
@@ -286,8 +297,7 @@ def main(args: argparse.Namespace) -> None:
             preemption.install()
             for line in describe_environment():
                 logger.info(line)
-            run = prepare(args, launch, preemption)
-            validation = build_validation(args, launch)
+            run, validation = prepare(args, launch, preemption)
         with ending(run):
             train(run, validation)
     distributed.shutdown()

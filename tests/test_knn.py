@@ -2,10 +2,7 @@
 
 import argparse
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +11,13 @@ import timm
 import torch
 from PIL import Image
 from running import QUICK, fails, read_lines, run
+from trials import Trial
 
 import main_pretrain
 from util import knn
 from util.checkpoint import write_checkpoint
 from util.transforms import Normalize
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"model": "mixmae_quickstart", "input_size": (16, 16), "window_size": (4, 4, 4, 2), "in_chans": 1}
 RECORDED = SMALL | {"patch_size": None, "mean": (0.4,), "std": (0.2,), "norm_pix_loss": True}
 CLASSES = ("bars", "blocks", "noise")
@@ -104,18 +101,14 @@ def test_batches_and_chunks_do_not_matter(checkpoint, images, monkeypatch):
     assert knn.evaluate(command(checkpoint, images, *flags, "--batch_size", "1"))["accuracy"] == accuracy
 
 
-def test_ranks_share_the_work_and_agree(checkpoint, images, tmp_path):
-    """The command under torchrun, with 33 and 21 images on two ranks, and fewer than k images on each."""
-    flags = ["--k", "1", "20", "--out"]
-    accuracy = knn.evaluate(command(checkpoint, images, *flags[:-1]))["accuracy"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "util.knn"]
-    shared = ["--checkpoint", checkpoint, "--data_path", images, "--num_workers", "0", "--device", "cpu"]
-    result = subprocess.run(
-        [*map(str, [*torchrun, *shared, *flags]), str(tmp_path / "result.json")],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("kNN top-1") == 1
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_work_and_agree(checkpoint, images, tmp_path, ranks):
+    """33 and 21 images on two and three ranks, with fewer than k images on each."""
+    accuracy = knn.evaluate(command(checkpoint, images, "--k", "1", "20"))["accuracy"]
+    flags = ("--checkpoint", checkpoint, "--data_path", images, "--num_workers", "0", "--device", "cpu")
+    flags = (*flags, "--k", "1", "20", "--out", tmp_path / "result.json")
+    said = Trial(tmp_path, *flags, ranks=ranks, main=knn).finish()
+    assert said.count("kNN top-1") == 1
     record = json.loads((tmp_path / "result.json").read_text())
     assert record["accuracy"] == accuracy
     assert record["train_images"] == 33 and record["val_images"] == 21 and record["temperature"] == 0.07
