@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -262,3 +263,59 @@ def stop_signal(step: int, signum: int = signal.SIGTERM) -> Sabotage:
         return loss
 
     return at_step(step, action)
+
+
+# --- Watching -----------------------------------------------------------------------------------------------
+
+FORBIDDEN = "FORBIDDEN"  # before what a watched run should not have done, in its output
+
+
+def watch(*allowed: Path) -> Sabotage:
+    """Spoils nothing: reports every file that the process changes outside `allowed`, and every program it starts.
+
+    Shared memory and sockets of Python's multiprocessing, and the question for this repository's commit, are allowed.
+    """
+    roots = tuple(os.path.realpath(path) for path in (*allowed, "/dev/shm", "/dev/null"))
+    sockets = os.path.join(os.path.realpath(tempfile.gettempdir()), "pymp-")  # of data-loading processes
+    changing = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
+    starting = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "ctypes.dlopen"}
+
+    def report(event: str, arguments: tuple) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            paths = [path] if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND) else []
+        elif event in changing:
+            paths = arguments[:2] if event in ("os.rename", "os.link") else arguments[:1]
+        elif event in starting and arguments[0] != "git":
+            os.write(2, f"{FORBIDDEN} {event} {arguments!r}\n".encode("utf-8", "backslashreplace"))
+            return
+        else:
+            return
+        for path in paths:
+            if isinstance(path, int):  # opened already, and seen then
+                continue
+            real = os.path.realpath(os.fsdecode(path)) + os.sep
+            if not real.startswith((*(root + os.sep for root in roots), sockets)):
+                os.write(2, f"{FORBIDDEN} {event} {path!r}\n".encode("utf-8", "backslashreplace"))
+
+    return lambda rank: sys.addaudithook(report)
+
+
+def full_disk(folder: Path, steps: range) -> Sabotage:
+    """A file `ballast` takes all space of the folder's file system from step `steps.start` (from 1) to `steps.stop`."""
+
+    def install(rank: int) -> None:
+        def fill(loss: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
+            with open(folder / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
+                while True:
+                    ballast.write(bytes(1 << 12))
+            return loss
+
+        def free(loss: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
+            (folder / "ballast").unlink()
+            return loss
+
+        at_step(steps.start, fill)(rank)
+        at_step(steps.stop, free)(rank)
+
+    return install

@@ -1,0 +1,150 @@
+"""log.txt, steps.jsonl and TensorBoard show each epoch and step once, whatever happened to the run or its disk."""
+
+import json
+import logging
+import resource
+import signal
+import time
+from collections import deque
+from pathlib import Path
+
+import pytest
+import torch
+from running import make_images, read_lines
+from torch.utils.tensorboard import SummaryWriter
+from trials import TINY, Trial, differences, epochs_of, events_of, state_of, steps_of
+
+from util.logger import EventsFile, LinesFile, RunLog
+from util.metrics import SPIKE_HISTORY, StepMeter
+
+RECIPE = (*TINY, "--epochs", "3", "--vis_every", "1", "--save_every", "99")
+STEPS = 18  # 3 epochs of 6
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with `images` and with `reference`, the output of the uninterrupted run."""
+    place = tmp_path_factory.mktemp("logs")
+    make_images(place / "images", 24)
+    Trial(place, *RECIPE, "--data_path", place / "images", "--output_dir", place / "reference").finish()
+    return place
+
+
+def kill_after(trial: Trial, out: Path, steps: int) -> None:
+    """kill -9 once the run has logged so many steps."""
+    deadline = time.monotonic() + 60
+    while not (out / "steps.jsonl").exists() or (out / "steps.jsonl").read_text().count("\n") < steps:
+        assert time.monotonic() < deadline and not trial.poll(), trial.output
+        time.sleep(0.001)
+    trial.kill()
+    assert trial.wait() == [-signal.SIGKILL]
+
+
+@pytest.mark.parametrize("save_steps", [4, 99])
+def test_after_a_kill_each_epoch_and_step_stands_there_once(place, tmp_path, save_steps):
+    """Also where it came before the first checkpoint, so that the run began anew."""
+    out = tmp_path / "out"
+    flags = (*RECIPE, "--data_path", place / "images", "--output_dir", out, "--save_steps", save_steps)
+    for steps in (7, 15):
+        kill_after(Trial(tmp_path, *flags, "--resume", "auto"), out, steps)
+    assert "starting anew" in Trial(tmp_path, *flags, "--resume", "auto").finish() or save_steps == 4
+    assert differences(out, place / "reference") == []
+    assert [line["step"] for line in steps_of(out)] == list(range(1, STEPS + 1))
+    assert [line["epoch"] for line in epochs_of(out)] == [0, 1, 2]
+    assert [x for x, _ in events_of(out)] == [1000 * step // 6 for step in range(1, STEPS + 1)]
+    assert len(list((out / "reconstructions").iterdir())) == 3
+
+
+def test_a_checkpoint_is_never_ahead_of_the_logs(place, tmp_path):
+    """Nothing before the point of resuming is missing, however rarely lines are due."""
+    out = tmp_path / "out"
+    flags = (*RECIPE, "--data_path", place / "images", "--output_dir", out)
+    trial = Trial(tmp_path, *flags, "--save_steps", 5, "--print_freq", 99)
+    kill_after(trial, out, 11)  # the lines of steps 11 and 12 come with the end of the epoch
+    saved = state_of(out)["step"]
+    assert saved in (5, 10)
+    assert steps_of(out)[:saved] == steps_of(place / "reference")[:saved]
+    assert any(x == 1000 * saved // 6 for x, _ in events_of(out))
+
+
+# --- The pieces ---------------------------------------------------------------------------------------------
+
+
+def test_lines_after_the_point_of_resuming_and_broken_ones_are_dropped(tmp_path):
+    (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n{"epoch": 2}\n')
+    steps = [json.dumps({"step": step}) for step in range(1, 6)]
+    (tmp_path / "steps.jsonl").write_text("\n".join([*steps[:2], '"no record"', "\0\0\0", "", *steps[2:4], '{"ste']))
+    log = RunLog(tmp_path, tmp_path, resume_step=3, resume_epoch=1, resume_x=1500)
+    log.steps([{"step": 4, "loss": 1.0}], 2000, {"train/loss": 1.0})
+    log.epoch({"epoch": 1}, 2000)
+    log.close()
+    assert read_lines(tmp_path / "steps.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "loss": 1.0}]
+    assert read_lines(tmp_path / "log.txt") == [{"epoch": 0}, {"epoch": 1}]
+
+
+def test_tensorboard_forgets_what_is_done_again_and_keeps_the_rest(tmp_path):
+    first = EventsFile(tmp_path, purge=0)
+    for x in (500, 1000, 1500, 2000):
+        first.scalars({"train/loss": 1.0}, x)
+    del first  # killed: every value is on the disk without closing the file
+    second = EventsFile(tmp_path, purge=1001)
+    second.scalars({"train/loss": 2.0}, 1500)
+    assert events_of(tmp_path) == [(500, 1.0), (1000, 1.0), (1500, 2.0)]
+    third = EventsFile(tmp_path, purge=0)
+    third.scalars({"train/loss": 3.0}, 500)
+    third.close()
+    assert events_of(tmp_path) == [(500, 3.0)]
+
+
+def test_lines_that_a_full_disk_refuses_are_written_later_and_once(tmp_path, caplog):
+    """A real failing write, in the middle of a line: the kernel refuses bytes beyond a limit on the file size."""
+    file = LinesFile(tmp_path / "steps.jsonl", lambda record: True)
+    file.append([{"step": 1}])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        file.append([{"step": 2}])
+        file.append([{"step": 3}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert (tmp_path / "steps.jsonl").stat().st_size == 20
+    assert "steps.jsonl could not be written" in caplog.text and "Training goes on" in caplog.text
+    file.append([{"step": 4}])
+    assert read_lines(tmp_path / "steps.jsonl") == [{"step": step} for step in (1, 2, 3, 4)]
+
+
+def test_a_run_goes_on_without_tensorboard_and_with_it_again(tmp_path, caplog, monkeypatch):
+    events = EventsFile(tmp_path, purge=0)
+    events.scalars({"train/loss": 1.0}, 1)
+
+    def disk_full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "flush", disk_full)
+    events.scalars({"train/loss": 2.0}, 2)
+    assert "TensorBoard's file in" in caplog.text and "No space left on device. Training goes on" in caplog.text
+    monkeypatch.undo()
+    events.scalars({"train/loss": 3.0}, 3)
+    events.close()
+    assert [x for x, _ in events_of(tmp_path)][-1] == 3
+
+
+def test_a_loss_spike_is_a_warning_also_across_epochs(caplog):
+    usual: deque[float] = deque(maxlen=SPIKE_HISTORY)
+    torch.manual_seed(0)
+
+    def epoch(number: int, losses: torch.Tensor) -> None:
+        meter = StepMeter(number, len(losses), 400, 4, torch.device("cpu"), usual)
+        for step, loss in enumerate(losses, start=number * len(losses)):
+            meter.add(step, 1e-3, loss, torch.tensor(1.0))
+        meter.flush()
+
+    with caplog.at_level(logging.WARNING):
+        for number in range(3):
+            epoch(number, 1 + 0.01 * torch.randn(40))
+        assert caplog.text == ""
+        epoch(3, torch.tensor([1.0, 1.01, 1.5, 1.0]))
+    assert caplog.text.count("loss spike") == 1
+    assert "loss spike: 1.5000 at step 14, the last 100 steps had 1.00" in caplog.text
