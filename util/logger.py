@@ -36,6 +36,8 @@ def setup_logging() -> None:
         record.rank = f"[rank {rank}] " if rank else ""
         return rank == 0 or record.levelno >= logging.ERROR
 
+    if hasattr(sys.stdout, "reconfigure"):  # names of files may be bytes that no encoding has
+        sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stdout)
     handler.addFilter(from_this_rank)
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(rank)s%(message)s", "%H:%M:%S"))

@@ -40,6 +40,15 @@ class SaveError(OSError):
     """Checkpoints could not be saved too often in a row. The message is one for the user."""
 
 
+# What says where a run stood: its key, types and lowest value. The last epoch before the first complete one is -1.
+POSITION = (
+    ("epoch", (int,), -1),
+    ("step", (int,), 0),
+    ("step_in_epoch", (int,), 0),
+    ("epoch_loss", (int, float), float("-inf")),
+    ("best_acc1", (int, float), 0),
+)
+
 STEP_NAME = re.compile(r"checkpoint-\d+\.pth")
 TEMPORARY_NAME = re.compile(r"\.checkpoint.*\.pth\.(?P<host>.+)\.(?P<pid>\d+)\.tmp")
 
@@ -228,6 +237,12 @@ def read_run_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} holds no run to resume (no {', '.join(absent)} in it): to start from its weights, use --finetune"
         )
+    for key, kinds, lowest in POSITION:
+        value = checkpoint.get(key, 0)
+        if type(value) not in kinds or not value >= lowest:
+            raise CheckpointError(f"{path} holds no run to resume: its {key} is {str(value)[:100]!r}")
+    if not isinstance(checkpoint.get("args", {}), dict):
+        raise CheckpointError(f"{path} holds no run to resume: its args are a {type(checkpoint['args']).__name__}")
     return checkpoint
 
 
