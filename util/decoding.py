@@ -32,9 +32,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-try:  # torchvision announces that its decoders will move elsewhere: without them, Pillow decodes everything
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:
+try:  # the operator itself: the function around it warns on every call that it will move elsewhere
+    import torchvision.io  # noqa: F401 - registers the operator
+
+    decode_jpeg = torch.ops.image.decode_jpeg
+except (ImportError, AttributeError):  # without it, Pillow decodes everything
     decode_jpeg = None
 
 MAX_PIXELS = 89_478_485  # a quarter GiB as RGB; Pillow's own limit for a warning
@@ -65,10 +67,9 @@ def decode(data: bytes, in_chans: int) -> torch.Tensor:
         height, width, components = frame
         _check_pixels(height, width)
         if decode_jpeg is not None and components in (1, 3):
-            mode = ImageReadMode.RGB if in_chans == 3 else ImageReadMode.GRAY
             try:
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                return decode_jpeg(encoded, mode=mode, apply_exif_orientation=True)
+                return decode_jpeg(encoded, in_chans, True)  # mode: 1 grey, 3 RGB; apply the EXIF orientation
             except RuntimeError:  # Pillow may still read it, or says what is wrong
                 pass
     return _decode_with_pillow(data, in_chans)

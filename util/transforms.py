@@ -55,16 +55,21 @@ class Normalize(nn.Module):
 
 def resize(img: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Bicubic with antialiasing, (C, h, w) -> (C, *size); uint8 images are rounded as in Pillow."""
+    height, width = img.shape[1:]
     # torch's fast uint8 kernel wants channels_last, and recognises it in 4 dimensions only.
     batch = img.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # (1, C, h, w)
+    if height - size[0] > max(0, 2 * (width - size[1])):
+        # The vertical pass first, where it shrinks the image more. Pillow 13 does likewise, which matters for
+        # equal pixels: values are clamped to 0..255 between the two passes.
+        batch = F.interpolate(batch, (size[0], width), mode="bicubic", align_corners=False, antialias=True)
     return F.interpolate(batch, size, mode="bicubic", align_corners=False, antialias=True)[0]
 
 
 def random_crop(height: int, width: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
     """A box (top, left, height, width) that covers a share of the image's area drawn from `scale`.
 
-    The distribution is that of torchvision's and timm's RandomResizedCrop; the draws are Python's, which cost a
-    tenth of torch's. When no box fits in ten draws, the largest central one with a legal aspect ratio is taken.
+    The distribution is that of torchvision's and timm's RandomResizedCrop; the draws are Python's, which cost
+    a tenth of torch's. When ten draws do not fit, the largest central box with a legal aspect ratio is taken.
     """
     for _ in range(10):
         area = height * width * random.uniform(*scale)

@@ -1,0 +1,26 @@
+"""The tests' photographs, and the arguments that the data layer reads."""
+
+import argparse
+from pathlib import Path
+
+PHOTOS = sorted((Path(__file__).parent / "data").glob("*.jpg"))
+
+
+def data_args(data_path, **changes) -> argparse.Namespace:
+    """The parsed arguments of a training run on the images at `data_path`."""
+    values = dict(
+        data_path=str(data_path),
+        dataset="",
+        in_chans=3,
+        input_size=(32, 32),
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        seed=0,
+        aa="rand-m9-mstd0.5-inc1",
+        color_jitter=None,
+        num_workers=0,
+        pin_mem=False,
+        bad_images="error",
+        max_bad_images=0.01,
+    )
+    return argparse.Namespace(**{**values, **changes})
