@@ -130,11 +130,14 @@ local)
     esac
     [ "$gpus" -ge "$per_node" ] || per_node=$gpus
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-    # USR1 and USR2 ask to save and stop. They end a process that has not got its handlers yet, so let each task ignore
-    # them until then. SRUN_ARGS is split at blanks on purpose.
-    # shellcheck disable=SC2086,SC2016
+    # USR1 and USR2 ask to save and stop, but would end a process that has not got its handlers yet: hold them back until
+    # then (util/preemption.py). SRUN_ARGS is split at blanks on purpose.
+    hold='import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGUSR2])
+os.execvp(sys.argv[1], sys.argv[1:])'
+    # shellcheck disable=SC2086
     exec srun --partition="$where" --ntasks="$gpus" --ntasks-per-node="$per_node" --gres="gpu:$per_node" \
         --cpus-per-task="${CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-8}}" --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
-        sh -c 'trap "" USR1 USR2; exec "$@"' sh "$PYTHON" -u "$root/$main" "$@"
+        "$PYTHON" -c "$hold" "$PYTHON" -u "$root/$main" "$@"
     ;;
 esac

@@ -67,10 +67,11 @@ class Cluster:
                 started_by = Path(f"/proc/{parent}/comm").read_text().strip()
             except (OSError, UnicodeDecodeError):
                 continue
+            started = any(argument.endswith(".py") for argument in program) and "-c" not in program  # not exp/launch.sh
             here = environ.get("SLURM_CONF") == self.environ["SLURM_CONF"] and environ.get("SLURM_JOB_ID") == job
             # slurmstepd's children are the tasks (and the batch script); theirs are data-loading workers
             is_task = started_by == "slurmstepd" and "SLURM_STEP_ID" in environ
-            if here and is_task and any(argument.endswith(".py") for argument in program):
+            if started and here and is_task:
                 found[int(environ["SLURM_PROCID"])] = int(folder.name)
         return found
 

@@ -383,6 +383,17 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, signum):
     assert len(saved) == 1
 
 
+def test_a_signal_held_back_while_starting_is_not_lost():
+    preemption = Preemption()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])  # as exp/launch.sh does
+    try:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        preemption.install()
+        assert preemption.requested_on_any_rank()
+    finally:
+        preemption.close()
+
+
 def test_second_term_ends_at_once(tmp_path):
     body = """
     preemption = Preemption()

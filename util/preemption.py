@@ -47,6 +47,8 @@ class Preemption:
         submitit's is called once everything is saved."""
         for signum in (*REQUEUE_SIGNALS, signal.SIGTERM):
             self._previous[signum] = signal.signal(signum, self._on_signal)
+        # exp/launch.sh holds back what arrives before this point.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUEUE_SIGNALS)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         # Nothing but this: the handler may interrupt any line, one that holds the logger's lock included.
