@@ -68,7 +68,9 @@ class StepMeter:
         if not self.pending:
             return [], {}
         steps, lrs, losses, norms = zip(*self.pending)
-        losses = distributed.all_reduce_mean(torch.stack(losses).float()).tolist()
+        # In float64, in which the order of ranks and the length of the list change nothing.
+        losses = torch.tensor(torch.stack(losses).tolist(), dtype=torch.float64)
+        losses = distributed.all_reduce_mean(losses).tolist()
         norms = torch.stack(norms).float().tolist()
         now = time.perf_counter()
         seconds = now - self.window_start

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -192,11 +193,30 @@ def open_run(
     if distributed.get_world_size() > 1:
         # Without device_ids, inputs are left where they are: masks belong on the CPU.
         model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if device.type == "cpu":
+            model.register_comm_hook(None, average_in_rank_order)
     logger.info(
         "effective batch %d = %d images x %d micro-batches x %d ranks; learning rate %.3g; %d steps per epoch",
         args.eff_batch_size, args.batch_size, args.accum_iter, distributed.get_world_size(), args.lr, steps_per_epoch,
     )  # fmt: skip
     return Run(args, device, model, state, loader, normalize.to(device), folder, log, guard, preemption)
+
+
+def average_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average gradients over ranks, added in the order of ranks, for a resumed run to be identical.
+
+    The order of gloo's own sum depends on where in a bucket a value lies, and DistributedDataParallel packs its buckets
+    anew after the first step of a process.
+    """
+    gradients = [torch.empty_like(bucket.buffer()) for _ in range(dist.get_world_size())]
+
+    def average(_: torch.futures.Future) -> Tensor:
+        total = gradients[0]
+        for gradient in gradients[1:]:
+            total += gradient
+        return total / len(gradients)
+
+    return dist.all_gather(gradients, bucket.buffer(), async_op=True).get_future().then(average)
 
 
 def open_folder(args: argparse.Namespace) -> CheckpointFolder | None:
