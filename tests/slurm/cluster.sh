@@ -36,6 +36,7 @@ MpiDefault=none
 ReturnToService=2
 GresTypes=gpu
 KillWait=5
+SchedulerParameters=bf_interval=1,sched_interval=1
 NodeName=node1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=128 Gres=gpu:8 State=UNKNOWN
 NodeName=node2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=128 Gres=gpu:8 State=UNKNOWN
 PartitionName=partition Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
