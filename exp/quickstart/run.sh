@@ -1,0 +1,102 @@
+#!/bin/sh
+# Try MixMAE on real images: pretrain without labels, look at reconstructions, then see what the encoder is worth.
+#     sh exp/quickstart/run.sh [--seed N] [output folder, default exp/quickstart/result]
+#
+# Data      10,000 images of Fashion-MNIST that come with the repository (exp/quickstart/README.md)
+# Time      under 5 minutes on 2 CPU cores, after installing into .venv, which the first run does
+# Started again with the same folder, it continues where it was stopped.
+set -eu
+
+seed=0 output=''
+while [ $# -gt 0 ]; do
+    case $1 in
+    --seed)
+        seed=${2:?--seed needs a number}
+        shift 2
+        ;;
+    -*)
+        echo "usage: sh $0 [--seed N] [output folder]" >&2
+        exit 2
+        ;;
+    *)
+        output=$1
+        shift
+        ;;
+    esac
+done
+here=$(cd -- "$(dirname -- "$0")" && pwd)
+mkdir -p "${output:=$here/result}"
+output=$(cd -- "$output" && pwd)
+cd -- "$here/../.."
+sh exp/setup.sh
+python=.venv/bin/python
+data=exp/quickstart/data
+
+step() { printf '\n=== %s\n' "$1"; }
+
+start=$(date +%s)
+if [ ! -e $data/500_labels/val ]; then
+    step "Unpacking the images"
+    rm -rf $data
+    $python -m tarfile -e exp/quickstart/fashion_mnist.tar.xz $data
+    for class in "$data"/train/*; do # the first 50 images of each class
+        few=$data/500_labels/train/${class##*/}
+        mkdir -p "$few"
+        count=0
+        for image in "$class"/*; do
+            cp "$image" "$few"
+            count=$((count + 1))
+            [ $count -lt 50 ] || break
+        done
+    done
+    ln -s ../val $data/500_labels/val
+fi
+
+# Mean and standard deviation are those of the training images.
+run() {
+    main=$1 folder=$2
+    shift 2
+    $python "$main" --output_dir "$output/$folder" --seed "$seed" --resume auto --in_chans 1 --mean 0.219 --std 0.332 \
+        --num_workers 1 --keep_checkpoints 1 --print_freq 50 "$@"
+}
+# Both fine-tunings have these numbers, and nothing that favours one of them.
+finetune() {
+    run main_finetune.py "$@" --data_path $data/500_labels --model swin_quickstart \
+        --batch_size 25 --epochs 15 --warmup_epochs 1 --lr 2e-3 --layer_decay 1 --drop_path 0 --aa '' --reprob 0
+}
+knn() {
+    name=$1
+    shift
+    $python -m util.knn --checkpoint "$checkpoint" --data_path $data --seed "$seed" --num_workers 1 --k 20 \
+        --out "$output/$name.json" "$@"
+}
+
+step "Pretraining on 8,000 images, without their labels"
+run main_pretrain.py pretrain --data_path $data --model mixmae_quickstart \
+    --batch_size 32 --epochs 4 --warmup_epochs 0.5 --lr 2e-3 --mask_ratio 0.5 --norm_pix_loss --vis_every 1
+checkpoint=$output/pretrain/checkpoint.pth
+
+step "Drawing reconstructions of images that were not trained on"
+$python -m util.visualize --checkpoint "$checkpoint" --images $data/val --out "$output/reconstructions.png" --num_images 6
+
+step "Classifying by nearest neighbours: the pretrained encoder, and the same with random weights"
+knn knn_pretrained
+knn knn_random --random_weights
+
+step "Fine-tuning with 500 labels: from the pretrained encoder, and from scratch"
+finetune finetune --finetune "$checkpoint"
+finetune scratch
+
+step "Results with seed $seed on 2,000 validation images, after $(($(date +%s) - start)) seconds"
+$python - "$output" <<'END'
+import json, pathlib, sys
+
+folder = pathlib.Path(sys.argv[1])
+knn = [json.loads((folder / f"knn_{name}.json").read_text())["accuracy"]["20"] for name in ("pretrained", "random")]
+logs = [(folder / name / "log.txt").read_text().splitlines() for name in ("finetune", "scratch")]
+tuned = [json.loads(lines[-1])["test_acc1"] for lines in logs]
+print("                             pretrained   not pretrained")
+print("20 nearest neighbours        {:8.1f} %   {:12.1f} %".format(*knn))
+print("fine-tuned with 500 labels   {:8.1f} %   {:12.1f} %".format(*tuned))
+print(f"\nLook at {folder}/reconstructions.png. Logs and checkpoints are in {folder}.")
+END
