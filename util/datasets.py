@@ -130,7 +130,7 @@ class ImageDataset(Dataset):
                     f"its pixels are {image.dtype}, those of the first image {dtype}; use one type for all"
                 )
         except (BadImageError, OSError) as error:
-            raise BadImageError(f"cannot use image {self.path_of(index)!r}: {error}") from error
+            raise BadImageError(f"cannot use image {self.path_of(index)!r}: {error}") from None
         return image, target
 
     def _read_or_replace(self, epoch: int, index: int) -> tuple[torch.Tensor, int]:
@@ -143,7 +143,7 @@ class ImageDataset(Dataset):
                     if not self.skip_bad:
                         raise BadImageError(
                             f"{error}. Repair or remove it, or train with --bad_images skip"
-                        ) from error
+                        ) from None
                     self._record_bad(candidate, error)
             candidate = derive_seed("replacement", self.seed, epoch, index, attempt) % len(self)
         raise BadImageError(

@@ -1,0 +1,396 @@
+"""Sources of images, samples that depend on their key alone, and loaders whose workers behave."""
+
+import io
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from photos import PHOTOS, data_args
+from PIL import Image
+from torch.utils.data import IterableDataset
+from torchvision.datasets import ImageFolder
+
+from util import datasets_timm
+from util.datasets import BadImageError, ImageDataset, build_dataset, build_loader
+from util.transforms import eval_transform, pretrain_transform, train_transform
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXMAE_CACHE", str(tmp_path / "cache"))
+
+
+def picture(path: Path, colour=(10, 200, 30), size=(40, 30)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+@pytest.fixture
+def labelled(tmp_path) -> Path:
+    """Three classes; in `train` 2 + 1 + 3 images, in `val` one each."""
+    root = tmp_path / "data"
+    for name, number in (("ant", 2), ("bee", 1), ("cat", 3)):
+        for i in range(number):
+            picture(root / "train" / name / f"{i}.png", colour=(len(name) * 20 + i, i * 50, 7))
+        picture(root / "val" / name / "v.png")
+    return root
+
+
+def photo_folder(root: Path, copies: int = 4) -> Path:
+    for i in range(copies):
+        for photo in PHOTOS:
+            target = root / "train" / f"c{i % 2}" / f"{i}-{photo.name}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(photo, target)
+    return root
+
+
+def plain(args, split="train", **kwargs):
+    """A data set without augmentation."""
+    return build_dataset(args, split, eval_transform(args), **kwargs)
+
+
+# --- where images come from
+
+
+def test_class_folders_are_read_as_torchvision_reads_them(labelled):
+    theirs = ImageFolder(labelled / "train")
+    ours = build_dataset(data_args(labelled), "train", lambda image: image, require_labels=True)
+    assert ours.classes == theirs.classes and len(ours) == len(theirs)
+    for i in range(len(ours)):
+        image, target = ours[(0, i)]
+        assert np.array_equal(image.permute(1, 2, 0), np.array(theirs[i][0])) and target == theirs[i][1]
+        assert ours.path_of(i) == theirs.samples[i][0]
+    assert len(plain(data_args(labelled), "val")) == 3
+
+
+@pytest.mark.parametrize("folder", ["", "train"])
+def test_images_without_class_folders(tmp_path, folder):
+    root = tmp_path / "data" / folder
+    for name in ("1.jpg", "deep/2.png", "deep/er/3.webp"):
+        picture(root / name)
+    dataset = plain(data_args(tmp_path / "data"))
+    assert len(dataset) == 3 and dataset.classes is None
+    assert [dataset[(0, i)][1] for i in range(3)] == [-1, -1, -1]
+    message = "labels need one folder per class" if folder else "train does not exist"
+    with pytest.raises(ValueError, match=message):
+        plain(data_args(tmp_path / "data"), require_labels=True)
+
+
+def test_a_list_of_images(tmp_path):
+    picture(tmp_path / "pics" / "a b 7.png")
+    picture(tmp_path / "pics" / "c.jpeg")
+    absolute = picture(tmp_path / "elsewhere" / "d.jpg")
+    images = tmp_path / "list.txt"
+    images.write_text(f"pics/a b 7.png\n\npics/c.jpeg\r\n{absolute}\n")
+    dataset = plain(data_args(images))
+    assert len(dataset) == 3 and dataset.classes is None
+    assert dataset.path_of(0) == str(tmp_path / "pics" / "a b 7.png") and dataset.path_of(2) == str(absolute)
+    assert [dataset[(0, i)][1] for i in range(3)] == [-1] * 3
+    images.write_text(f"pics/a b 7.png 4\npics/c.jpeg\t0\n{absolute} 2\n")
+    dataset = plain(data_args(images), require_labels=True)
+    assert dataset.classes == ["0", "1", "2", "3", "4"]
+    assert [dataset[(0, i)][1] for i in range(3)] == [4, 0, 2]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("\n\n", "image list .* is empty"),
+        ("a.png 1\nb.png\n", "line 2 has no label"),
+        ("a.png\nnotes.txt\n", "line 2: expected an image file"),
+        ("a.png -1\n", "line 1: expected an image file"),
+        ("a.png one\n", "line 1: expected an image file"),
+        ("$(touch hacked).sh\n", "line 1: expected an image file"),
+        ("gone.png\n", "gone.png.*No such file"),
+    ],
+)
+def test_bad_lists(tmp_path, content, message):
+    picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
+    (tmp_path / "list.txt").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        plain(data_args(tmp_path / "list.txt"))
+    with pytest.raises(ValueError, match="list of training images"):
+        plain(data_args(tmp_path / "list.txt"), "val")
+
+
+def make_tar(path: Path, prefix: str, names) -> None:
+    with tarfile.open(path, "w") as tar:
+        for i, name in enumerate(names):
+            stream = io.BytesIO()
+            Image.new("RGB", (30, 20), (i * 40, 100, 0)).save(stream, "PNG")
+            info = tarfile.TarInfo(f"{prefix}{name}")
+            info.size = stream.tell()
+            stream.seek(0)
+            tar.addfile(info, stream)
+
+
+def test_tars(tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    names = [f"{c}/{i}.png" for c in ("ant", "bee") for i in range(3)]
+    make_tar(root / "train.tar", "", names)
+    make_tar(root / "val.tar", "", names[1:5])
+    for path in (root, root / "train.tar"):
+        args = data_args(path, num_workers=2)
+        dataset = plain(args, require_labels=True)
+        assert dataset.classes == ["ant", "bee"] and dataset.path_of(3).endswith("bee/0.png")
+        loader = build_loader(dataset, [[(0, 0), (0, 1), (0, 2)], [(0, 3), (0, 4), (0, 5)]] * 4, args)
+        seen = [(images[:, 0, 0, 0].tolist(), targets.tolist()) for images, targets in loader]
+        assert seen == [([0, 40, 80], [0, 0, 0]), ([120, 160, 200], [1, 1, 1])] * 4
+    assert len(plain(data_args(root), "val")) == 4
+    with pytest.raises(ValueError, match="tar of training images"):
+        plain(data_args(root / "train.tar"), "val")
+    assert len(pickle.loads(pickle.dumps(dataset.source))) == 6
+
+
+def test_torchvision_sets_by_timms_name(tmp_path):
+    root = tmp_path / "FashionMNIST" / "raw"
+    root.mkdir(parents=True)
+    for part, number in (("train", 5), ("t10k", 3)):
+        header = np.array([0x803, number, 28, 28], ">i4").tobytes()
+        (root / f"{part}-images-idx3-ubyte").write_bytes(header + bytes(range(number)) * 784)
+        labels = np.array([0x801, number], ">i4").tobytes()
+        (root / f"{part}-labels-idx1-ubyte").write_bytes(labels + bytes(range(number)))
+    for in_chans in (1, 3):
+        args = data_args(tmp_path, dataset="torch/fashion_mnist", in_chans=in_chans, input_size=(28, 28))
+        train, val = plain(args), plain(args, "val")
+        assert (len(train), len(val)) == (5, 3) and len(train.classes) == 10
+        image, target = train[(0, 4)]
+        assert image.shape == (in_chans, 28, 28) and target == 4
+    with pytest.raises(ValueError, match=r"timm cannot open --dataset torch/cifar10 \(train\)"):
+        plain(data_args(tmp_path, dataset="torch/cifar10"))
+
+
+@pytest.mark.parametrize("name, package", [("hfds/user/set", "datasets"), ("wds/set", "webdataset")])
+def test_missing_packages_are_named(tmp_path, monkeypatch, name, package):
+    monkeypatch.setattr(datasets_timm.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=f"needs the package {package}.*pip install {package}"):
+        plain(data_args(tmp_path, dataset=name))
+
+
+class Stream(IterableDataset):
+    """As timm's streamed sets: shared out among workers, reshuffled by `set_epoch`."""
+
+    reader = object()
+
+    def __init__(self, length=6):
+        self.length, self.epoch = length, 0
+
+    def __len__(self):
+        return self.length
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        start, step = (info.id, info.num_workers) if info else (0, 1)
+        for i in range(start, self.length, step):
+            yield Image.new("RGB", (40, 40), (i, self.epoch, 0)), i
+
+
+def test_streamed_sets_train_without_an_order_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets_timm.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(datasets_timm, "create_dataset", lambda *args, **kwargs: Stream())
+    args = data_args(tmp_path, dataset="wds/set", num_workers=2)
+    dataset = plain(args)
+    batches = [[(0, 0), (0, 1), (0, 2)], [(0, 3), (0, 4), (0, 5)]] * 2
+    seen = [
+        set(map(tuple, images[:, :2, 0, 0].tolist())) for images, _ in build_loader(dataset, batches, args)
+    ]
+    assert seen[0] | seen[1] == {(i, 0) for i in range(6)}
+    assert seen[2] | seen[3] == {(i, 1) for i in range(6)}  # the next epoch of the stream
+    with pytest.raises(ValueError, match="can only be streamed"):
+        plain(args, "val")
+    monkeypatch.setattr(datasets_timm, "create_dataset", lambda *args, **kwargs: Stream(0))
+    with pytest.raises(ValueError, match="does not say how many images"):
+        plain(args)
+
+
+# --- what is refused before training
+
+
+def test_missing_and_empty_paths(tmp_path):
+    with pytest.raises(ValueError, match=r"--data_path .*nowhere does not exist"):
+        plain(data_args(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images found under"):
+        plain(data_args(tmp_path / "empty"))
+
+
+def test_validation_needs_labels_of_the_training_set(labelled):
+    picture(labelled / "val" / "dog" / "v.png")
+    with pytest.raises(ValueError, match=r"classes that the training set lacks: \['dog'\]"):
+        plain(data_args(labelled), "val")
+    shutil.rmtree(labelled / "val" / "dog")
+    shutil.rmtree(labelled / "val" / "ant")  # a class without validation images keeps its number
+    dataset = plain(data_args(labelled), "val")
+    assert dataset.classes == ["ant", "bee", "cat"] and [dataset[(0, i)][1] for i in range(2)] == [1, 2]
+    (labelled / "val" / "ant").mkdir()
+    with pytest.raises(ValueError, match=r"class folders without any image in .*val: \['ant'\]"):
+        plain(data_args(labelled), "val")
+    shutil.rmtree(labelled / "val")
+    with pytest.raises(ValueError, match="val does not exist; it must hold the val images"):
+        plain(data_args(labelled), "val")
+
+
+def test_fine_tuning_refuses_an_empty_class_and_pretraining_does_not(labelled):
+    (labelled / "train" / "dog").mkdir()
+    with pytest.raises(ValueError, match=r"class folders without any image in .*train: \['dog'\]"):
+        plain(data_args(labelled), require_labels=True)
+    assert len(plain(data_args(labelled))) == 6
+
+
+def test_evaluation_alone_needs_no_training_folder(labelled):
+    shutil.rmtree(labelled / "train")
+    assert plain(data_args(labelled), "val").classes == ["ant", "bee", "cat"]
+    with pytest.raises(ValueError, match="train does not exist"):
+        plain(data_args(labelled), require_labels=True)
+
+
+def test_the_first_image_must_have_the_channels_asked_for(tmp_path, labelled):
+    with pytest.raises(ValueError, match=r"ant/0.png.*4 channels are read from .npy arrays \(H, W, 4\) only"):
+        plain(data_args(labelled, in_chans=4))
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / "a.npy", np.zeros((20, 30, 5), np.uint8))
+    with pytest.raises(ValueError, match=r"shape \(20, 30, 5\), \(H, W, 4\) is needed \(--in_chans 4\)"):
+        plain(data_args(tmp_path / "arrays", in_chans=4))
+    with pytest.raises(ValueError, match="--in_chans must be 1 or 3, got 4"):
+        plain(data_args(tmp_path, dataset="torch/cifar10", in_chans=4))
+
+
+# --- arrays
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32, np.float64, ">u2"])
+def test_arrays_of_many_channels(tmp_path, dtype):
+    values = np.arange(32 * 32 * 16).reshape(32, 32, 16) % 200
+    np.save(tmp_path / "a.npy", values.astype(dtype))
+    args = data_args(tmp_path, in_chans=16)
+    image, target = build_dataset(args, "train", lambda image: image)[(0, 0)]
+    assert target == -1 and image.shape == (16, 32, 32)
+    assert image.dtype == (torch.uint8 if dtype == np.uint8 else torch.float32)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), values)
+    for transform in (pretrain_transform(args), train_transform(args), eval_transform(args)):
+        out = build_dataset(args, "train", transform)[(0, 0)][0]
+        assert out.shape == (16, 32, 32) and out.dtype == image.dtype
+
+
+def test_arrays_of_one_channel_may_leave_it_out(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((9, 8), 7, np.uint8))
+    image, _ = build_dataset(data_args(tmp_path, in_chans=1), "train", lambda image: image)[(0, 0)]
+    assert image.shape == (1, 9, 8) and int(image.min()) == int(image.max()) == 7
+
+
+# --- keys and loaders
+
+
+@pytest.mark.parametrize("make_transform", [pretrain_transform, train_transform])
+def test_samples_depend_on_their_key_alone(tmp_path, make_transform):
+    root = photo_folder(tmp_path / "data")
+    batches = [[(0, 3), (0, 1)], [(0, 0), (0, 2), (0, 5)], [(1, 3), (1, 1)], [(0, 3)]]
+    results = []
+    for workers in (0, 2, 3):
+        args = data_args(root, num_workers=workers, seed=5)
+        loader = build_loader(build_dataset(args, "train", make_transform(args)), batches, args)
+        results.append([images for images, _ in loader])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    first = results[0]
+    assert torch.equal(first[0][0], first[3][0])  # the same key, in another place
+    assert not torch.equal(first[0], first[2])  # the same image in another epoch
+    args = data_args(root, seed=6)
+    assert not torch.equal(build_dataset(args, "train", make_transform(args))[(0, 3)][0], first[3][0])
+
+
+def test_batches(tmp_path):
+    args = data_args(photo_folder(tmp_path / "data"), num_workers=2)
+    dataset = build_dataset(args, "train", pretrain_transform(args))
+    images, targets = next(iter(build_loader(dataset, [[(0, i) for i in range(12)]], args)))
+    assert images.shape == (12, 3, 32, 32) and images.dtype == torch.uint8
+    assert targets.dtype == torch.int64 and targets.tolist() == [0] * 6 + [1] * 6
+    assert torch.equal(images[7], dataset[(0, 7)][0])
+
+
+def test_loading_in_workers_leaves_the_generators_alone(tmp_path):
+    args = data_args(photo_folder(tmp_path / "data"), num_workers=1)
+    dataset = build_dataset(args, "train", pretrain_transform(args))
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    for _ in build_loader(dataset, [[(0, 0)], [(0, 1)]], args):
+        pass
+    assert torch.equal(torch.rand(2), expected)
+
+
+LOADER_SCRIPT = """
+import os, signal, sys, time
+sys.path[:0] = {paths!r}
+from photos import data_args
+from util.datasets import build_dataset, build_loader
+from util.transforms import pretrain_transform
+args = data_args({root!r}, num_workers=2)
+loader = build_loader(build_dataset(args, "train", pretrain_transform(args)), [[(0, 0), (0, 1)]] * 40, args)
+batches = iter(loader)
+next(batches)
+workers = [process.pid for process in batches._workers]
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for worker in workers:
+        os.kill(worker, number)
+time.sleep(0.3)
+assert len([1 for _ in batches]) == 39, "a worker fell to a signal"
+print(*workers)
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    "end", ["pass", "raise SystemExit(3)", "raise RuntimeError('x')", "del batches, loader"]
+)
+def test_workers_survive_signals_and_end_with_their_process(tmp_path, end):
+    root = photo_folder(tmp_path / "data")
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    script = LOADER_SCRIPT.format(paths=paths, root=str(root), end=end)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert run.returncode == {"raise SystemExit(3)": 3, "raise RuntimeError('x')": 1}.get(end, 0), run.stderr
+    workers = [int(pid) for pid in run.stdout.split()]
+    assert len(workers) == 2
+    for _ in range(50):
+        alive = [pid for pid in workers if _is_running(pid)]
+        if not alive:
+            return
+        time.sleep(0.1)
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    raise AssertionError(f"workers {alive} outlived their process")
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_errors_in_workers_reach_the_training_process(tmp_path):
+    root = photo_folder(tmp_path / "data")
+    args = data_args(root, num_workers=1)
+    dataset = build_dataset(args, "train", pretrain_transform(args))
+    assert isinstance(dataset, ImageDataset)
+    Path(dataset.path_of(4)).write_bytes(b"not an image")
+    with pytest.raises(
+        BadImageError, match=r"cannot use image .*2-chelsea.jpg.*not an image in a known format"
+    ):
+        for _ in build_loader(dataset, [[(0, 0)], [(0, 4)]], args):
+            pass
