@@ -146,25 +146,27 @@ def separated_layout(group: Tensor, window: int, device: torch.device) -> Window
 # Layers
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float = 0.0) -> Tensor:
+def attend(qkv: Tensor, bias: Tensor | None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v.
 
     Args:
-        q, k, v: (B, R, nH, n, d), `R` runs of `n` tokens.
+        qkv: (3, B, R, nH, n, d), queries, keys and values of `R` runs of `n` tokens.
         bias: (R or 1, nH, n, n) or None.
         dropout: probability of dropping an attention weight.
 
     Returns:
         (B, R, nH, n, d)
     """
-    if bias is not None and bias.requires_grad and q.device.type == "cpu":
+    shape = qkv.shape[1:]
+    if bias is not None and bias.requires_grad and qkv.device.type == "cpu":
         # PyTorch's fused attention on a CPU has no gradient for a learned bias.
-        scores = torch.add(bias, q @ k.transpose(-2, -1), alpha=q.shape[-1] ** -0.5)
-        return F.dropout(scores.softmax(dim=-1), dropout).to(v.dtype) @ v
-    shape = q.shape
+        q, k, v = qkv.flatten(1, 3)  # one copy of all three, where batched products would copy each
+        scores = (q @ k.transpose(1, 2)).unflatten(0, shape[:3])
+        weights = torch.add(bias, scores, alpha=shape[-1] ** -0.5).softmax(dim=-1)
+        return (F.dropout(weights, dropout).flatten(0, 2).to(v.dtype) @ v).view(shape)
     # Fused kernels take four dimensions: runs join the batch where they share a bias, else the heads.
     joined = (0, 1) if bias is None or len(bias) == 1 else (1, 2)
-    q, k, v = (t.flatten(*joined) for t in (q, k, v))
+    q, k, v = (t.flatten(*joined) for t in qkv)
     if bias is not None:
         bias = bias.flatten(0, 1)[None].to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout).view(shape)
@@ -200,7 +202,7 @@ class Attention(nn.Module):
 
     def position_bias(self, layout: WindowLayout) -> list[Tensor]:
         """The bias of each entry of `layout.runs`: (how many or 1, nH, n, n)."""
-        bias = F.embedding(layout.bias_index, self.relative_position_bias_table).t()  # (nH, pairs)
+        bias = self.relative_position_bias_table.t().index_select(1, layout.bias_index)  # (nH, pairs)
         pairs = [count * n * n for count, n in layout.runs]
         if len(pairs) == 1:  # possibly one window's bias, shared by all
             n = layout.runs[0][1]
@@ -218,8 +220,8 @@ class Attention(nn.Module):
         mixed = []
         for (count, n), part, bias in zip(runs, qkv, biases):
             part = part.view(B, count, n, 3, self.num_heads, C // self.num_heads)
-            q, k, v = part.permute(3, 0, 1, 4, 2, 5)  # 3 x (B, R, nH, n, d)
-            mixed.append(attend(q, k, v, bias, dropout).transpose(2, 3).flatten(1, 2))  # (B, R * n, nH, d)
+            part = part.permute(3, 0, 1, 4, 2, 5)  # (3, B, R, nH, n, d)
+            mixed.append(attend(part, bias, dropout).transpose(2, 3).flatten(1, 2))  # (B, R * n, nH, d)
         return torch.cat(mixed, dim=1).view(B, T, C)
 
     def forward(self, x: Tensor, layout: WindowLayout | None = None) -> Tensor:
