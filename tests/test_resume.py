@@ -61,6 +61,18 @@ def test_resuming_from_an_older_checkpoint_does_later_steps_again(place, tmp_pat
     assert differences(out, place / "reference") == []
 
 
+def test_several_ranks_resume_exactly(place, tmp_path):
+    """Three, since two numbers have the same sum in either order."""
+    flags = (*RECIPE, "--accum_iter", 1, "--data_path", place / "images", "--save_steps", 1, "--keep_checkpoints", 99)
+    Trial(tmp_path, *flags, "--output_dir", tmp_path / "reference", ranks=3).finish()
+    out = tmp_path / "out"
+    shutil.copytree(tmp_path / "reference", out)
+    resume = ("--resume", out / "checkpoint-00000006.pth", "--print_freq", 5)
+    Trial(tmp_path, *flags, "--output_dir", out, *resume, ranks=3).finish()
+    assert differences(out, tmp_path / "reference", logs=False) == []
+    assert steps_of(out) == steps_of(tmp_path / "reference") and epochs_of(out) == epochs_of(tmp_path / "reference")
+
+
 def test_a_finished_run_is_left_as_it_is_and_a_new_one_replaces_it(place, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(place / "reference", out)

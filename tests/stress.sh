@@ -1,0 +1,13 @@
+#!/bin/sh
+# Prove the promises of reliability at scale, and print a table of them; fails when one does not hold.
+#     sh tests/stress.sh                          # everything: about 10 minutes on two cores; mounting needs root
+#     sh tests/stress.sh --kills 5 --flips 20     # fewer trials
+#     sh tests/stress.sh --only kills nan         # some promises
+#     sh tests/stress.sh --help
+# PYTHON names another interpreter than that of .venv.
+set -eu
+
+root=$(cd -- "$(dirname -- "$0")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
+exec "$python" "$root/tests/stress.py" "$@"
