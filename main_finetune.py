@@ -228,7 +228,8 @@ def train(run: Run, validation: DataLoader) -> None:
         if state.model_ema is not None:
             result = evaluate(state.model_ema.module, validation, run.normalize, args.precision, run.device)
             record |= {"test_ema_loss": result.loss, "test_ema_acc1": result.acc1, "test_ema_acc5": result.acc5}
-        best = result.acc1 > progress.best_acc1  # of the averaged weights where there are any
+        # By the averaged weights where there are any. The first epoch is the best so far whatever it gives.
+        best = result.acc1 > progress.best_acc1 or progress.epoch == args.start_epoch
         progress.best_acc1 = max(progress.best_acc1, result.acc1)
         run.finish_epoch({**record, "best_acc1": progress.best_acc1, "seconds": time.time() - start}, best)
     result = evaluate(state.model, validation, run.normalize, args.precision, run.device)

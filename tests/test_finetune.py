@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from running import fails, losses, read_lines, run
@@ -17,9 +16,9 @@ import main_finetune
 import main_pretrain
 import util.run
 from engine_finetune import Evaluation
+from models_swin import SwinTransformer
 from util.checkpoint import read_checkpoint
 from util.lr_sched import learning_rate
-from util.transforms import Normalize
 
 SHAPE = ["--input_size", "16", "--window_size", "4", "4", "4", "2"]
 SHARED = [*SHAPE, "--device", "cpu", "--num_workers", "0", "--print_freq", "1", "--warmup_epochs", "1"]
@@ -271,6 +270,12 @@ def test_the_best_checkpoint_survives_a_resume(data, tmp_path):
     assert state_of(tmp_path / "better", "checkpoint-best.pth")["step"] == 15
 
 
+def test_there_is_a_best_checkpoint_even_when_nothing_is_right(data, tmp_path):
+    flags = [*FINETUNE, *PLAIN, "--data_path", data, "--output_dir", tmp_path]
+    Trial(tmp_path, *flags, sabotage=scripted(0, 0, 0, 0), main=main_finetune).finish()
+    assert state_of(tmp_path, "checkpoint-best.pth")["step"] == 3
+
+
 # --- How a batch is made up -----------------------------------------------------------------------------------------
 
 
@@ -343,15 +348,14 @@ def test_mixing_flags_arrive():
 
 
 def test_random_erasing_works_on_normalised_images(data, tmp_path, monkeypatch):
-    seen = []
-    forward = Normalize.forward
-    monkeypatch.setattr(Normalize, "forward", lambda self, imgs: seen.append(forward(self, imgs)) or seen[-1])
-    model_inputs = []
-    embed = timm.create_model("swin_quickstart").embed.__func__
-    monkeypatch.setattr(
-        "models_swin.SwinTransformer.embed",
-        lambda self, imgs: (model_inputs.append(imgs.clone()) if self.training else None) or embed(self, imgs),
-    )
+    model_inputs, embed = [], SwinTransformer.embed
+
+    def watch(self, imgs):
+        if self.training:
+            model_inputs.append(imgs.clone())
+        return embed(self, imgs)
+
+    monkeypatch.setattr(SwinTransformer, "embed", watch)
     flags = ["--aa", "", "--reprob", "1", "--remode", "const", "--epochs", "1"]
     run(main_finetune, *FINETUNE, *flags, "--data_path", data, "--output_dir", tmp_path)
     assert len(model_inputs) == 3
