@@ -111,15 +111,14 @@ class ImageDataset(Dataset):
 
     def _first_image_dtype(self) -> torch.dtype:
         """The pixel type of the first image, or with `skip_bad` the first readable one: all must have it."""
-        for index in range(min(len(self), REPLACEMENT_TRIES)):
+        tries = min(len(self), REPLACEMENT_TRIES)
+        for index in range(tries):
             try:
                 return self._read(index)[0].dtype
             except BadImageError:
                 if not self.skip_bad:
                     raise
-        raise BadImageError(
-            f"none of the first {REPLACEMENT_TRIES} images can be read, e.g. {self.path_of(0)!r}"
-        )
+        raise BadImageError(f"none of the first {tries} images can be read, e.g. {self.path_of(0)!r}")
 
     def _read(self, index: int) -> tuple[torch.Tensor, int]:
         try:
@@ -204,8 +203,8 @@ def build_loader(
 ) -> DataLoader:
     """A loader of (images (B, C, H, W), targets (B,) int64) for the key lists that `batch_sampler` yields.
 
-    Uses args.num_workers, pin_mem, seed. Workers ignore the signals that ask a job to stop, which reach all of
-    its processes: the training process decides, and takes them along when it exits.
+    Uses args.num_workers, pin_mem, seed. Workers ignore the signals that ask a job to stop, which reach all
+    of its processes: the training process decides, and takes them along when it exits.
     """
     exiting = multiprocessing.RawValue("b", 0)  # shared with the workers
     atexit.register(setattr, exiting, "value", 1)

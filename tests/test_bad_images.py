@@ -1,0 +1,335 @@
+"""Unusual, damaged and hostile images: each behaves as util/decoding.py documents, alone and in a data set.
+
+MIXMAE_STRESS=1 counts 1 % bad images among 10,000 instead of 1,000.
+"""
+
+import io
+import logging
+import os
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from photos import PHOTOS, data_args
+from PIL import Image, ImageOps
+
+from util import decoding
+from util.datasets import BadImageError, build_dataset, build_loader
+from util.decoding import MAX_PIXELS, decode
+from util.transforms import eval_transform, pretrain_transform
+
+IMAGES = 10_000 if os.environ.get("MIXMAE_STRESS") == "1" else 1_000
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXMAE_CACHE", str(tmp_path / "cache"))
+
+
+def encode(image: Image.Image, form: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def pixels(img: torch.Tensor) -> np.ndarray:
+    return img.permute(1, 2, 0).numpy()
+
+
+def photo(size=(60, 40)) -> Image.Image:
+    return Image.open(PHOTOS[1]).convert("RGB").resize(size)
+
+
+# --- images that work
+
+
+@pytest.mark.parametrize("path", PHOTOS, ids=lambda path: path.stem)
+def test_photographs_decode_to_pillows_pixels(path):
+    data = path.read_bytes()
+    assert np.array_equal(pixels(decode(data, 3)), np.array(Image.open(path).convert("RGB")))
+    assert np.array_equal(pixels(decode(data, 1))[:, :, 0], np.array(Image.open(path).convert("L")))
+
+
+@pytest.mark.parametrize("path", PHOTOS, ids=lambda path: path.stem)
+def test_without_torchvisions_decoder_pillow_decodes(path, monkeypatch):
+    data = path.read_bytes()
+    expected = decode(data, 3)
+    monkeypatch.setattr(decoding, "decode_jpeg", None)
+    assert torch.equal(decode(data, 3), expected)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photo(), form, exif=exif)
+    image = decode(data, 3)
+    assert image.shape == ((3, 40, 60) if orientation < 5 else (3, 60, 40))
+    assert np.array_equal(pixels(image), np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
+
+
+def test_cmyk_jpeg_becomes_rgb():
+    data = encode(photo().convert("CMYK"), "JPEG", quality=95)
+    image = decode(data, 3)
+    assert np.array_equal(pixels(image), np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert np.abs(pixels(image).astype(int) - np.array(photo())).mean() < 12
+
+
+@pytest.mark.parametrize("form", ["PNG", "GIF"])
+def test_palettes_are_expanded_and_transparency_dropped(form):
+    image = photo().quantize(16)
+    data = encode(image, form, transparency=0)
+    assert np.array_equal(pixels(decode(data, 3)), np.array(image.convert("RGB")))
+    with_alpha = photo()
+    with_alpha.putalpha(7)
+    assert np.array_equal(pixels(decode(encode(with_alpha, "PNG"), 3)), np.array(photo()))
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_16_bits_are_reduced_to_8(form):
+    values = np.array([[0, 128, 129, 257], [25700, 32768, 65406, 65535]], np.uint16)
+    image = decode(encode(Image.fromarray(values), form), 1)
+    assert image.dtype == torch.uint8 and image[0].tolist() == [[0, 0, 1, 1], [100, 128, 254, 255]]
+    assert decode(encode(Image.fromarray(values), form), 3)[2].tolist() == image[0].tolist()
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame_is_taken(form):
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ((250, 0, 0), (0, 0, 250))]
+    image = decode(encode(frames[0], form, save_all=True, append_images=frames[1:]), 3)
+    assert image.shape == (3, 10, 20) and image[0].min() > 240 and image[2].max() < 10
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+@pytest.mark.parametrize("mode, in_chans", [("L", 3), ("L", 1), ("RGB", 1)])
+def test_grey_and_colour_convert_into_each_other(form, mode, in_chans):
+    colour = (30, 200, 90) if mode == "RGB" else 120
+    image = decode(encode(Image.new(mode, (16, 16), colour), form), in_chans)
+    assert image.shape == (in_chans, 16, 16)
+    assert (image.int() - (137 if mode == "RGB" else 120)).abs().max() <= 2
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 3), (1, 20_000)])
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_very_small_and_very_long_images_are_images(tmp_path, size, form):
+    (tmp_path / f"a.{form.lower()}").write_bytes(encode(Image.new("RGB", size, (10, 20, 30)), form))
+    args = data_args(tmp_path, input_size=(224, 224))
+    for transform in (pretrain_transform(args), eval_transform(args)):
+        image, _ = build_dataset(args, "train", transform)[(0, 0)]
+        assert image.shape == (3, 224, 224)
+        assert (image.float().mean((1, 2)) - torch.tensor([10.0, 20, 30])).abs().max() < 3
+
+
+# --- images that are refused
+
+
+def png_bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises width x height pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+def jpeg_bomb(width: int, height: int) -> bytes:
+    data = bytearray(encode(Image.new("RGB", (16, 16)), "JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def array_file(array: np.ndarray, **options) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, **options)
+    return stream.getvalue()
+
+
+class Payload:
+    """Unpickling this would create a file."""
+
+    path = "unpickled"
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+JPEG = encode(photo(), "JPEG")
+PNG = encode(photo(), "PNG")
+REFUSED = {
+    "empty": (b"", "the file is empty"),
+    "text": (b"<html>404 Not Found</html>", "not an image in a known format"),
+    "truncated JPEG": (JPEG[: len(JPEG) // 2], "truncated"),
+    "JPEG header only": (JPEG[:20], "not an image in a known format|truncated|No more data|Truncated"),
+    "truncated PNG": (PNG[: len(PNG) // 2], "truncated"),
+    "truncated photo": (PHOTOS[0].read_bytes()[:20_000], "truncated"),
+    "PNG bomb": (png_bomb(50_000, 50_000), "pixels"),
+    "smaller PNG bomb": (
+        png_bomb(10_000, 10_000),
+        f"10000 x 10000 = 100000000 pixels, above .* {MAX_PIXELS}",
+    ),
+    "JPEG bomb": (jpeg_bomb(60_000, 60_000), "60000 x 60000 = 3600000000 pixels, above the limit"),
+    "float TIFF": (encode(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "32-bit float pixels"),
+    "32-bit TIFF": (encode(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"), "outside 0..65535"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in a known format"),
+    "truncated array": (array_file(np.zeros((9, 9, 3)))[:200], "damaged .npy file"),
+    "array header only": (b"\x93NUMPY\x01\x00", "damaged .npy file"),
+    "pickled array": (array_file(np.array([Payload()], object), allow_pickle=True), "damaged .npy file"),
+    "channels first": (array_file(np.zeros((3, 9, 9))), r"shape \(3, 9, 9\), \(H, W, 3\) is needed"),
+    "no pixels": (array_file(np.zeros((0, 9, 3))), "is needed"),
+    "complex array": (array_file(np.zeros((9, 9, 3), complex)), "type is complex128"),
+    "not a number": (array_file(np.full((9, 9, 3), np.nan)), "not finite"),
+    "beyond float32": (array_file(np.full((9, 9, 3), 1e300)), "not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_bad_images_are_refused_with_the_reason(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, message = REFUSED[kind]
+    started = time.monotonic()
+    with pytest.raises(BadImageError, match=message):
+        decode(data, 3)
+    assert time.monotonic() - started < 2
+    assert not list(tmp_path.iterdir())  # nothing was unpickled or written
+
+
+def test_random_damage_is_an_image_or_a_bad_image():
+    generator = np.random.default_rng(0)
+    for data in (JPEG, PNG, encode(photo(), "WEBP"), encode(photo(), "GIF"), encode(photo(), "TIFF")):
+        for _ in range(60):
+            damaged = bytearray(data)
+            for position in generator.integers(0, len(data), 3):
+                damaged[position] = generator.integers(0, 256)
+            try:
+                assert decode(bytes(damaged), 3).dtype == torch.uint8
+            except BadImageError as error:
+                assert str(error)
+
+
+# --- in a data set
+
+
+def folder_with_bad(root, images: int, bad: dict[int, bytes]):
+    """`images` small JPEG files 00000.jpg ..., those in `bad` with that content."""
+    root.mkdir()
+    good = encode(photo((8, 8)), "JPEG")
+    for i in range(images):
+        (root / f"{i:05d}.jpg").write_bytes(bad.get(i, good))
+    return root
+
+
+def run_epochs(dataset, args, epochs=2, batch_size=16):
+    keys = [(epoch, i) for epoch in range(epochs) for i in range(len(dataset))]
+    batches = [keys[k : k + batch_size] for k in range(0, len(keys), batch_size)]
+    return torch.cat([images for images, _ in build_loader(dataset, batches, args)])
+
+
+def test_by_default_a_bad_image_is_an_error_that_names_it(tmp_path):
+    args = data_args(folder_with_bad(tmp_path / "data", 8, {5: b"", 0: JPEG[:100]}))
+    with pytest.raises(BadImageError, match=r"cannot use image '.*/00000.jpg': .*[Tt]runcated"):
+        build_dataset(args, "train", eval_transform(args))  # the first one already when building
+    (tmp_path / "data" / "00000.jpg").write_bytes(JPEG)
+    dataset = build_dataset(args, "train", eval_transform(args))
+    with pytest.raises(
+        BadImageError, match=r"00005.jpg': the file is empty. Repair or remove it, or train with --bad"
+    ):
+        dataset[(0, 5)]
+    (tmp_path / "data" / "00003.jpg").unlink()
+    with pytest.raises(BadImageError, match=r"00003.jpg': .*No such file"):
+        dataset[(0, 3)]
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_bad_images_are_replaced_the_same_way_by_any_workers(tmp_path, workers):
+    bad = {i: b"" for i in (0, 3, 17, 18)}
+    root = folder_with_bad(tmp_path / "data", 40, bad)
+    for i in range(40):
+        if i not in bad:  # recognisable by its grey value
+            (root / f"{i:05d}.jpg").write_bytes(encode(Image.new("RGB", (8, 8), (i * 6,) * 3), "JPEG"))
+    args = data_args(root, bad_images="skip", max_bad_images=0.1, num_workers=workers)
+    dataset = build_dataset(args, "train", eval_transform(args))
+    values = run_epochs(dataset, args).float().mean((1, 2, 3)).div(6).round().int().view(2, 40)
+    assert dataset.bad_count() == 4
+    for i in range(40):
+        if i not in bad:
+            assert values[:, i].tolist() == [i, i]
+    replacements = values[:, sorted(bad)]
+    assert not set(replacements.flatten().tolist()) & set(bad)
+    fresh = build_dataset(
+        data_args(root, bad_images="skip", max_bad_images=0.1), "train", eval_transform(args)
+    )
+    again = [[int(fresh[(e, i)][0].float().mean().div(6).round()) for i in sorted(bad)] for e in range(2)]
+    assert replacements.tolist() == again
+    assert again[0] != again[1]  # another epoch, another replacement
+
+
+def test_counts_are_exact_across_workers_and_each_is_logged_once(tmp_path, caplog):
+    generator = np.random.default_rng(1)
+    positions = generator.choice(IMAGES, IMAGES // 100, replace=False)
+    kinds = [b"", b"text", JPEG[:300], png_bomb(50_000, 50_000)]
+    root = folder_with_bad(tmp_path / "data", IMAGES, {int(i): kinds[k % 4] for k, i in enumerate(positions)})
+    args = data_args(root, bad_images="skip", num_workers=3, input_size=(8, 8))
+    dataset = build_dataset(args, "train", eval_transform(args))
+    assert len(run_epochs(dataset, args)) == 2 * IMAGES
+    assert dataset.bad_count() == IMAGES // 100
+    # and in one process, where the log can be read
+    args.num_workers = 0
+    dataset = build_dataset(args, "train", eval_transform(args))
+    with caplog.at_level(logging.WARNING):
+        run_epochs(dataset, args)
+    messages = [record.getMessage() for record in caplog.records if "skipping" in record.getMessage()]
+    assert len(messages) == IMAGES // 100 == dataset.bad_count()
+    assert all(sum(dataset.path_of(int(i)) in message for message in messages) == 1 for i in positions)
+
+
+def test_too_many_bad_images_end_the_run(tmp_path):
+    root = folder_with_bad(tmp_path / "data", 100, {i: b"" for i in (10, 20, 30)})
+    for share, fails in ((0.03, False), (0.02, True)):
+        args = data_args(root, bad_images="skip", max_bad_images=share, num_workers=2)
+        dataset = build_dataset(args, "train", eval_transform(args))
+        if not fails:
+            run_epochs(dataset, args)
+            continue
+        with pytest.raises(BadImageError, match=r"3 of 100 images cannot be used.*--max_bad_images 0.02"):
+            run_epochs(dataset, args)
+
+
+def test_a_folder_without_one_readable_image_is_an_error(tmp_path):
+    root = folder_with_bad(tmp_path / "data", 5, dict.fromkeys(range(5), b""))
+    args = data_args(root, bad_images="skip", max_bad_images=1.0)
+    with pytest.raises(BadImageError, match=r"none of the first 5 images can be read.*00000.jpg"):
+        build_dataset(args, "train", eval_transform(args))
+
+
+def test_evaluation_never_skips_an_image(tmp_path):
+    (tmp_path / "data" / "val").mkdir(parents=True)
+    folder_with_bad(tmp_path / "data" / "val" / "a", 6, {4: b""})
+    args = data_args(tmp_path / "data", bad_images="skip", max_bad_images=1.0)
+    dataset = build_dataset(args, "val", eval_transform(args))
+    with pytest.raises(BadImageError, match=r"00004.jpg': the file is empty"):
+        dataset[(0, 4)]
+
+
+def test_one_pixel_type_per_data_set(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((9, 9, 3), np.uint8))
+    np.save(tmp_path / "b.npy", np.zeros((9, 9, 3), np.uint16))
+    args = data_args(tmp_path)
+    dataset = build_dataset(args, "train", eval_transform(args))
+    with pytest.raises(
+        BadImageError, match=r"b.npy': its pixels are torch.float32, those of the first image"
+    ):
+        dataset[(0, 1)]
