@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -267,8 +268,9 @@ args.device = "cpu"
 """
 
 
-def start_ranks(tmp_path, body, world_size, *flags, ranks=None):
-    """Start `body` in `world_size` processes (or only its `ranks`) that meet through a file; their output is piped."""
+def start_ranks(tmp_path, body, world_size, *flags, ranks=None, before=None):
+    """Start `body` in `world_size` processes (or only its `ranks`) that meet through a file; their output is piped.
+    Each calls `before` first of all."""
     program = PROLOGUE + textwrap.dedent(body)
     meeting = ["--dist_url", f"file://{tmp_path}/meeting"]
     processes = []
@@ -281,6 +283,7 @@ def start_ranks(tmp_path, body, world_size, *flags, ranks=None):
             subprocess.Popen(
                 [sys.executable, "-c", program, *meeting, *flags],
                 env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                preexec_fn=before,
             )
         )  # fmt: skip
     return processes
@@ -383,15 +386,16 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, signum):
     assert len(saved) == 1
 
 
-def test_a_signal_held_back_while_starting_is_not_lost():
+def test_a_signal_held_back_while_starting_is_not_lost(tmp_path):
+    body = """
+    os.kill(os.getpid(), signal.SIGUSR2)
     preemption = Preemption()
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])  # as exp/launch.sh does
-    try:
-        os.kill(os.getpid(), signal.SIGUSR2)
-        preemption.install()
-        assert preemption.requested_on_any_rank()
-    finally:
-        preemption.close()
+    preemption.install()
+    assert preemption.requested_on_any_rank()
+    """
+    block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, [signal.SIGUSR2])  # as exp/launch.sh does
+    codes, outputs = finish(start_ranks(tmp_path, body, 1, before=block))
+    assert codes == [0], outputs
 
 
 def test_second_term_ends_at_once(tmp_path):
