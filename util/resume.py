@@ -56,8 +56,9 @@ TEMPORARY_NAME = re.compile(r"\.checkpoint.*\.pth\.(?P<host>.+)\.(?P<pid>\d+)\.t
 class CheckpointFolder:
     """Saves and finds the checkpoints of one run. For one process of a run: rank 0.
 
-    Saving copies the tensors to the CPU and returns; a thread writes the copy, one at a time. The folder is whole at
-    every moment: each name appears by an atomic rename after its content is on the disk, and older files go last.
+    Saving copies the tensors to the CPU and returns; a thread writes the copy, one at a time. The copy's memory is kept
+    for the next one, since getting it anew would take longer than copying. The folder is whole at every moment: each
+    name appears by an atomic rename after its content is on the disk, and older files go last.
 
     Args:
         output_dir: the folder, made if need be.
@@ -75,6 +76,7 @@ class CheckpointFolder:
         self.failures = 0  # in a row
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._copied: dict[str, Any] | None = None  # what was saved last; its memory serves again
         probe = temporary_path(self.folder / "checkpoint.pth")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -106,8 +108,8 @@ class CheckpointFolder:
         names = [f"checkpoint-epoch{checkpoint['epoch'] + 1:04d}.pth"] if milestone else []
         names += ["checkpoint-best.pth"] if best else []
         names += [f"checkpoint-{checkpoint['step']:08d}.pth", "checkpoint.pth"]
-        copied = _copied_to_cpu(checkpoint)
-        self._thread = threading.Thread(target=self._write, args=(copied, names), name="checkpoint writer")
+        self._copied = _copied_to_cpu(checkpoint, self._copied)
+        self._thread = threading.Thread(target=self._write, args=(self._copied, names), name="checkpoint writer")
         self._thread.start()
 
     def wait(self, final: bool = False) -> None:
@@ -246,14 +248,19 @@ def read_run_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     return checkpoint
 
 
-def _copied_to_cpu(value: Any) -> Any:
-    """A copy of `value` on the CPU that training cannot change any more."""
+def _copied_to_cpu(value: Any, earlier: Any = None) -> Any:
+    """A copy of `value` on the CPU that training cannot change, in the memory of an `earlier` one where that fits."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        value = value.detach()
+        fits = isinstance(earlier, torch.Tensor) and (earlier.shape, earlier.dtype) == (value.shape, value.dtype)
+        copy = earlier if fits else torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return copy.copy_(value)
     if isinstance(value, dict):
-        return {key: _copied_to_cpu(item) for key, item in value.items()}
+        earlier = earlier if isinstance(earlier, dict) else {}
+        return {key: _copied_to_cpu(item, earlier.get(key)) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_copied_to_cpu(item) for item in value)
+        earlier = earlier if type(earlier) is type(value) and len(earlier) == len(value) else [None] * len(value)
+        return type(value)(_copied_to_cpu(item, old) for item, old in zip(value, earlier))
     return value
 
 
