@@ -91,14 +91,20 @@ def raster_to_windows(grid: tuple[int, int], window: int) -> Tensor:
 @lru_cache
 def window_layout(grid: tuple[int, int], window: int, device: torch.device) -> WindowLayout:
     """Layout for ordinary window attention: every window is one run."""
-    order = raster_to_windows(grid, window)
-    with torch.device("cpu"):
-        bias_index = get_relative_position_index(window, window).flatten().to(device)
-    runs = ((len(order), window * window),)
-    if len(order) == 1:
-        return WindowLayout(None, None, runs, bias_index)
-    order = order.flatten()
-    return WindowLayout(order.to(device), order.argsort().to(device), runs, bias_index)
+    with torch.inference_mode(False):  # the cached tensors serve training too, whoever asks first
+        order = raster_to_windows(grid, window)
+        with torch.device("cpu"):
+            bias_index = get_relative_position_index(window, window).flatten().to(device)
+        runs = ((len(order), window * window),)
+        if len(order) == 1:
+            return WindowLayout(None, None, runs, bias_index)
+        order = order.flatten()
+        return WindowLayout(order.to(device), order.argsort().to(device), runs, bias_index)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`, without waiting for it: only a copy from page-locked memory lets a GPU run on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def group_layout(group: Tensor, window: int, device: torch.device) -> WindowLayout:
@@ -123,10 +129,10 @@ def group_layout(group: Tensor, window: int, device: torch.device) -> WindowLayo
         relative_index = get_relative_position_index(window, window)
     bias_index = [relative_index[run][:, run].flatten() for run in place.flatten().split(lengths)]
     return WindowLayout(
-        order.to(device, non_blocking=True),
-        order.argsort().to(device, non_blocking=True),
+        to_device(order, device),
+        to_device(order.argsort(), device),
         tuple((len(list(same)), length) for length, same in groupby(lengths)),
-        torch.cat(bias_index).to(device, non_blocking=True),
+        to_device(torch.cat(bias_index), device),
     )
 
 
@@ -139,7 +145,7 @@ def separated_layout(group: Tensor, window: int, device: torch.device) -> Window
     window_group = group.flatten()[raster_to_windows(tuple(group.shape), window)]  # (nW, N)
     separate = window_group[:, None, :, None] != window_group[:, None, None, :]  # (nW, 1, N, N)
     layout = window_layout(tuple(group.shape), window, device)
-    return layout._replace(separate=separate.to(device, non_blocking=True))
+    return layout._replace(separate=to_device(separate, device))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -202,7 +208,9 @@ class Attention(nn.Module):
 
     def position_bias(self, layout: WindowLayout) -> list[Tensor]:
         """The bias of each entry of `layout.runs`: (how many or 1, nH, n, n)."""
-        bias = self.relative_position_bias_table.t().index_select(1, layout.bias_index)  # (nH, pairs)
+        # Transposed by `stack`, whose gradient has the table's own memory layout, as DDP wants it.
+        table = torch.stack(self.relative_position_bias_table.unbind(1))  # (nH, offsets)
+        bias = table.index_select(1, layout.bias_index)  # (nH, pairs)
         pairs = [count * n * n for count, n in layout.runs]
         if len(pairs) == 1:  # possibly one window's bias, shared by all
             n = layout.runs[0][1]
@@ -407,7 +415,8 @@ class SwinTransformer(nn.Module):
         if global_pool not in (None, "avg"):
             raise ValueError(f"this encoder pools by averaging (global_pool='avg'), got {global_pool!r}")
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        where = dict(device=self.absolute_pos_embed.device, dtype=self.absolute_pos_embed.dtype)
+        self.head = nn.Linear(self.num_features, num_classes, **where) if num_classes > 0 else nn.Identity()
         self.head.apply(init_linear_and_norm)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -418,6 +427,9 @@ class SwinTransformer(nn.Module):
     def compile_blocks(self) -> None:
         """Compile the stages with `torch.compile`. Shapes then never depend on the mask (see `layouts`)."""
         self.one_layout_shape = True
+        # All stages share one compiled function, which is specialised for each stage in training and in evaluation,
+        # and for a smaller last batch.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for stage in self.layers:
             stage.compile()
 
@@ -495,7 +507,7 @@ class SwinTransformer(nn.Module):
             imgs: normalised images (B, C, H, W).
             indices: stages to return: a list, the last n, or None for all.
             norm: apply the final norm to the last stage's features.
-            stop_early: accepted for timm; the last stage is cheap.
+            stop_early: accepted for timm; stages that are never wanted are dropped by `prune_intermediate_layers`.
             output_fmt: 'NCHW' or 'NHWC'.
             intermediates_only: return the list alone.
 
@@ -520,11 +532,20 @@ class SwinTransformer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what `forward_intermediates` does not need; returns the stages kept (timm's `features_only`)."""
+        """Drop the stages after the last of `indices`, and norm and head on request (timm's `features_only`).
+
+        Returns:
+            The stages whose features `forward_intermediates` shall return.
+        """
+        stages = range(NUM_STAGES)
+        wanted = [stages[i] for i in (stages[-indices:] if isinstance(indices, int) else indices)]
+        self.layers = self.layers[: max(wanted) + 1]
+        self.layers[-1].downsample = None
+        if prune_norm or len(self.layers) < NUM_STAGES:
+            self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0)
-        stages = range(NUM_STAGES)
-        return [stages[i] for i in (stages[-indices:] if isinstance(indices, int) else indices)]
+        return wanted
 
 
 def init_linear_and_norm(module: nn.Module) -> None:

@@ -1,0 +1,26 @@
+"""Memory that is freed and wanted again at every step of training on a CPU."""
+
+import ctypes
+import sys
+
+# From glibc's malloc.h
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep what it frees, instead of handing it back to the operating system.
+
+    By default glibc maps large tensors afresh from the kernel, which must clear every page as it is first touched,
+    and returns the memory when they are freed. A training step frees and wants gigabytes: without that traffic it is
+    about a tenth faster. The price: memory that is free inside the process is not available to other processes.
+
+    Returns:
+        Whether the C library is glibc and took the settings. Where it is another, nothing is changed.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    return bool(library.mallopt(M_MMAP_MAX, 0)) and bool(library.mallopt(M_TRIM_THRESHOLD, -1))

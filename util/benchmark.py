@@ -1,0 +1,514 @@
+"""How fast and how large this implementation is, next to what a user would run instead.
+
+    python -m util.benchmark step        a pretraining step, next to the textbook MixMAE (tests/textbook.py)
+    python -m util.benchmark finetune    a fine-tuning step, likewise
+    python -m util.benchmark memory      activations stored for the backward pass, and peak resident memory
+    python -m util.benchmark data        images per second of one core, next to the usual Pillow pipelines
+    python -m util.benchmark index       finding 300,000 files, and what data-loader workers add to memory
+    python -m util.benchmark scaling     two processes next to one
+
+The textbook computes every pair of a window and masks afterwards, moves tokens to windows and back in every block,
+predicts all cells in both branches, and trains with PyTorch's default AdamW. Both versions take turns in one
+process, so that a noisy machine disturbs them alike; the ratio is the median over the turns. On a busy machine
+`--threads 1 --cpu_time` counts the time that the process really had. float32 on the CPU throughout.
+"""
+
+import argparse
+import gc
+import io
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import InterpolationMode
+
+import models_mixmae  # noqa: F401 - registers the models
+from util.allocator import keep_freed_memory
+from util.datasets import build_dataset, collate
+from util.image_index import ImageIndex, StringTable, load_index
+from util.seeding import seed_all
+from util.transforms import Normalize, pretrain_transform, train_transform
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+MASK_RATIO = 0.5
+DROP_PATH_RATE = 0.1  # of fine-tuning
+MATRIX_SIDE = 2048  # of the product that measures the machine's peak
+
+
+def textbook():
+    """The module with the baseline. Raises ValueError where the tests were not installed along."""
+    if not (TESTS / "textbook.py").is_file():
+        raise ValueError(f"the baseline is missing: {TESTS}/textbook.py; run this in a full checkout of the project")
+    sys.path.insert(0, str(TESTS))
+    import textbook
+
+    return textbook
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def alternate(turns: Sequence[Callable[[], object]], repeats: int, clock: Callable[[], float]) -> list[list[float]]:
+    """Seconds of each of `turns`, called one after another `repeats` times after one call that is not counted."""
+    times = [[] for _ in turns]
+    for repeat in range(repeats + 1):
+        for seconds, turn in zip(times, turns):
+            start = clock()
+            turn()
+            if repeat > 0:
+                seconds.append(clock() - start)
+    return times
+
+
+def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Median and range of the turns' ratios."""
+    ratios = [mine / other for mine, other in zip(ours, theirs)]
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+
+
+def seconds_of(times: Sequence[float]) -> str:
+    return f"{statistics.median(times):.3f} s ({min(times):.3f} to {max(times):.3f})"
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def matrix_product() -> Callable[[], Tensor]:
+    a, b = torch.randn(2, MATRIX_SIDE, MATRIX_SIDE)
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def model_flops(step: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products of one step, forward and backward."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models and their steps
+
+
+def build_pair(args: argparse.Namespace, finetune: bool) -> tuple[nn.Module, nn.Module]:
+    """Our model and the textbook's, with the same weights."""
+    baseline = textbook()
+    torch.manual_seed(0)
+    if finetune:
+        ours = timm.create_model(args.model, drop_path_rate=DROP_PATH_RATE)
+    else:
+        ours = timm.create_model(args.model, norm_pix_loss=True)
+    blocks = [stage.blocks for stage in ours.layers]
+    config = baseline.Config(
+        img_size=ours.img_size,
+        patch_size=ours.patch_size,
+        in_chans=ours.in_chans,
+        embed_dim=ours.patch_embed.proj.out_channels,
+        depths=tuple(len(stage) for stage in blocks),
+        num_heads=tuple(stage[0].attn.num_heads for stage in blocks),
+        window_size=tuple(stage.window for stage in ours.layers),
+        num_classes=ours.num_classes,
+        drop_path_rate=DROP_PATH_RATE if finetune else 0.0,
+    )
+    if not finetune:
+        config.norm_pix_loss = True
+        config.decoder_dim = ours.decoder_embed.out_features
+        config.decoder_depth = len(ours.decoder_blocks)
+        config.decoder_num_heads = ours.decoder_blocks[0].attn.num_heads
+    theirs = (baseline.TextbookEncoder if finetune else baseline.TextbookMixMAE)(config)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def make_step(model: nn.Module, loss: Callable[[], Tensor], fused: bool | None) -> Callable[[], float]:
+    """Forward, backward and update; returns the loss."""
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-6, weight_decay=0.05, fused=fused)
+
+    def step() -> float:
+        value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.item()
+
+    return step
+
+
+def make_losses(
+    args: argparse.Namespace, ours: nn.Module, theirs: nn.Module, finetune: bool
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Both versions' losses on the same images; each call of a pair has the same mask or the same drop path."""
+    imgs = torch.randn(args.batch_size, ours.in_chans, *ours.img_size)
+    if finetune:
+        targets = torch.randint(ours.num_classes, (args.batch_size,))
+        draws = [torch.Generator(), torch.Generator()]
+
+        def loss_of(model: nn.Module, draw: torch.Generator) -> Callable[[], Tensor]:
+            def loss() -> Tensor:
+                torch.manual_seed(int(torch.randint(2**31, (), generator=draw)))
+                return F.cross_entropy(model(imgs), targets)
+
+            return loss
+
+        return tuple(loss_of(model, draw.manual_seed(1)) for model, draw in zip((ours, theirs), draws))
+    our_masks, their_masks = (torch.Generator().manual_seed(1) for _ in range(2))
+    return (
+        lambda: ours(imgs, mask=ours.random_masking(MASK_RATIO, our_masks))[0],
+        lambda: theirs(imgs, ours.random_masking(MASK_RATIO, their_masks))[0],
+    )
+
+
+def benchmark_step(args: argparse.Namespace, finetune: bool = False) -> None:
+    """A training step under the C library's usual allocation, and then as the mains run it."""
+    ours, theirs = build_pair(args, finetune)
+    our_loss, their_loss = make_losses(args, ours, theirs, finetune)
+    difference, gradient_difference = compare(ours, theirs, our_loss(), their_loss())
+    print(f"same losses within {difference:.1e} relative, gradients within {gradient_difference:.1e}")
+    steps = make_step(ours, our_loss, fused=True), make_step(theirs, their_loss, fused=None)
+    flops = model_flops(lambda: our_loss().backward())
+    ours.zero_grad()
+
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    product_seconds, rows, medians = [], [["memory", "ours", "textbook", "ratio", "share of sgemm peak"]], {}
+    for memory in ("usual", "kept"):
+        if memory == "kept" and not keep_freed_memory():
+            print("this C library is not glibc: no measurement with freed memory kept")
+            break
+        mine, other, products = alternate((*steps, matrix_product()), args.repeats, clock)
+        product_seconds += products
+        peak = 2 * MATRIX_SIDE**3 / min(product_seconds)
+        share = flops / statistics.median(mine) / peak
+        rows.append([memory, seconds_of(mine), seconds_of(other), ratio_of(mine, other), f"{share:.0%}"])
+        medians[memory] = statistics.median(mine), statistics.median(other)
+    print_table(rows)
+    if "kept" in medians:
+        print(f"ours as the mains run it / textbook as it is: {medians['kept'][0] / medians['usual'][1]:.3f}")
+    print(f"{flops / 1e9:.0f} GFLOP of matrix products; sgemm peak {peak / 1e9:.0f} GFLOP/s")
+
+
+def compare(ours: nn.Module, theirs: nn.Module, our_loss: Tensor, their_loss: Tensor) -> tuple[float, float]:
+    """Relative difference of the losses, and the largest of the gradients as norm over norm."""
+    our_loss.backward()
+    their_loss.backward()
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    differences = [
+        ((parameter.grad - expected[name]).norm() / expected[name].norm()).item()
+        for name, parameter in ours.named_parameters()
+        if parameter.grad is not None
+    ]
+    ours.zero_grad()
+    theirs.zero_grad()
+    return abs(our_loss.item() - their_loss.item()) / their_loss.item(), max(differences)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def stored_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, parameters apart; each storage counts once."""
+    parameters = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    stored = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            stored[storage.data_ptr()] = storage  # held, so that no other storage gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in stored.values())
+
+
+def peak_of_steps(args: argparse.Namespace, version: str, connection) -> None:
+    """In a process of its own: two steps of `version`; sends the peak resident memory in bytes."""
+    torch.set_num_threads(args.threads)
+    ours, theirs = build_pair(args, finetune=False)
+    our_loss, their_loss = make_losses(args, ours, theirs, finetune=False)
+    ours.set_grad_checkpointing(version == "checkpointing")
+    if version == "textbook":
+        step = make_step(theirs, their_loss, fused=None)
+    else:
+        keep_freed_memory()
+        step = make_step(ours, our_loss, fused=True)
+    for _ in range(2):
+        step()
+    connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def benchmark_memory(args: argparse.Namespace) -> None:
+    ours, theirs = build_pair(args, finetune=False)
+    our_loss, their_loss = make_losses(args, ours, theirs, finetune=False)
+    stored = {"textbook": stored_bytes(theirs, their_loss), "ours": stored_bytes(ours, our_loss)}
+    ours.set_grad_checkpointing(True)
+    stored["checkpointing"] = stored_bytes(ours, our_loss)
+    del ours, theirs, our_loss, their_loss
+    context = multiprocessing.get_context("spawn")
+    rows = [["version", "stored per image", "ratio", f"peak resident, batch {args.batch_size}"]]
+    for version, size in stored.items():
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=peak_of_steps, args=(args, version, sender))
+        process.start()
+        peak = receiver.recv()
+        process.join()
+        per_image = f"{size / args.batch_size / 2**20:.1f} MiB"
+        rows.append([version, per_image, f"{size / stored['textbook']:.3f}", f"{peak / 2**30:.2f} GiB"])
+    print_table(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def write_photos(folder: Path, number: int) -> None:
+    """Copies of the tests' photographs at 500x375 (or 375x500) and about 110 KB, as most of ImageNet's are."""
+    sources = sorted((TESTS / "data").glob("*.jpg"))
+    if not sources:
+        raise ValueError(f"the photographs are missing: {TESTS}/data/*.jpg; run this in a full checkout of the project")
+    for i in range(number):
+        with Image.open(sources[i % len(sources)]) as source:
+            photo = source.convert("RGB").resize((500, 375), Image.Resampling.BICUBIC)
+        encoded = min(
+            (encode(photo, quality) for quality in range(60, 100, 3)), key=lambda data: abs(len(data) - 110e3)
+        )
+        (folder / f"{i}.jpg").write_bytes(encoded)
+
+
+def encode(photo: Image.Image, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def benchmark_data(args: argparse.Namespace) -> None:
+    """Images per second from file to normalised float batch, in this process alone."""
+    torch.set_num_threads(1)
+    recipe = argparse.Namespace(
+        dataset="", in_chans=3, input_size=(224, 224), mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, seed=0,
+        aa="rand-m9-mstd0.5-inc1", color_jitter=None, bad_images="error", max_bad_images=0.01,
+    )  # fmt: skip
+    pillow_pretrain = torchvision.transforms.Compose(
+        [
+            torchvision.transforms.RandomResizedCrop(224, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC),
+            torchvision.transforms.RandomHorizontalFlip(),
+            torchvision.transforms.ToTensor(),
+            torchvision.transforms.Normalize(recipe.mean, recipe.std),
+        ]
+    )
+    pillow_finetune = timm.data.create_transform(
+        224, is_training=True, auto_augment=recipe.aa, color_jitter=None, interpolation="bicubic", use_prefetcher=False,
+        re_prob=0.0, mean=recipe.mean, std=recipe.std,
+    )  # fmt: skip
+    normalize = Normalize(recipe.mean, recipe.std)
+    rows = [["pipeline", "ours", "Pillow", "speed-up"]]
+    with tempfile.TemporaryDirectory() as folder:
+        write_photos(Path(folder), args.batch_size)
+        recipe.data_path = folder
+        for name, ours, theirs in (
+            ("pretraining", pretrain_transform(recipe), pillow_pretrain),
+            ("fine-tuning", train_transform(recipe), pillow_finetune),
+        ):
+            dataset = build_dataset(recipe, "train", ours)
+
+            def our_batch(dataset=dataset) -> Tensor:
+                return normalize(collate([dataset[(0, i)] for i in range(len(dataset))])[0])
+
+            def their_batch(dataset=dataset, transform=theirs) -> Tensor:
+                images = []
+                for i in range(len(dataset)):
+                    seed_all(0, 0, i)
+                    with Image.open(dataset.path_of(i)) as image:
+                        images.append(transform(image.convert("RGB")))
+                return torch.stack(images)
+
+            mine, other = alternate((our_batch, their_batch), args.repeats, time.process_time)
+            speed = [f"{args.batch_size / statistics.median(times):.0f} images/s" for times in (mine, other)]
+            rows.append([name, *speed, ratio_of(other, mine)])
+    print_table(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Index
+
+
+def write_tree(root: Path, files: int, classes: int = 1000) -> None:
+    """`files` empty files with ImageNet's names in `classes` folders, changed long enough ago to be cached."""
+    for c in range(classes):
+        folder = root / f"n{c:08d}"
+        folder.mkdir()
+        for i in range(files // classes):
+            os.close(os.open(folder / f"n{c:08d}_{i}.JPEG", os.O_CREAT | os.O_WRONLY))
+    for folder in (*root.iterdir(), root):
+        os.utime(folder, ns=(0, 0))
+
+
+def benchmark_index(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "images"
+        root.mkdir()
+        os.environ["MIXMAE_CACHE"] = str(Path(folder) / "cache")
+        write_tree(root, args.files)
+        time.sleep(3)  # a tree that changed a moment ago is not cached
+        seconds = []
+        for find in (lambda: load_index(root), lambda: load_index(root), lambda: ImageFolder(root)):
+            start = time.perf_counter()
+            find()
+            seconds.append(time.perf_counter() - start)
+    print_table(
+        [
+            [f"finding {args.files} files", "seconds", "times faster than the first start"],
+            ["first start: scan", f"{seconds[0]:.2f}", "1.0"],
+            ["second start: cache", f"{seconds[1]:.2f}", f"{seconds[0] / seconds[1]:.1f}"],
+            ["torchvision's ImageFolder", f"{seconds[2]:.2f}", f"{seconds[0] / seconds[2]:.1f}"],
+        ]
+    )
+    names = StringTable.of([b"n%08d/n%08d_%d.JPEG" % (i // 1281, i // 1281, i % 1281) for i in range(1_281_000)])
+    index = ImageIndex("/images", names, np.arange(len(names), dtype=np.int32) // 1281, None)
+    tuples = [(index.path(i), int(index.targets[i])) for i in range(len(index))]
+    rows = [["1,281,000 images, 8 workers", "size", "added by each worker", "share"]]
+    for name, size, read in (
+        ("ours", index.nbytes, lambda i: (index.path(i), int(index.targets[i]))),
+        ("a list of tuples", sum(sys.getsizeof(pair) + sys.getsizeof(pair[0]) for pair in tuples), tuples.__getitem__),
+    ):
+        added = statistics.mean(added_by_workers(read, len(index), workers=8))
+        rows.append([name, f"{size / 2**20:.1f} MiB", f"{added / 2**20:.1f} MiB", f"{added / size:.1%}"])
+    print_table(rows)
+
+
+def added_by_workers(read: Callable[[int], tuple[str, int]], length: int, workers: int) -> list[int]:
+    """Bytes of memory of its own that each forked worker has after reading every entry, above those before."""
+    context = multiprocessing.get_context("fork")
+
+    def work(sender) -> None:
+        gc.freeze()
+        before = private_bytes()
+        for i in range(length):
+            read(i)
+        sender.send(private_bytes() - before)
+
+    receivers, processes = [], []
+    for _ in range(workers):
+        receiver, sender = context.Pipe(duplex=False)
+        receivers.append(receiver)
+        processes.append(context.Process(target=work, args=(sender,)))
+        processes[-1].start()
+    added = [receiver.recv() for receiver in receivers]
+    for process in processes:
+        process.join()
+    return added
+
+
+def private_bytes() -> int:
+    """Memory that this process shares with no other (Linux)."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scaling
+
+
+def scaling_worker(rank: int, world_size: int, store: str, args: argparse.Namespace, connection) -> None:
+    """One of `world_size` processes with one thread each; rank 0 sends the seconds of its steps."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    model = timm.create_model(args.model, norm_pix_loss=True)
+    imgs = torch.randn(args.batch_size, model.in_chans, *model.img_size)
+    mask = model.random_masking(MASK_RATIO)
+    parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    step = make_step(model, lambda: parallel(imgs, mask=mask)[0], fused=True)
+    [seconds] = alternate((step,), args.repeats, time.perf_counter)
+    if rank == 0:
+        connection.send(seconds)
+    dist.destroy_process_group()
+
+
+def benchmark_scaling(args: argparse.Namespace) -> None:
+    context = multiprocessing.get_context("spawn")
+    medians, rows = [], [["processes", "step", "images/s"]]
+    for world_size in (1, 2):
+        receiver, sender = context.Pipe(duplex=False)
+        with tempfile.TemporaryDirectory() as folder:
+            store = os.path.join(folder, "store")
+            processes = [
+                context.Process(target=scaling_worker, args=(rank, world_size, store, args, sender))
+                for rank in range(world_size)
+            ]
+            for process in processes:
+                process.start()
+            seconds = receiver.recv()
+            for process in processes:
+                process.join()
+        medians.append(statistics.median(seconds))
+        rows.append([str(world_size), seconds_of(seconds), f"{world_size * args.batch_size / medians[-1]:.2f}"])
+    print_table(rows)
+    print(f"two processes / twice one: {medians[0] / medians[1]:.3f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "step": benchmark_step,
+    "finetune": partial(benchmark_step, finetune=True),
+    "memory": benchmark_memory,
+    "data": benchmark_data,
+    "index": benchmark_index,
+    "scaling": benchmark_scaling,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m util.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--model", help="default: mixmae_base, and swin_base_w14 to fine-tune")
+    parser.add_argument("--batch_size", type=int, default=8, help="images of a step, or photographs (default 8)")
+    parser.add_argument("--repeats", type=int, default=10, help="turns that are measured (default 10)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch (default: all cores)")
+    parser.add_argument("--cpu_time", action="store_true", help="count processor time: for busy machines, one thread")
+    parser.add_argument("--files", type=int, default=300_000, help="of `index` (default 300000)")
+    args = parser.parse_args()
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu_time adds up the time of all threads: use it with --threads 1")
+    args.model = args.model or ("swin_base_w14" if args.command == "finetune" else "mixmae_base")
+    torch.set_num_threads(args.threads)
+    try:
+        COMMANDS[args.command](args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
