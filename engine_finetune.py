@@ -1,6 +1,5 @@
 """One epoch of fine-tuning, and exact evaluation."""
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from util import distributed
 from util.decoding import BadImageError
-from util.lr_sched import adjust_learning_rate, learning_rate
+from util.lr_sched import adjust_learning_rate, last_learning_rate
 from util.precision import autocast, backward, clip_and_step
 from util.run import Run
 from util.seeding import seed_all
@@ -67,12 +66,6 @@ def train_one_epoch(
             state.model_ema.update(state.model)
         run.finish_step(meter, lr, loss, grad_norm, batch)
     return lr
-
-
-def last_learning_rate(epoch: int, steps_per_epoch: int, args: argparse.Namespace) -> float:
-    """The rate of an epoch's last step."""
-    last = epoch + (steps_per_epoch - 1) / steps_per_epoch
-    return learning_rate(last, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
 
 
 def check_targets(targets: Tensor, nb_classes: int) -> None:

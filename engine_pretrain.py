@@ -1,6 +1,6 @@
 """One epoch of pretraining (MixMAE, section 3)."""
 
-from util.lr_sched import adjust_learning_rate
+from util.lr_sched import adjust_learning_rate, last_learning_rate
 from util.precision import autocast, backward, clip_and_step
 from util.run import Run
 from util.seeding import keyed_generator, seed_all
@@ -14,7 +14,7 @@ def train_one_epoch(run: Run) -> float:
     """
     args, state, progress = run.args, run.state, run.state.progress
     run.model.train()
-    lr = state.optimizer.param_groups[0]["lr"]
+    lr = last_learning_rate(progress.epoch, run.steps_per_epoch, args)  # for an epoch that was resumed at its end
     meter, batches = run.start_epoch()
     while progress.step_in_epoch < run.steps_per_epoch:
         lr = adjust_learning_rate(state.optimizer, progress.fraction(run.steps_per_epoch), args)

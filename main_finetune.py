@@ -1,9 +1,11 @@
 """Fine-tune, linear-probe or evaluate a classifier.
 
 Fine-tune a pretrained encoder on labelled images (a folder with train/ and val/):
-    python main_finetune.py --finetune output_dir/checkpoint.pth --data_path /path/to/images --model swin_tiny_w14
+    python main_finetune.py --finetune output_dir/checkpoint.pth --model swin_tiny_w14 \
+        --data_path /path/to/images --output_dir finetuned
 Probe it with a linear layer:
-    python main_finetune.py --finetune output_dir/checkpoint.pth --data_path /path/to/images --freeze_encoder
+    python main_finetune.py --finetune output_dir/checkpoint.pth --model swin_tiny_w14 --freeze_encoder \
+        --data_path /path/to/images --output_dir probed --layer_decay 1 --aa '' --reprob 0 --smoothing 0
 Evaluate a published checkpoint:
     python main_finetune.py --eval --finetune base_600ep_ft --data_path /path/to/imagenet
 The paper's experiments, on Slurm or here:
@@ -155,9 +157,7 @@ def resolve_model(args: argparse.Namespace, device: torch.device) -> None:
         args.input_size = tuple(timm.get_pretrained_cfg(args.model).input_size[1:])
 
 
-def prepare(
-    args: argparse.Namespace, launch: distributed.Launch, preemption: Preemption
-) -> tuple[Run, DataLoader]:
+def prepare(args: argparse.Namespace, launch: distributed.Launch, preemption: Preemption) -> tuple[Run, DataLoader]:
     """Everything before the first step: the run, and the validation images.
 
     Raises:
@@ -173,12 +173,6 @@ def prepare(
     loader = build_loader(dataset, sampler, args)
     validation = build_validation(args, launch)
     model = build_classifier(args, device)
-    if args.finetune:
-        weights, source = read_weights(args.finetune)
-        report = load_encoder(model, weights, source)
-        logger.info("%s", report)
-        if "head.weight" not in report.loaded:
-            trunc_normal_(model.head.weight, std=HEAD_INIT_STD)
     if args.freeze_encoder:
         model.requires_grad_(False)
         model.head.requires_grad_(True)
@@ -195,7 +189,16 @@ def prepare(
     if args.compile:
         model.compile_blocks()
     state = TrainingState(model, optimizer, make_scaler(args.precision, device), args, Progress(), model_ema)
-    return open_run(args, device, state, loader, Normalize(args.mean, args.std), preemption), validation
+
+    def load_start() -> None:
+        weights, source = read_weights(args.finetune)
+        report = load_encoder(model, weights, source)
+        logger.info("%s", report)
+        if "head.weight" not in report.loaded:
+            seed_all(args.seed, "head")
+            trunc_normal_(model.head.weight, std=HEAD_INIT_STD)
+
+    return open_run(args, device, state, loader, Normalize(args.mean, args.std), preemption, load_start), validation
 
 
 def build_criterion(args: argparse.Namespace) -> tuple[nn.Module, Mixup | None]:

@@ -91,9 +91,6 @@ def prepare(
     )
     args.input_size = model.img_size
     model.random_masking(args.mask_ratio, keyed_generator(0))  # complains now about a ratio that hides nothing
-    if args.finetune:
-        weights, source = read_weights(args.finetune)
-        logger.info("%s", load_pretraining(model, weights, source))
     model.to(device)
     model.set_grad_checkpointing(args.grad_checkpointing)
 
@@ -115,7 +112,13 @@ def prepare(
         model.compile_blocks()
     state = TrainingState(model, optimizer, make_scaler(args.precision, device), args, Progress())
     labelled = labelled_datasets(args, NEIGHBOURS) if args.knn_every else None
-    return open_run(args, device, state, loader, Normalize(args.mean, args.std), preemption), labelled
+
+    def load_start() -> None:
+        weights, source = read_weights(args.finetune)
+        logger.info("%s", load_pretraining(model, weights, source))
+
+    run = open_run(args, device, state, loader, Normalize(args.mean, args.std), preemption, load_start)
+    return run, labelled
 
 
 def due(every: int, run: Run) -> bool:

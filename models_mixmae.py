@@ -11,7 +11,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models_swin import NUM_STAGES, SHAPES, Block, SwinTransformer, default_cfg, init_linear_and_norm
+from models_swin import NUM_STAGES, SHAPES, Block, SwinTransformer, default_cfg, init_linear_and_norm, to_device
 from util.pos_embed import get_2d_sincos_pos_embed
 
 
@@ -201,7 +201,7 @@ class MixMAE(SwinTransformer):
 
 def to_selector(mask: Tensor, device: torch.device) -> Tensor:
     """A 0/1 mask over tokens as booleans (tokens, 1) that broadcast over batch and channels."""
-    return mask.flatten()[:, None].bool().to(device, non_blocking=True)
+    return to_device(mask.flatten()[:, None].bool(), device)
 
 
 default_cfgs = generate_default_cfgs(

@@ -131,17 +131,10 @@ def png_bomb(width: int, height: int) -> bytes:
     """A PNG of a few bytes whose header promises width x height pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def jpeg_bomb(width: int, height: int) -> bytes:
@@ -244,9 +237,7 @@ def test_by_default_a_bad_image_is_an_error_that_names_it(tmp_path):
         build_dataset(args, "train", eval_transform(args))  # the first one already when building
     (tmp_path / "data" / "00000.jpg").write_bytes(JPEG)
     dataset = build_dataset(args, "train", eval_transform(args))
-    with pytest.raises(
-        BadImageError, match=r"00005.jpg': the file is empty. Repair or remove it, or train with --bad"
-    ):
+    with pytest.raises(BadImageError, match=r"00005.jpg': the file is empty. Repair or remove it, or train with --bad"):
         dataset[(0, 5)]
     (tmp_path / "data" / "00003.jpg").unlink()
     with pytest.raises(BadImageError, match=r"00003.jpg': .*No such file"):
@@ -269,9 +260,7 @@ def test_bad_images_are_replaced_the_same_way_by_any_workers(tmp_path, workers):
             assert values[:, i].tolist() == [i, i]
     replacements = values[:, sorted(bad)]
     assert not set(replacements.flatten().tolist()) & set(bad)
-    fresh = build_dataset(
-        data_args(root, bad_images="skip", max_bad_images=0.1), "train", eval_transform(args)
-    )
+    fresh = build_dataset(data_args(root, bad_images="skip", max_bad_images=0.1), "train", eval_transform(args))
     again = [[int(fresh[(e, i)][0].float().mean().div(6).round()) for i in sorted(bad)] for e in range(2)]
     assert replacements.tolist() == again
     assert again[0] != again[1]  # another epoch, another replacement
@@ -329,7 +318,5 @@ def test_one_pixel_type_per_data_set(tmp_path):
     np.save(tmp_path / "b.npy", np.zeros((9, 9, 3), np.uint16))
     args = data_args(tmp_path)
     dataset = build_dataset(args, "train", eval_transform(args))
-    with pytest.raises(
-        BadImageError, match=r"b.npy': its pixels are torch.float32, those of the first image"
-    ):
+    with pytest.raises(BadImageError, match=r"b.npy': its pixels are torch.float32, those of the first image"):
         dataset[(0, 1)]

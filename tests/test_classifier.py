@@ -249,3 +249,31 @@ def test_features_only():
     assert [tuple(x.shape) for x in network(torch.zeros(2, 3, 32, 32))] == [(2, 32, 16, 16), (2, 128, 4, 4)]
     every_stage = timm.create_model("swin_quickstart", features_only=True)
     assert [x.shape[1] for x in every_stage(torch.zeros(1, 3, 32, 32))] == [16, 32, 64, 128]
+
+
+def test_features_can_be_taken_before_training():
+    """Index tensors are cached: those made without gradients must serve the backward pass as well."""
+    models_swin.window_layout.cache_clear()
+    model = timm.create_model("swin_quickstart")
+    imgs = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        model(imgs)
+    model(imgs).sum().backward()
+    assert model.layers[0].blocks[0].attn.relative_position_bias_table.grad is not None
+
+
+def test_a_fresh_head_takes_the_models_device_and_type():
+    model = timm.create_model("swin_quickstart").to(torch.bfloat16)
+    model.reset_classifier(7)
+    assert model(torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)).shape == (2, 7)
+
+
+def test_features_only_drops_the_stages_after_the_last_one_wanted():
+    whole = timm.create_model("swin_quickstart")
+    model = timm.create_model("swin_quickstart", features_only=True, out_indices=(0, 1))
+    maps = model(torch.randn(2, 3, 32, 32))
+    assert [tuple(x.shape[1:]) for x in maps] == [(16, 32, 32), (32, 16, 16)]
+    sum(x.sum() for x in maps).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained)
+    assert sum(p.numel() for p in trained) < 0.1 * sum(p.numel() for p in whole.parameters())

@@ -172,9 +172,7 @@ def test_processes_that_start_together_scan_once(tmp_path):
     root = tree(tmp_path / "data", NAMES)
     context = multiprocessing.get_context("fork")
     started, scans, results = context.Barrier(4), context.Value("i", 0), context.Queue()
-    processes = [
-        context.Process(target=_load_and_report, args=(root, started, scans, results)) for _ in range(4)
-    ]
+    processes = [context.Process(target=_load_and_report, args=(root, started, scans, results)) for _ in range(4)]
     for process in processes:
         process.start()
     assert [results.get(timeout=30) for _ in processes] == [7] * 4
@@ -201,9 +199,7 @@ def test_any_file_name_survives(tmp_path):
         with open(os.path.join(os.fsencode(root), name), "wb"):
             pass
     for _ in range(2):  # scanned, then cached
-        assert sorted(os.fsencode(os.path.basename(path)) for path in paths(load_index(root))) == sorted(
-            names
-        )
+        assert sorted(os.fsencode(os.path.basename(path)) for path in paths(load_index(root))) == sorted(names)
 
 
 def test_an_empty_folder_is_an_error_that_names_it(tmp_path):
@@ -226,8 +222,6 @@ def test_the_index_is_a_few_flat_arrays():
     table = StringTable.of(names)
     index = ImageIndex("/data", table, np.zeros(number, np.int32), ["x"])
     assert index.nbytes == sum(map(len, names)) + 12 * number
-    assert (
-        index.path(number - 1) == "/data/n00000999/99999.JPEG" and index.path(0) == "/data/n00000000/0.JPEG"
-    )
+    assert index.path(number - 1) == "/data/n00000999/99999.JPEG" and index.path(0) == "/data/n00000000/0.JPEG"
     held = [value for value in vars(table).values()] + [index.targets]
     assert all(isinstance(value, np.ndarray) and value.dtype != object for value in held)

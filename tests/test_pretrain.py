@@ -217,8 +217,9 @@ def test_help_shows_defaults(capsys):
     for flag in (
         "--batch_size --epochs --accum_iter --model --input_size --mask_ratio --norm_pix_loss --clip_grad "
         "--weight_decay --lr --blr --min_lr --warmup_epochs --data_path --output_dir --log_dir --device --seed "
-        "--resume --finetune --start_epoch --num_workers --pin_mem --no_pin_mem --world_size --local_rank --dist_on_itp --dist_url --port "
-        "--precision --in_chans --mean --std --range_mask_ratio --print_freq --save_every --vis_every"
+        "--resume --finetune --start_epoch --num_workers --pin_mem --no_pin_mem --world_size --local_rank "
+        "--dist_on_itp --dist_url --port --precision --in_chans --mean --std --range_mask_ratio --print_freq "
+        "--save_every --vis_every"
     ).split():
         assert flag in text
     assert "(default: 0.00015)" in text and "EPOCHS" in text

@@ -2,13 +2,17 @@
 
 import shutil
 import signal
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from running import make_images, read_lines
 from trials import TINY, Trial, differences, epochs_of, flip_byte, state_of, steps_of, stop_signal
 
 import main_finetune
+from util.precision import clip_and_step, make_scaler
+from util.training_state import Progress, TrainingState
 
 # 2 epochs of 5 optimizer steps, each of 2 micro-batches of 2 images, with everything random in it.
 RECIPE = (*TINY, "--batch_size", "2", "--accum_iter", "2", "--epochs", "2", "--drop_path", "0.3")
@@ -73,14 +77,14 @@ def test_several_ranks_resume_exactly(place, tmp_path):
     assert steps_of(out) == steps_of(tmp_path / "reference") and epochs_of(out) == epochs_of(tmp_path / "reference")
 
 
-def test_a_finished_run_is_left_as_it_is_and_a_new_one_replaces_it(place, tmp_path):
+def test_a_finished_run_is_left_as_it_is_and_no_new_one_replaces_it(place, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(place / "reference", out)
     flags = (*RECIPE, "--data_path", place / "images", "--output_dir", out)
     Trial(place, *flags, "--resume", "auto").finish()
     assert differences(out, place / "reference") == []
-    said = Trial(place, *flags).finish()
-    assert "holds an earlier run, which this one replaces: --resume auto would continue it" in said
+    said = Trial(place, *flags).finish(2)
+    assert "holds a run already, which a new one would replace: continue it by --resume auto" in said
     assert differences(out, place / "reference") == []
 
 
@@ -174,3 +178,25 @@ def test_the_mean_loss_of_an_epoch_does_not_depend_on_when_steps_were_reported(p
     Trial(place, *flags, "--resume", "auto").finish()
     assert epochs_of(tmp_path) == epochs_of(place / "reference")
     assert read_lines(tmp_path / "steps.jsonl") == steps_of(place / "reference")
+
+
+def test_an_optimizers_settings_are_those_of_the_run_and_its_moments_those_of_the_file():
+    """A checkpoint of another program has no fused optimizer, and --resume_force may change the weight decay."""
+
+    def state(**settings) -> TrainingState:
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **settings)
+        return TrainingState(model, optimizer, make_scaler("fp32", torch.device("cpu")), Namespace(), Progress())
+
+    theirs, ours = state(weight_decay=0.01), state(weight_decay=0.5, fused=True)
+    for some in (theirs, ours):
+        some.model(torch.ones(1, 3)).sum().backward()
+    theirs.optimizer.step()
+    ours.load(theirs.checkpoint())
+    group = ours.optimizer.param_groups[0]
+    assert group["weight_decay"] == 0.5 and group["fused"]
+    moments = [some.optimizer.state_dict()["state"][0]["exp_avg"] for some in (theirs, ours)]
+    assert torch.equal(*moments)
+    before = ours.model.weight.detach().clone()
+    clip_and_step(ours.optimizer, ours.scaler, ours.model.parameters(), None)
+    assert not torch.equal(before, ours.model.weight)

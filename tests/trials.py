@@ -134,7 +134,6 @@ class Trial:
         assert found == list(codes or [0] * len(found)), f"exit codes {found}:\n{self.output}"
         return self.output
 
-
     def seconds_after_sabotage(self) -> float:
         """From the (first) moment of the sabotage until the last rank had ended."""
         last = max(moment for _, moment in self.exits.values())

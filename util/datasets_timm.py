@@ -31,9 +31,7 @@ class ReaderSource:
 
     def __init__(self, reader, in_chans: int):
         self.reader, self.in_chans = reader, in_chans
-        self.classes = _class_names(
-            getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
-        )
+        self.classes = _class_names(getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None))
         self.process = os.getpid()
 
     def __len__(self) -> int:
@@ -93,9 +91,7 @@ class StreamSource:
         self.classes = _class_names(getattr(dataset.reader, "class_to_idx", None))
         self.process, self.stream, self.epoch = None, None, 0
         if len(self) == 0:
-            raise ValueError(
-                f"--dataset {name} does not say how many images it has, which the schedule needs"
-            )
+            raise ValueError(f"--dataset {name} does not say how many images it has, which the schedule needs")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -127,9 +123,7 @@ def open_timm_source(
     Raises ValueError with what timm or a missing package says.
     """
     if in_chans not in (1, 3):
-        raise ValueError(
-            f"--dataset {name or path} holds pictures, --in_chans must be 1 or 3, got {in_chans}"
-        )
+        raise ValueError(f"--dataset {name or path} holds pictures, --in_chans must be 1 or 3, got {in_chans}")
     prefix = name.partition("/")[0].lower()
     package, install = OPTIONAL_PACKAGES.get(prefix, (None, None))
     if package and importlib.util.find_spec(package) is None:
@@ -149,12 +143,8 @@ def open_timm_source(
         raise ValueError(f"timm cannot open --dataset {name or path} ({split}) at {path}: {error}") from error
     if isinstance(dataset, IterableDataset):
         if split != "train":
-            raise ValueError(
-                f"--dataset {name} can only be streamed, which cannot promise to evaluate each image once"
-            )
-        _logger.warning(
-            "%s is streamed: a resumed run will not see the same images as an uninterrupted one", name
-        )
+            raise ValueError(f"--dataset {name} can only be streamed, which cannot promise to evaluate each image once")
+        _logger.warning("%s is streamed: a resumed run will not see the same images as an uninterrupted one", name)
         return StreamSource(dataset, name, in_chans)
     if hasattr(dataset, "reader"):
         return ReaderSource(dataset.reader, in_chans)

@@ -421,9 +421,9 @@ def _choose_device(name: str | torch.device, launch: Launch) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise LaunchError(f"--device {name} is not a device (auto, cuda, cuda:0, cpu, ...)") from error
-    if device.type != "cuda":
-        if launch.world_size > 1 and device.type != "cpu":
-            raise LaunchError(f"--device {name} runs as a single process only; several run on cuda or cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise LaunchError(f"--device {name} is not supported: use auto, cuda, cuda:N or cpu")
+    if device.type == "cpu":
         return device
     if not torch.cuda.is_available():
         raise LaunchError(f"--device {name}, but this PyTorch ({torch.__version__}) sees no GPU: use --device cpu")

@@ -133,9 +133,7 @@ def _scan_and_cache(cache: Path, root: str) -> ImageIndex:
     start = time.time_ns()
     index, directories, times = scan(root)
     seconds = (time.time_ns() - start) / 1e9
-    _logger.info(
-        "scanned %d images in %d folders under %s in %.1f s", len(index), len(directories), root, seconds
-    )
+    _logger.info("scanned %d images in %d folders under %s in %.1f s", len(index), len(directories), root, seconds)
     if times[:, 0].max() > start - SETTLED_AFTER_NS:
         _logger.info("%s changed a moment ago; its index is not cached this time", root)
     else:
@@ -204,9 +202,7 @@ def _read_cache(cache: Path, root: str) -> ImageIndex | None:
                 return None
         class_names = StringTable(table["class_blob"], table["class_ends"])
         classes = [class_names[i] for i in range(len(class_names))] if table["has_classes"] else None
-        return ImageIndex(
-            root, StringTable(table["name_blob"], table["name_ends"]), table["targets"], classes
-        )
+        return ImageIndex(root, StringTable(table["name_blob"], table["name_ends"]), table["targets"], classes)
     except FileNotFoundError:  # no cache yet, or a directory is gone
         return None
     except (OSError, ValueError, KeyError, EOFError, IndexError, zipfile.BadZipFile) as error:

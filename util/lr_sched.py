@@ -14,6 +14,12 @@ def learning_rate(epoch: float, lr: float, min_lr: float, warmup_epochs: float, 
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def last_learning_rate(epoch: int, steps_per_epoch: int, args: argparse.Namespace) -> float:
+    """The rate of an epoch's last step."""
+    last = epoch + (steps_per_epoch - 1) / steps_per_epoch
+    return learning_rate(last, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
+
+
 def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: argparse.Namespace) -> float:
     """Set the rate of every parameter group, scaled by its `lr_scale` (layer decay); returns the unscaled rate."""
     lr = learning_rate(epoch, args.lr, args.min_lr, args.warmup_epochs, args.epochs)

@@ -21,7 +21,7 @@ def resolve_precision(name: str | None, device: torch.device) -> str:
         if name == "fp16":
             raise ValueError("--precision fp16 needs a GPU: on a CPU use fp32 or bf16")
         return name or "fp32"
-    return name or ("bf16" if torch.cuda.is_bf16_supported() else "fp16")
+    return name or ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,7 +82,8 @@ class Run:
         return meter, iter(self.loader)
 
     def step_keys(self, micro: int) -> tuple[int, str, int, int]:
-        """Keys of all randomness of one micro-batch; they do not tell ranks from accumulation."""
+        """Keys of all randomness of one micro-batch: the same for a piece of the effective batch, whichever rank or
+        accumulation step it falls to."""
         piece = micro * distributed.get_world_size() + distributed.get_rank()
         return self.args.seed, "step", self.state.progress.step, piece
 
@@ -101,7 +102,7 @@ class Run:
         """
         args, progress = self.args, self.state.progress
         this_step = f"epoch {progress.epoch} step {progress.step_in_epoch + 1} (optimizer step {progress.step + 1})"
-        self.guard.watch(this_step, loss, grad_norm, batch)
+        self.guard.watch(this_step, loss, grad_norm, batch if args.nan_dump else [])
         progress.next_step()
         meter.add(progress.step, lr, loss, grad_norm)
         stop = self.preemption.requested_on_any_rank()
@@ -163,8 +164,10 @@ def open_run(
     loader: DataLoader,
     normalize: Normalize,
     preemption: Preemption,
+    load_start: Callable[[], None],
 ) -> Run:
-    """Restore what `--resume` names, open the run's files, and wrap the model for several ranks.
+    """Restore what `--resume` names, or else `load_start` the weights of `--finetune`; then open the run's files and
+    wrap the model for several ranks.
 
     Raises:
         CheckpointError: the output folder or the checkpoint to resume from cannot be used.
@@ -176,10 +179,10 @@ def open_run(
     if checkpoint is not None:
         state.restore(checkpoint, steps_per_epoch)
         logger.info("resumed at %s", state.progress)
-    elif folder is not None and args.resume == "" and (folder.folder / "checkpoint.pth").exists():
-        logger.warning(
-            "%s holds an earlier run, which this one replaces: --resume auto would continue it", args.output_dir
-        )
+    elif args.finetune:
+        load_start()
+        if state.model_ema is not None:
+            state.model_ema.set(state.model)
     progress = state.progress
     log = RunLog(
         args.output_dir,
@@ -192,7 +195,7 @@ def open_run(
     model = state.model
     if distributed.get_world_size() > 1:
         # Without device_ids, inputs are left where they are: masks belong on the CPU.
-        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if device.type == "cpu":
             model.register_comm_hook(None, average_in_rank_order)
     logger.info(
@@ -225,6 +228,11 @@ def open_folder(args: argparse.Namespace) -> CheckpointFolder | None:
     if distributed.is_main_process():
         try:
             folder = CheckpointFolder(args.output_dir, args.keep_checkpoints)
+            if not args.resume and (folder.folder / "checkpoint.pth").exists():
+                raise ValueError(
+                    f"{args.output_dir} holds a run already, which a new one would replace: continue it by --resume "
+                    "auto, or give another --output_dir"
+                )
         except ValueError as caught:
             error = str(caught)
     error = distributed.gather_objects(error)[0]
@@ -268,7 +276,7 @@ def in_one_line(error: Exception) -> str:
 def count_work(model: nn.Module, batch_size: int) -> tuple[int, float]:
     """Parameters (frozen ones included) and multiply-adds of one image's forward pass.
 
-    Counted are the products of matrices and convolutions, those of attention included.
+    Counted are the products of matrices and convolutions, those of attention included, all pairs of a window.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     device = next(model.parameters()).device
@@ -277,6 +285,8 @@ def count_work(model: nn.Module, batch_size: int) -> tuple[int, float]:
     model.eval()
     # The counter does not know all fused attentions (not a CPU's); the plain one is made of products that it knows.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        one_layout_shape, model.one_layout_shape = model.one_layout_shape, True  # a number that no mask changes
         model(imgs)
+        model.one_layout_shape = one_layout_shape
     model.train(was_training)
     return parameters, counter.get_total_flops() / 2 / batch_size

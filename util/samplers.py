@@ -18,7 +18,7 @@ class TrainBatchSampler(Sampler[list[Key]]):
 
     MixMAE (and timm's mixup) pairs sample i of a batch with sample B-1-i. The effective batch of an optimizer step is
     therefore cut from both ends at once: piece p takes the p-th slice from the front and the p-th from the back. The
-    pairs, and so the step, are the same however the effective batch is divided into ranks and micro-batches.
+    pairs are the same however the effective batch is divided into ranks and micro-batches.
     What does not fill an effective batch at the end of an epoch is left out of that epoch.
 
     Args:

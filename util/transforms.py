@@ -45,9 +45,7 @@ class Normalize(nn.Module):
 
     def forward(self, imgs: torch.Tensor) -> torch.Tensor:
         if imgs.shape[-3] != len(self.mean):
-            raise ValueError(
-                f"images have {imgs.shape[-3]} channels, mean and std have {len(self.mean)} values"
-            )
+            raise ValueError(f"images have {imgs.shape[-3]} channels, mean and std have {len(self.mean)} values")
         unit = 255.0 if imgs.dtype == torch.uint8 else 1.0
         imgs = imgs.to(torch.float32, memory_format=torch.contiguous_format)
         return torch.addcmul(-self.mean / self.std, imgs, 1 / (unit * self.std))
