@@ -66,7 +66,8 @@ def decode(data: bytes, in_chans: int) -> torch.Tensor:
     if frame is not None:
         height, width, components = frame
         _check_pixels(height, width)
-        if decode_jpeg is not None and components in (1, in_chans):  # colour to grey: as Pillow rounds it
+        # Grey from colour is Pillow's work: libjpeg would skip clamping the colours first, which shows.
+        if decode_jpeg is not None and components in (1, in_chans):
             try:
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 return decode_jpeg(encoded, in_chans, True)  # mode: 1 grey, 3 RGB; apply the EXIF orientation
