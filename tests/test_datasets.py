@@ -209,9 +209,7 @@ def test_streamed_sets_train_without_an_order_of_their_own(tmp_path, monkeypatch
     args = data_args(tmp_path, dataset="wds/set", num_workers=2)
     dataset = plain(args)
     batches = [[(0, 0), (0, 1), (0, 2)], [(0, 3), (0, 4), (0, 5)]] * 2
-    seen = [
-        set(map(tuple, images[:, :2, 0, 0].tolist())) for images, _ in build_loader(dataset, batches, args)
-    ]
+    seen = [set(map(tuple, images[:, :2, 0, 0].tolist())) for images, _ in build_loader(dataset, batches, args)]
     assert seen[0] | seen[1] == {(i, 0) for i in range(6)}
     assert seen[2] | seen[3] == {(i, 1) for i in range(6)}  # the next epoch of the stream
     with pytest.raises(ValueError, match="can only be streamed"):
@@ -358,9 +356,7 @@ print(*workers)
 """
 
 
-@pytest.mark.parametrize(
-    "end", ["pass", "raise SystemExit(3)", "raise RuntimeError('x')", "del batches, loader"]
-)
+@pytest.mark.parametrize("end", ["pass", "raise SystemExit(3)", "raise RuntimeError('x')", "del batches, loader"])
 def test_workers_survive_signals_and_end_with_their_process(tmp_path, end):
     root = photo_folder(tmp_path / "data")
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
@@ -392,8 +388,6 @@ def test_errors_in_workers_reach_the_training_process(tmp_path):
     dataset = build_dataset(args, "train", pretrain_transform(args))
     assert isinstance(dataset, ImageDataset)
     Path(dataset.path_of(4)).write_bytes(b"not an image")
-    with pytest.raises(
-        BadImageError, match=r"cannot use image .*2-chelsea.jpg.*not an image in a known format"
-    ):
+    with pytest.raises(BadImageError, match=r"cannot use image .*2-chelsea.jpg.*not an image in a known format"):
         for _ in build_loader(dataset, [[(0, 0)], [(0, 4)]], args):
             pass

@@ -39,9 +39,7 @@ _logger = logging.getLogger(__name__)
 
 FOLDER_DATASETS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
 REPLACEMENT_TRIES = 100
-LIST_LINE = re.compile(
-    rf"(.*(?:{'|'.join(map(re.escape, IMAGE_EXTENSIONS))}))(?:[ \t]+(\d+))?", re.IGNORECASE
-)
+LIST_LINE = re.compile(rf"(.*(?:{'|'.join(map(re.escape, IMAGE_EXTENSIONS))}))(?:[ \t]+(\d+))?", re.IGNORECASE)
 
 
 class FileSource:
@@ -77,9 +75,7 @@ class ImageDataset(Dataset):
     BadImageError.
     """
 
-    def __init__(
-        self, source, transform: Callable, seed: int, skip_bad: bool = False, max_bad_share: float = 0.01
-    ):
+    def __init__(self, source, transform: Callable, seed: int, skip_bad: bool = False, max_bad_share: float = 0.01):
         self.source, self.transform, self.seed = source, transform, seed
         self.skip_bad, self.max_bad_share = skip_bad, max_bad_share
         self.classes = source.classes
@@ -140,14 +136,10 @@ class ImageDataset(Dataset):
                     return self._read(candidate)
                 except BadImageError as error:
                     if not self.skip_bad:
-                        raise BadImageError(
-                            f"{error}. Repair or remove it, or train with --bad_images skip"
-                        ) from None
+                        raise BadImageError(f"{error}. Repair or remove it, or train with --bad_images skip") from None
                     self._record_bad(candidate, error)
             candidate = derive_seed("replacement", self.seed, epoch, index, attempt) % len(self)
-        raise BadImageError(
-            f"no readable image found in {REPLACEMENT_TRIES} tries to replace {self.path_of(index)!r}"
-        )
+        raise BadImageError(f"no readable image found in {REPLACEMENT_TRIES} tries to replace {self.path_of(index)!r}")
 
     def _record_bad(self, index: int, error: BadImageError) -> None:
         with self._bad_lock:
@@ -190,13 +182,9 @@ def build_dataset(
     elif path.is_dir():
         source = FileSource(_folder_index(path, split, require_labels), args.in_chans)
     else:
-        raise ValueError(
-            f"--data_path {args.data_path} does not exist; give a folder of images, or a list of them"
-        )
+        raise ValueError(f"--data_path {args.data_path} does not exist; give a folder of images, or a list of them")
     if require_labels and source.classes is None:
-        raise ValueError(
-            f"the images of {args.data_path} ({split}) have no labels: put them in one folder per class"
-        )
+        raise ValueError(f"the images of {args.data_path} ({split}) have no labels: put them in one folder per class")
     skip_bad = args.bad_images == "skip" and split == "train"
     dataset = ImageDataset(source, transform, args.seed, skip_bad, args.max_bad_images)
     kinds = f"{len(source.classes)} classes" if source.classes else "no labels"
@@ -264,9 +252,7 @@ def _folder_index(data_path: Path, split: str, require_labels: bool) -> ImageInd
     folder = data_path / split
     if not folder.is_dir():
         if require_labels:
-            raise ValueError(
-                f"{folder} does not exist; it must hold the {split} images, one folder per class"
-            )
+            raise ValueError(f"{folder} does not exist; it must hold the {split} images, one folder per class")
         folder = data_path
     index = load_index(folder)
     if not require_labels:
@@ -285,9 +271,7 @@ def _folder_index(data_path: Path, split: str, require_labels: bool) -> ImageInd
 def _read_list(path: Path, split: str) -> ImageIndex:
     """The index of a text file that lists images (see the module's docstring)."""
     if split != "train":
-        raise ValueError(
-            f"--data_path {path} is a list of training images; evaluation needs a folder with 'val' in it"
-        )
+        raise ValueError(f"--data_path {path} is a list of training images; evaluation needs a folder with 'val' in it")
     try:
         lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError as error:

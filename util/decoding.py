@@ -57,9 +57,7 @@ def decode(data: bytes, in_chans: int) -> torch.Tensor:
     if data[:6] == b"\x93NUMPY":
         return _decode_array(data, in_chans)
     if in_chans not in (1, 3):
-        raise BadImageError(
-            f"images with {in_chans} channels are read from .npy arrays (H, W, {in_chans}) only"
-        )
+        raise BadImageError(f"images with {in_chans} channels are read from .npy arrays (H, W, {in_chans}) only")
     if not data:
         raise BadImageError("the file is empty")
     frame = _jpeg_frame(data)
@@ -113,9 +111,7 @@ def _decode_array(data: bytes, in_chans: int) -> torch.Tensor:
     if array.ndim == 2 and in_chans == 1:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] != in_chans or 0 in array.shape:
-        raise BadImageError(
-            f"the array has shape {array.shape}, (H, W, {in_chans}) is needed (--in_chans {in_chans})"
-        )
+        raise BadImageError(f"the array has shape {array.shape}, (H, W, {in_chans}) is needed (--in_chans {in_chans})")
     _check_pixels(*array.shape[:2])
     if array.dtype.name not in ARRAY_TYPES:
         raise BadImageError(f"the array's type is {array.dtype}, one of {', '.join(ARRAY_TYPES)} is needed")
