@@ -230,7 +230,7 @@ class Attention(nn.Module):
             part = part.view(B, count, n, 3, self.num_heads, C // self.num_heads)
             part = part.permute(3, 0, 1, 4, 2, 5)  # (3, B, R, nH, n, d)
             mixed.append(attend(part, bias, dropout).transpose(2, 3).flatten(1, 2))  # (B, R * n, nH, d)
-        return torch.cat(mixed, dim=1).view(B, T, C)
+        return torch.cat(mixed, dim=1).flatten(2)
 
     def forward(self, x: Tensor, layout: WindowLayout | None = None) -> Tensor:
         return self.proj_drop(self.proj(self.mix_tokens(x, layout)))
@@ -431,7 +431,7 @@ class SwinTransformer(nn.Module):
         # and for a smaller last batch.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for stage in self.layers:
-            stage.compile()
+            stage.compile(dynamic=False)
 
     # -- Forward -------------------------------------------------------------------------------------------------
 
