@@ -115,7 +115,8 @@ local)
         OMP_NUM_THREADS=$(($(getconf _NPROCESSORS_ONLN) / gpus))
         [ "$OMP_NUM_THREADS" -gt 0 ] || OMP_NUM_THREADS=1
     fi
-    export OMP_NUM_THREADS
+    # Idle threads sleep: spinning, they take the CPU from the other processes here.
+    export OMP_NUM_THREADS OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
     if [ "$gpus" -eq 1 ]; then exec "$PYTHON" "$root/$main" "$@"; fi
     exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$gpus" "$root/$main" "$@"
     ;;

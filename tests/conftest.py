@@ -1,7 +1,10 @@
-"""Shared by all tests: the repository root on the import path and two threads for PyTorch."""
+"""Shared by all tests: the repository root on the import path and two threads for PyTorch, which sleep when idle."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported; spinning starves busy machines
 
 import torch
 
