@@ -167,8 +167,9 @@ def attend(qkv: Tensor, bias: Tensor | None, dropout: float = 0.0) -> Tensor:
     if bias is not None and bias.requires_grad and qkv.device.type == "cpu":
         # PyTorch's fused attention on a CPU has no gradient for a learned bias.
         q, k, v = qkv.flatten(1, 3)  # one copy of all three, where batched products would copy each
-        scores = (q @ k.transpose(1, 2)).unflatten(0, shape[:3])
-        weights = torch.add(bias, scores, alpha=shape[-1] ** -0.5).softmax(dim=-1)
+        # The scale goes into the product (beta=0 adds nothing): its gradient then scales q and k, not all pairs.
+        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=shape[-1] ** -0.5)
+        weights = (scores.unflatten(0, shape[:3]) + bias).softmax(dim=-1)
         return (F.dropout(weights, dropout).flatten(0, 2).to(v.dtype) @ v).view(shape)
     # Fused kernels take four dimensions: runs join the batch where they share a bias, else the heads.
     joined = (0, 1) if bias is None or len(bias) == 1 else (1, 2)
