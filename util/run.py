@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from util import distributed
+from util.allocator import keep_freed_memory
 from util.datasets import BadImageError
 from util.logger import RunLog
 from util.metrics import SPIKE_HISTORY, StepMeter
@@ -167,11 +168,13 @@ def open_run(
     load_start: Callable[[], None],
 ) -> Run:
     """Restore what `--resume` names, or else `load_start` the weights of `--finetune`; then open the run's files and
-    wrap the model for several ranks.
+    wrap the model for several ranks. On a CPU the process keeps the memory that it frees from here on.
 
     Raises:
         CheckpointError: the output folder or the checkpoint to resume from cannot be used.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     steps_per_epoch = loader.batch_sampler.steps_per_epoch
     folder = open_folder(args)
     checkpoint = find_checkpoint(folder, args)
