@@ -76,7 +76,8 @@ class Cluster:
         return found
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 120) -> None:
+def wait_until(condition: Callable[[], object], timeout: float = 300) -> None:
+    # Slurm holds a requeued job back for two minutes when `start_now` came before it had settled.
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:

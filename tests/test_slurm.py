@@ -138,7 +138,7 @@ def test_ten_preemptions_cost_nothing(cluster, images, tmp_path):
         else:
             cluster.run("scontrol", "requeue", job)
         cluster.wait_for_requeue(job, restart)
-    wait_until(lambda: cluster.job(job)["JobState"] not in ("RUNNING", "PENDING", "COMPLETING"), timeout=120)
+    wait_until(lambda: cluster.job(job)["JobState"] not in ("RUNNING", "PENDING", "COMPLETING"))
     output = log.read_text()
     assert cluster.job(job)["JobState"] == "COMPLETED", output
     assert cluster.job(job)["Restarts"] == "10"
