@@ -249,39 +249,41 @@ def stored_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return sum(storage.nbytes() for storage in stored.values())
 
 
-def peak_of_steps(args: argparse.Namespace, version: str, connection) -> None:
-    """In a process of its own: two steps of `version`; sends the peak resident memory in bytes."""
+def measure_memory(args: argparse.Namespace, version: str, connection) -> None:
+    """In a process of its own: sends the bytes that `version` stores for a batch, and its peak resident memory."""
     torch.set_num_threads(args.threads)
     ours, theirs = build_pair(args, finetune=False)
-    our_loss, their_loss = make_losses(args, ours, theirs, finetune=False)
-    ours.set_grad_checkpointing(version == "checkpointing")
-    if version == "textbook":
-        step = make_step(theirs, their_loss, fused=None)
-    else:
+    imgs = torch.randn(args.batch_size, ours.in_chans, *ours.img_size)
+    mask = ours.random_masking(MASK_RATIO)
+    model = theirs if version == "textbook" else ours
+    del theirs, ours
+    if version != "textbook":
         keep_freed_memory()
-        step = make_step(ours, our_loss, fused=True)
+        model.set_grad_checkpointing(version == "checkpointing")
+
+    def loss() -> Tensor:
+        return model(imgs, mask=mask)[0]
+
+    stored = stored_bytes(model, loss)
+    step = make_step(model, loss, fused=None if version == "textbook" else True)
     for _ in range(2):
         step()
-    connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    connection.send((stored, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
 def benchmark_memory(args: argparse.Namespace) -> None:
-    ours, theirs = build_pair(args, finetune=False)
-    our_loss, their_loss = make_losses(args, ours, theirs, finetune=False)
-    stored = {"textbook": stored_bytes(theirs, their_loss), "ours": stored_bytes(ours, our_loss)}
-    ours.set_grad_checkpointing(True)
-    stored["checkpointing"] = stored_bytes(ours, our_loss)
-    del ours, theirs, our_loss, their_loss
     context = multiprocessing.get_context("spawn")
-    rows = [["version", "stored per image", "ratio", f"peak resident, batch {args.batch_size}"]]
-    for version, size in stored.items():
+    rows, per_image = [["version", "stored per image", "ratio", f"peak resident, batch {args.batch_size}"]], {}
+    for version in ("textbook", "ours", "checkpointing"):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=peak_of_steps, args=(args, version, sender))
+        process = context.Process(target=measure_memory, args=(args, version, sender))
         process.start()
-        peak = receiver.recv()
+        sender.close()  # so that the end of a child that fails is noticed
+        stored, peak = receiver.recv()
         process.join()
-        per_image = f"{size / args.batch_size / 2**20:.1f} MiB"
-        rows.append([version, per_image, f"{size / stored['textbook']:.3f}", f"{peak / 2**30:.2f} GiB"])
+        per_image[version] = stored / args.batch_size
+        ratio = per_image[version] / per_image["textbook"]
+        rows.append([version, f"{per_image[version] / 2**20:.1f} MiB", f"{ratio:.3f}", f"{peak / 2**30:.2f} GiB"])
     print_table(rows)
 
 
@@ -467,6 +469,7 @@ def benchmark_scaling(args: argparse.Namespace) -> None:
             ]
             for process in processes:
                 process.start()
+            sender.close()  # so that the end of a child that fails is noticed
             seconds = receiver.recv()
             for process in processes:
                 process.join()
