@@ -223,10 +223,11 @@ def train(run: Run, validation: DataLoader) -> None:
     args, state, progress = run.args, run.state, run.state.progress
     criterion, mixup = build_criterion(args)
     erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=run.device)
+    final = None  # result of the plain weights after the last epoch
     while progress.epoch < args.epochs:
         start = time.time()
         lr = train_one_epoch(run, criterion, erasing, mixup)
-        result = evaluate(state.model, validation, run.normalize, args.precision, run.device)
+        final = result = evaluate(state.model, validation, run.normalize, args.precision, run.device)
         record = {"train_lr": lr, "test_loss": result.loss, "test_acc1": result.acc1, "test_acc5": result.acc5}
         if state.model_ema is not None:
             result = evaluate(state.model_ema.module, validation, run.normalize, args.precision, run.device)
@@ -235,8 +236,9 @@ def train(run: Run, validation: DataLoader) -> None:
         best = result.acc1 > progress.best_acc1 or progress.epoch == args.start_epoch
         progress.best_acc1 = max(progress.best_acc1, result.acc1)
         run.finish_epoch({**record, "best_acc1": progress.best_acc1, "seconds": time.time() - start}, best)
-    result = evaluate(state.model, validation, run.normalize, args.precision, run.device)
-    logger.info(describe_result(args, result, f"{args.output_dir}/checkpoint.pth"))
+    if final is None:  # resumed when all was done
+        final = evaluate(state.model, validation, run.normalize, args.precision, run.device)
+    logger.info(describe_result(args, final, f"{args.output_dir}/checkpoint.pth"))
     averaged = ", averaged weights" if args.model_ema else ""
     logger.info("best top-1 of all epochs: %.3f %% (checkpoint-best.pth%s)", progress.best_acc1, averaged)
 
