@@ -272,7 +272,8 @@ FORBIDDEN = "FORBIDDEN"  # before what a watched run should not have done, in it
 def watch(*allowed: Path) -> Sabotage:
     """Spoils nothing: reports every file that the process changes outside `allowed`, and every program it starts.
 
-    Shared memory and sockets of Python's multiprocessing, and the question for this repository's commit, are allowed.
+    Shared memory and sockets of Python's multiprocessing, the question for this repository's commit, and the handle
+    of the running program itself (a library without a name) are allowed.
     """
     roots = tuple(os.path.realpath(path) for path in (*allowed, "/dev/shm", "/dev/null"))
     sockets = os.path.join(os.path.realpath(tempfile.gettempdir()), "pymp-")  # of data-loading processes
@@ -285,7 +286,7 @@ def watch(*allowed: Path) -> Sabotage:
             paths = [path] if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND) else []
         elif event in changing:
             paths = arguments[:2] if event in ("os.rename", "os.link") else arguments[:1]
-        elif event in starting and arguments[0] != "git":
+        elif event in starting and arguments[0] != "git" and (event, arguments) != ("ctypes.dlopen", (None,)):
             os.write(2, f"{FORBIDDEN} {event} {arguments!r}\n".encode("utf-8", "backslashreplace"))
             return
         else:
