@@ -5,17 +5,18 @@ added to the tokens, and attention can be restricted to groups of tokens, which 
 images needs from an encoder (`models_mixmae.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, PatchEmbed, trunc_normal_
+from timm.layers import PatchEmbed, drop_path, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from util.pos_embed import get_2d_sincos_pos_embed
@@ -152,8 +153,70 @@ def separated_layout(group: Tensor, window: int, device: torch.device) -> Window
 # Layers
 
 
+class BiasedAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(d) + bias) v inside runs, with a gradient for a learned bias, for a CPU.
+
+    PyTorch's fused attention has no such gradient on a CPU, and composed of single operations the gradients of
+    queries, keys and values are gathered and copied several times. Here each part is read once from where the linear
+    layer left it and its gradient is written once to where that layer takes it.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, runs: tuple[tuple[int, int], ...], *biases: Tensor) -> Tensor:
+        """qkv (B, T, 3, nH, d), the runs of a `WindowLayout`, (R or 1, nH, n, n) for each of them -> (B, T, nH, d)."""
+        B, T, _, nH, d = qkv.shape
+        mixed = qkv.new_empty(B, T, nH, d)
+        saved = []
+        for part, mixed_part, bias in zip(split_runs(qkv, runs), split_runs(mixed, runs), biases):
+            _, R, n = part.shape[:3]
+            q, k, v = part.permute(3, 0, 1, 4, 2, 5).flatten(1, 3)  # (B * R * nH, n, d), copied
+            weights = scaled_bmm(q, k.transpose(1, 2), d**-0.5)
+            weights.view(B, R, nH, n, n).add_(bias)
+            torch.softmax(weights, dim=-1, out=weights)
+            mixed_part.copy_((weights @ v).view(B, R, nH, n, d).transpose(2, 3))
+            saved += (q, k, v, weights)
+        ctx.save_for_backward(*saved)
+        ctx.runs = runs
+        ctx.shared = [len(bias) == 1 for bias in biases]
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        B, T, nH, d = grad.shape
+        grad_qkv = grad.new_empty(B, T, 3, nH, d)
+        grad_biases = []
+        saved = iter(ctx.saved_tensors)
+        for part, qkv_part, shared in zip(split_runs(grad, ctx.runs), split_runs(grad_qkv, ctx.runs), ctx.shared):
+            q, k, v, weights = (next(saved) for _ in range(4))
+            R, n = part.shape[1:3]
+            part = part.transpose(2, 3).flatten(0, 2)  # (B * R * nH, n, d)
+            grad_scores = part @ v.transpose(1, 2)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_scores, weights, -1, weights.dtype)
+            grads = q.new_empty(3, B, R, nH, n, d)
+            grad_q, grad_k, grad_v = grads.flatten(1, 3)
+            scaled_bmm(grad_scores, k, d**-0.5, out=grad_q)
+            scaled_bmm(grad_scores.transpose(1, 2), q, d**-0.5, out=grad_k)
+            torch.bmm(weights.transpose(1, 2), part, out=grad_v)
+            qkv_part.copy_(grads.permute(1, 2, 4, 0, 3, 5))
+            grad_bias = grad_scores.view(B, R, nH, n, n).sum(0)
+            grad_biases.append(grad_bias.sum(0, keepdim=True) if shared else grad_bias)
+        return grad_qkv, None, *grad_biases
+
+
+def split_runs(x: Tensor, runs: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    """Views (B, R, n, ...) of x (B, T, ...), one for each `R` neighbouring runs of `n` tokens."""
+    parts = x.split([count * n for count, n in runs], dim=1)
+    return [part.unflatten(1, (count, n)) for part, (count, n) in zip(parts, runs)]
+
+
+def scaled_bmm(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """scale * (a @ b) in one pass: `beta=0` adds nothing."""
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale, out=out)
+
+
 def attend(qkv: Tensor, bias: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v.
+    """softmax(q k^T / sqrt(d) + bias) v by PyTorch's kernels.
 
     Args:
         qkv: (3, B, R, nH, n, d), queries, keys and values of `R` runs of `n` tokens.
@@ -164,13 +227,6 @@ def attend(qkv: Tensor, bias: Tensor | None, dropout: float = 0.0) -> Tensor:
         (B, R, nH, n, d)
     """
     shape = qkv.shape[1:]
-    if bias is not None and bias.requires_grad and qkv.device.type == "cpu":
-        # PyTorch's fused attention on a CPU has no gradient for a learned bias.
-        q, k, v = qkv.flatten(1, 3)  # one copy of all three, where batched products would copy each
-        # The scale goes into the product (beta=0 adds nothing): its gradient then scales q and k, not all pairs.
-        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=shape[-1] ** -0.5)
-        weights = (scores.unflatten(0, shape[:3]) + bias).softmax(dim=-1)
-        return (F.dropout(weights, dropout).flatten(0, 2).to(v.dtype) @ v).view(shape)
     # Fused kernels take four dimensions: runs join the batch where they share a bias, else the heads.
     joined = (0, 1) if bias is None or len(bias) == 1 else (1, 2)
     q, k, v = (t.flatten(*joined) for t in qkv)
@@ -222,13 +278,15 @@ class Attention(nn.Module):
 
     def mix_tokens(self, x: Tensor, layout: WindowLayout | None = None) -> Tensor:
         """Attention without its output projection: (B, T, C) -> (B, T, C)."""
-        B, T, C = x.shape
+        T = x.shape[1]
         runs, biases = (((1, T),), [None]) if layout is None else (layout.runs, self.position_bias(layout))
-        qkv = self.qkv(x).split([count * n for count, n in runs], dim=1)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, nH, d)
         dropout = self.attn_drop if self.training else 0.0
+        learned = biases[0] is not None and biases[0].requires_grad and biases[0].dtype == qkv.dtype
+        if learned and qkv.device.type == "cpu" and not dropout and not torch.compiler.is_compiling():
+            return BiasedAttention.apply(qkv, runs, *biases).flatten(2)
         mixed = []
-        for (count, n), part, bias in zip(runs, qkv, biases):
-            part = part.view(B, count, n, 3, self.num_heads, C // self.num_heads)
+        for part, bias in zip(split_runs(qkv, runs), biases):
             part = part.permute(3, 0, 1, 4, 2, 5)  # (3, B, R, nH, n, d)
             mixed.append(attend(part, bias, dropout).transpose(2, 3).flatten(1, 2))  # (B, R * n, nH, d)
         return torch.cat(mixed, dim=1).flatten(2)
@@ -280,11 +338,27 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, window_size, qkv_bias, attn_drop, drop)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path_rate = drop_path
 
     def forward(self, x: Tensor, layout: WindowLayout | None = None) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), layout))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = self.add_branch(x, lambda x: self.attn(self.norm1(x), layout))
+        return self.add_branch(x, lambda x: self.mlp(self.norm2(x)))
+
+    def add_branch(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """x + branch(x), with stochastic depth in training: the branch of a dropped row is not even computed."""
+        if not self.training or self.drop_path_rate == 0:
+            return x + branch(x)
+        if torch.compiler.is_compiling():  # wants shapes that do not depend on what is dropped
+            return x + drop_path(branch(x), self.drop_path_rate, training=True)
+        keep_prob = 1 - self.drop_path_rate
+        kept = torch.empty(len(x), device="cpu").bernoulli_(keep_prob).nonzero().flatten()
+        if len(kept) == len(x):
+            return torch.add(x, branch(x), alpha=1 / keep_prob)
+        scale = 1 / keep_prob
+        if len(kept) == 0:  # one row times zero, so that every parameter has a gradient, which DDP waits for
+            kept, scale = kept.new_zeros(1), 0.0
+        index = to_device(kept, x.device)
+        return x.index_add(0, index, branch(x.index_select(0, index)).to(x.dtype), alpha=scale)
 
 
 class PatchMerging(nn.Module):

@@ -8,7 +8,7 @@ from golden_files import load_golden, official_models, relative_error, without_d
 from torch.utils.flop_counter import FlopCounterMode
 
 import models_swin
-from models_swin import SwinTransformer
+from models_swin import BiasedAttention, Block, SwinTransformer
 from util.checkpoint import load_classifier
 from util.lr_decay import param_groups_layer_decay
 from util.run import count_work
@@ -167,8 +167,38 @@ def test_images_of_another_shape_are_named(model):
 
 def test_drop_path_grows_from_the_first_to_the_last_block():
     model = SwinTransformer(**SMALL, drop_path_rate=0.2)
-    rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.layers for block in stage.blocks]
+    rates = [block.drop_path_rate for stage in model.layers for block in stage.blocks]
     assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+
+
+@pytest.mark.parametrize("kept", [[1, 1, 1], [0, 1, 1], [0, 0, 0]])
+def test_a_dropped_branch_is_not_computed(monkeypatch, kept):
+    block = Block(8, 2, drop_path=0.25).train()
+    computed = []
+    block.mlp.register_forward_hook(lambda module, args, output: computed.append(len(args[0])))
+    monkeypatch.setattr(torch.Tensor, "bernoulli_", lambda draw, probability: draw.copy_(torch.tensor(kept)))
+    x = torch.randn(3, 5, 8)
+    out = block(x)
+    assert computed == [max(sum(kept), 1)]
+    monkeypatch.undo()
+    for row, is_kept in enumerate(kept):
+        after_attention = x[row : row + 1] + is_kept * block.attn(block.norm1(x[row : row + 1])) / 0.75
+        expected = after_attention + is_kept * block.mlp(block.norm2(after_attention)) / 0.75
+        torch.testing.assert_close(out[row : row + 1], expected)
+    out.sum().backward()
+    assert all(parameter.grad is not None for parameter in block.parameters())
+
+
+def test_attention_with_a_learned_bias_has_the_gradients_of_its_formula():
+    runs = ((2, 3), (1, 4), (2, 2))  # runs of their own bias, one run, and runs that share a bias
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 14, 3, 2, 5, dtype=torch.float64, requires_grad=True)
+    biases = [torch.randn(k, 2, n, n, dtype=torch.float64, requires_grad=True) for k, n in ((2, 3), (1, 4), (1, 2))]
+    assert torch.autograd.gradcheck(lambda *inputs: BiasedAttention.apply(inputs[0], runs, *inputs[1:]), (qkv, *biases))
+    mixed = BiasedAttention.apply(qkv, runs, *biases)
+    q, k, v = qkv[0, 6:10].unbind(1)  # the run of 4 tokens: (4, heads, d)
+    scores = torch.einsum("qhd,khd->hqk", q, k) / 5**0.5 + biases[1][0]
+    torch.testing.assert_close(mixed[0, 6:10], torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
 
 
 # -- timm's conventions ----------------------------------------------------------------------------------------------

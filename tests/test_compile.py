@@ -65,3 +65,17 @@ def test_evaluation_of_a_classifier():
         logits.append(compiled(imgs[1]))
     for ours, batch in zip(logits, imgs):
         torch.testing.assert_close(ours, plain(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_fine_tuning_with_stochastic_depth():
+    torch.manual_seed(0)
+    model = SwinTransformer(num_classes=10, drop_path_rate=0.5, **SMALL)
+    model.compile_blocks()
+    losses = []
+    for step, imgs in enumerate(torch.randn(3, 4, 3, 64, 64)):
+        with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+            loss = model(imgs).square().mean()
+            loss.backward()
+        losses.append(loss.item())
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.requires_grad)
+    assert len(set(losses)) == 3

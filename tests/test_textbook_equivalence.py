@@ -133,9 +133,10 @@ def test_classifier(size):
     assert_same_gradients(ours, theirs)
 
 
-def test_drop_path_draws_the_same_rows():
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])  # all rows kept here and there; some; none here and there
+def test_drop_path_draws_the_same_rows(rate):
     torch.manual_seed(0)
-    config = {**SMALL, **SIZES["one window per stage"], "num_classes": 10, "drop_path_rate": 0.5}
+    config = {**SMALL, **SIZES["one window per stage"], "num_classes": 10, "drop_path_rate": rate}
     ours, theirs = SwinTransformer(**config), TextbookEncoder(Config(**config))
     theirs.load_state_dict(ours.state_dict())
     imgs = torch.randn(8, 3, 64, 64)
@@ -143,4 +144,6 @@ def test_drop_path_draws_the_same_rows():
     for model in (ours, theirs):
         torch.manual_seed(3)
         outputs.append(model.train()(imgs))
+        outputs[-1].square().mean().backward()
     assert relative_difference(*outputs) < 1e-5
+    assert_same_gradients(ours, theirs)
