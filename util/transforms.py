@@ -47,8 +47,8 @@ class Normalize(nn.Module):
         if imgs.shape[-3] != len(self.mean):
             raise ValueError(f"images have {imgs.shape[-3]} channels, mean and std have {len(self.mean)} values")
         unit = 255.0 if imgs.dtype == torch.uint8 else 1.0
-        imgs = imgs.to(torch.float32, memory_format=torch.contiguous_format)
-        return torch.addcmul(-self.mean / self.std, imgs, 1 / (unit * self.std))
+        imgs = imgs.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        return imgs.sub_(unit * self.mean).mul_(1 / (unit * self.std))
 
 
 def resize(img: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
