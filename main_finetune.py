@@ -5,7 +5,8 @@ Fine-tune a pretrained encoder on labelled images (a folder with train/ and val/
         --data_path /path/to/images --output_dir finetuned
 Probe it with a linear layer:
     python main_finetune.py --finetune output_dir/checkpoint.pth --model swin_tiny_w14 --freeze_encoder \
-        --data_path /path/to/images --output_dir probed --layer_decay 1 --aa '' --reprob 0 --smoothing 0
+        --data_path /path/to/images --output_dir probed --layer_decay 1 --weight_decay 0 \
+        --aa '' --reprob 0 --smoothing 0
 Evaluate a published checkpoint:
     python main_finetune.py --eval --finetune base_600ep_ft --data_path /path/to/imagenet
 The paper's experiments, on Slurm or here:
@@ -50,7 +51,9 @@ HEAD_INIT_STD = 2e-5  # of a fresh head on a pretrained encoder: it starts at eq
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Fine-tune, linear-probe or evaluate a classifier.", formatter_class=arguments.HelpFormatter
+        allow_abbrev=False,
+        description="Fine-tune, linear-probe or evaluate a classifier.",
+        formatter_class=arguments.HelpFormatter,
     )
     arguments.add_model_arguments(parser, "swin_base_w14", arguments.CLASSIFIER_MODELS, drop_path=0.1)
     group = parser.add_argument_group("fine-tuning")
@@ -99,7 +102,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Check fine-tuning's own flags; raises ValueError."""
-    for name in ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay"):
+    if not 0 <= args.smoothing < 1:
+        raise ValueError(f"--smoothing must be at least 0 and below 1, got {args.smoothing}")
+    if args.color_jitter is not None and args.color_jitter < 0:
+        raise ValueError(f"--color_jitter must not be negative, got {args.color_jitter}")
+    if args.cutmix_minmax is not None and not 0 <= args.cutmix_minmax[0] <= args.cutmix_minmax[1] <= 1:
+        raise ValueError(f"--cutmix_minmax takes MIN and MAX, 0 <= MIN <= MAX <= 1, got {args.cutmix_minmax}")
+    for name in ("reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} must lie between 0 and 1, got {getattr(args, name)}")
     if not 0 < args.layer_decay <= 1:

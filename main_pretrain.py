@@ -40,7 +40,7 @@ PICTURE_IMAGES = 6
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Pretrain MixMAE on unlabelled images.", formatter_class=arguments.HelpFormatter
+        allow_abbrev=False, description="Pretrain MixMAE on unlabelled images.", formatter_class=arguments.HelpFormatter
     )
     arguments.add_model_arguments(parser, "mixmae_base", arguments.PRETRAINING_MODELS)
     group = parser.add_argument_group("pretraining")
@@ -100,7 +100,7 @@ def prepare(
     )
     loader = build_loader(dataset, sampler, args)
     if launch.rank == 0:
-        parameters, multiply_adds = count_work(model, 2)
+        parameters, multiply_adds = count_work(model, 2, mask_ratio=args.mask_ratio)
         logger.info(
             "%s at %dx%d: %.1f M parameters, %.2f G multiply-adds per image, %s",
             args.model, *model.img_size, parameters / 1e6, multiply_adds / 1e9, args.precision,

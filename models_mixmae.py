@@ -157,6 +157,7 @@ class MixMAE(SwinTransformer):
         return self.decoder_pred(self.decoder_norm(x))
 
     def run_decoder_block(self, block: Block, x: Tensor) -> Tensor:
+        """(2B, L, D) -> (2B, L, D), computed again in the backward pass where the encoder's blocks are."""
         if self.layers[0].grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False)
         return block(x)

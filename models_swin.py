@@ -53,6 +53,8 @@ def img_size_works(img_size: tuple[int, int], patch_size: int, window_size: Sequ
 
 def check_img_size(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> None:
     """Raise a ValueError that names the nearest sizes that work when `img_size` does not."""
+    if patch_size < 1 or min(window_size) < 1:
+        raise ValueError(f"patch and window sizes must be at least 1, got {patch_size} and {tuple(window_size)}")
     if img_size_works(img_size, patch_size, window_size):
         return
     stride = 8 * patch_size
@@ -124,6 +126,7 @@ def group_layout(group: Tensor, window: int, device: torch.device) -> WindowLayo
     order = raster_to_windows(tuple(group.shape), window)  # (nW, N)
     sorted_group, place = group.flatten()[order].sort(dim=1, stable=True)  # (nW, N)
     order = order.gather(1, place).flatten()
+    sorted_group = sorted_group - sorted_group.min()
     run_ids = sorted_group + torch.arange(len(place))[:, None] * (int(sorted_group.max()) + 1)
     lengths = run_ids.flatten().unique_consecutive(return_counts=True)[1].tolist()
     with torch.device("cpu"):
@@ -211,7 +214,7 @@ def split_runs(x: Tensor, runs: tuple[tuple[int, int], ...]) -> list[Tensor]:
 
 
 def scaled_bmm(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """scale * (a @ b) in one pass: `beta=0` adds nothing."""
+    """scale * (a @ b), (M, n, d) and (M, d, m) -> (M, n, m), in one pass: `beta=0` adds nothing."""
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale, out=out)
 
 
@@ -292,11 +295,12 @@ class Attention(nn.Module):
         return torch.cat(mixed, dim=1).flatten(2)
 
     def forward(self, x: Tensor, layout: WindowLayout | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C); tokens in the layout's order, or of one run in any order without a layout."""
         return self.proj_drop(self.proj(self.mix_tokens(x, layout)))
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear."""
+    """Linear, GELU, linear: (..., dim) -> (..., dim)."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
         super().__init__()
@@ -362,7 +366,10 @@ class Block(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halves the grid: the channels of 2x2 neighbours, normed, become twice the channels of one token."""
+    """Halves the grid: the channels of 2x2 neighbours, normed, become twice the channels of one token.
+
+    (B, T, C) in raster order -> (B, T / 4, 2 * C).
+    """
 
     def __init__(self, grid: tuple[int, int], dim: int):
         super().__init__()
@@ -518,7 +525,10 @@ class SwinTransformer(nn.Module):
                 the 1, 2x2, 4x4 or 8x8 tokens that it covers at stages 4 to 1.
         """
         if group is None:
-            return [window_layout(stage.grid, stage.window, device) for stage in self.layers]
+            layouts = [window_layout(stage.grid, stage.window, device) for stage in self.layers]
+            if type(layouts[0].bias_index) is not Tensor:  # torch.export's stand-ins, of no use to anybody else
+                window_layout.cache_clear()
+            return layouts
         group = group.detach().to("cpu", torch.long).view(self.grid_size)
         layouts = []
         for i, stage in enumerate(self.layers):

@@ -292,6 +292,23 @@ def test_features_can_be_taken_before_training():
     assert model.layers[0].blocks[0].attn.relative_position_bias_table.grad is not None
 
 
+def test_a_model_works_after_another_was_exported():
+    """The cached index tensors must not be the stand-ins that torch.export computes with."""
+    models_swin.window_layout.cache_clear()
+    imgs = torch.randn(2, 3, 32, 32)
+    model = timm.create_model("swin_quickstart").eval()
+    exported = torch.export.export(model, (imgs,)).module()
+    logits = model(imgs)
+    assert type(logits) is torch.Tensor
+    torch.testing.assert_close(exported(imgs), logits)
+
+
+def test_group_ids_may_be_any_whole_numbers(model, imgs):
+    group = torch.tensor([[0, 1], [2, 0]])
+    expected = model.forward_features(imgs, group)
+    torch.testing.assert_close(model.forward_features(imgs, 5 * group - 7), expected)
+
+
 def test_a_fresh_head_takes_the_models_device_and_type():
     model = timm.create_model("swin_quickstart").to(torch.bfloat16)
     model.reset_classifier(7)

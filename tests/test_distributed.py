@@ -418,6 +418,7 @@ def test_second_term_ends_at_once(tmp_path):
 def test_earlier_handler_takes_over_after_saving_and_is_given_back():
     calls = []
     before = signal.signal(signal.SIGUSR2, lambda signum, frame: calls.append(signum))
+    other = signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # mains that earlier tests ran here may have left theirs
     try:
         preemption = Preemption()
         preemption.install()
@@ -432,6 +433,7 @@ def test_earlier_handler_takes_over_after_saving_and_is_given_back():
         assert calls == [signal.SIGUSR2] * 2
     finally:
         signal.signal(signal.SIGUSR2, before)
+        signal.signal(signal.SIGUSR1, other)
 
 
 def test_a_cancelled_job_is_not_brought_back(monkeypatch):

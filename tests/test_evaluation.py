@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def checkpoint(tmp_path_factory) -> str:
     torch.manual_seed(0)
     model = timm.create_model("swin_quickstart", num_classes=len(CLASSES), **SHAPE).eval()
     with torch.no_grad():
-        model.head.weight.normal_()
+        model.head.weight.normal_(std=0.5)  # larger, it would amplify float32 rounding into the scores
         imgs = torch.rand(64, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3) * 4 - 2
         model.head.bias -= model(imgs).mean(dim=0)
     weights = model.state_dict()
@@ -251,6 +252,18 @@ def test_an_image_that_cannot_be_read_is_named(data, checkpoint, tmp_path, capfd
     (tmp_path / "val" / "gnu" / "broken.png").write_bytes(b"no image")
     flags = [*FLAGS, "--finetune", checkpoint, "--data_path", tmp_path, "--bad_images", "skip"]
     fails(main_finetune, capfd, r"cannot use image .*broken\.png", *flags)
+
+
+def test_an_image_that_one_rank_cannot_read_is_named(data, checkpoint, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    broken = sorted((tmp_path / "data" / "val").glob("*/*.png"))[1]  # the second rank's first
+    broken.write_bytes(b"no image")
+    for workers in (0, 1):
+        flags = [*FLAGS, "--finetune", checkpoint, "--data_path", tmp_path / "data", "--num_workers", workers]
+        trial = Trial(tmp_path / "logs", *flags, ranks=2, main=main_finetune)
+        said = trial.finish(2, 2)
+        assert said.count(f"[rank 1] main_pretrain.py: error: cannot use image '{broken}'") == 1, said
+        assert "Traceback" not in said
 
 
 def test_reports_that_cannot_be_written(data, checkpoint, tmp_path, capfd):

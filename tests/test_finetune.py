@@ -381,7 +381,17 @@ def test_the_authors_names_of_models_are_understood():
         (["--cutmix", "1", "--batch_size", "5"], r"--batch_size must be even, got 5 \(or use --mixup 0 --cutmix 0\)"),
         (["--nb_classes", "4"], r"--nb_classes 4 contradicts the 3 classes in"),
         (["--batch_size", "64"], r"27 training images do not fill one effective batch of 64"),
-        (["--smoothing", "1.5"], r"--smoothing must lie between 0 and 1, got 1.5"),
+        (["--smoothing", "1"], r"--smoothing must be at least 0 and below 1, got 1"),
+        (
+            ["--cutmix_minmax", "0.8", "0.2"],
+            r"--cutmix_minmax takes MIN and MAX, 0 <= MIN <= MAX <= 1, got \[0.8, 0.2\]",
+        ),
+        (["--color_jitter", "-1"], r"--color_jitter must not be negative, got -1"),
+        (["--patch_size", "0"], r"patch and window sizes must be at least 1, got 0"),
+        (
+            ["--window_size", "-1", "4", "4", "2"],
+            r"patch and window sizes must be at least 1, got 1 and \(-1, 4, 4, 2\)",
+        ),
         (["--reprob", "-1"], r"--reprob must lie between 0 and 1, got -1"),
         (["--layer_decay", "0"], r"--layer_decay must lie above 0 and not above 1, got 0"),
         (["--drop_path", "1"], r"--drop_path is a probability below 1, got 1"),

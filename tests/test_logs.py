@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import resource
 import signal
 import time
@@ -82,6 +83,18 @@ def test_lines_after_the_point_of_resuming_and_broken_ones_are_dropped(tmp_path)
     assert read_lines(tmp_path / "log.txt") == [{"epoch": 0}, {"epoch": 1}]
 
 
+def test_numbers_that_json_does_not_know_become_null(tmp_path):
+    LinesFile(tmp_path / "steps.jsonl", wanted=lambda record: True).append([{"step": 1, "grad_norm": math.inf}])
+    assert (tmp_path / "steps.jsonl").read_text() == '{"step": 1, "grad_norm": null}\n'
+
+
+def test_the_time_left_follows_from_the_epochs_left():
+    """Also after a resume with another batch size, whose steps do not add up with those before."""
+    meter = StepMeter(8, 10, 5, 4, torch.device("cpu"), deque())
+    scalars = dict(loss=1.0, lr=0.1, grad_norm=1.0, images_per_second=1.0, data_wait_share=0.0, memory_mb=1.0)
+    assert meter.line(2, scalars | {"seconds_per_step": 10.0}).endswith("ETA 0:01:20")
+
+
 def test_tensorboard_forgets_what_is_done_again_and_keeps_the_rest(tmp_path):
     first = EventsFile(tmp_path, purge=0)
     for x in (500, 1000, 1500, 2000):
@@ -136,7 +149,7 @@ def test_a_loss_spike_is_a_warning_also_across_epochs(caplog):
     torch.manual_seed(0)
 
     def epoch(number: int, losses: torch.Tensor) -> None:
-        meter = StepMeter(number, len(losses), 400, 4, torch.device("cpu"), usual)
+        meter = StepMeter(number, 10, len(losses), 4, torch.device("cpu"), usual)
         for step, loss in enumerate(losses, start=number * len(losses)):
             meter.add(step, 1e-3, loss, torch.tensor(1.0))
         meter.flush()

@@ -145,6 +145,21 @@ def test_fp16_steps_that_overflow_are_skipped_and_a_bad_loss_moves_nothing():
     assert same(before, [parameter.detach() for parameter in model.parameters()])
 
 
+def test_fp16_gradients_that_are_bad_at_every_scale_end_the_run_before_the_scale_is_nothing():
+    model, optimizer = small_problem()
+    state = State(True)
+    state.scaler = scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=4.0)
+    guard = NonFiniteGuard(torch.device("cpu"), state)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(NonFiniteError, match="the gradient is not finite at step 2"):
+        for step in range(1, 200):
+            loss = (model(torch.ones(4, 3)) * 0).sqrt().sum()  # a finite loss with a gradient of 0 * infinity
+            backward(loss, scaler)
+            guard.watch(f"step {step}", loss, clip_and_step(optimizer, scaler, model.parameters(), None), [])
+            optimizer.zero_grad()
+    assert scaler.get_scale() == 1.0 and same(before, [parameter.detach() for parameter in model.parameters()])
+
+
 def test_a_dump_that_cannot_be_written_does_not_hide_what_happened(tmp_path):
     guard = NonFiniteGuard(torch.device("cpu"), State(False), tmp_path / "absent")
     nan = torch.tensor(float("nan"))

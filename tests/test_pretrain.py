@@ -162,6 +162,7 @@ def test_two_processes_equal_one_of_twice_the_batch_under_a_fixed_mask(images, t
         (["--mean", "0.5", "0.5"], r"--mean needs one value for each of 1 channels"),
         (["--std", "0"], r"--std must be positive"),
         (["--epochs", "1", "--warmup_epochs", "3"], r"--warmup_epochs 3 is longer than the run: --epochs 1"),
+        (["--epochs", "3", "--start_epoch", "3"], r"--start_epoch 3 leaves nothing to train: --epochs is 3"),
         (["--clip_grad", "-1"], r"--clip_grad is a positive norm"),
         (["--precision", "fp16"], r"--precision fp16 needs a GPU"),
         (["--resume", "nowhere.pth"], r"nowhere.pth"),
@@ -174,6 +175,16 @@ def test_two_processes_equal_one_of_twice_the_batch_under_a_fixed_mask(images, t
 def test_a_wrong_flag_is_explained_before_training(images, tmp_path, capfd, flags, message):
     fails(main_pretrain, capfd, message, *SMALL, "--data_path", images, "--output_dir", tmp_path / "out", *flags)
     assert not (tmp_path / "out" / "steps.jsonl").exists()
+
+
+def test_flags_are_not_abbreviated(images, tmp_path, capfd):
+    """The launch scripts look for --batch_size and --accum_iter by their names."""
+    fails(main_pretrain, capfd, r"unrecognized arguments: --accum 3", *SMALL, "--data_path", images, "--accum", "3")
+
+
+def test_a_mask_ratio_and_its_range_go_together(images, tmp_path):
+    ratios = ["--mask_ratio", "0.25", "--range_mask_ratio", "0.6"]
+    run(main_pretrain, *SMALL, *ratios, "--data_path", images, "--output_dir", tmp_path, "--epochs", "1")
 
 
 def test_contradicting_launch_variables_are_explained(images, tmp_path, capfd, monkeypatch):

@@ -84,7 +84,7 @@ def test_a_finished_run_is_left_as_it_is_and_no_new_one_replaces_it(place, tmp_p
     Trial(place, *flags, "--resume", "auto").finish()
     assert differences(out, place / "reference") == []
     said = Trial(place, *flags).finish(2)
-    assert "holds a run already, which a new one would replace: continue it by --resume auto" in said
+    assert "holds a run already, which this one would replace: continue it by --resume auto" in said
     assert differences(out, place / "reference") == []
 
 
@@ -180,6 +180,16 @@ def test_the_mean_loss_of_an_epoch_does_not_depend_on_when_steps_were_reported(p
     assert read_lines(tmp_path / "steps.jsonl") == steps_of(place / "reference")
 
 
+def test_another_runs_checkpoint_does_not_replace_the_run_in_the_output_folder(place, tmp_path):
+    flags = (*RECIPE, "--data_path", place / "images")
+    shutil.copytree(place / "reference", tmp_path / "other")
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "other").iterdir())}
+    other = ("--resume", place / "reference" / "checkpoint.pth", "--output_dir", tmp_path / "other")
+    said = Trial(tmp_path / "logs", *flags, *other).finish(2)
+    assert "holds a run already, which this one would replace" in said
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "other").iterdir())} == before
+
+
 def test_an_optimizers_settings_are_those_of_the_run_and_its_moments_those_of_the_file():
     """A checkpoint of another program has no fused optimizer, and --resume_force may change the weight decay."""
 
@@ -200,3 +210,8 @@ def test_an_optimizers_settings_are_those_of_the_run_and_its_moments_those_of_th
     before = ours.model.weight.detach().clone()
     clip_and_step(ours.optimizer, ours.scaler, ours.model.parameters(), None)
     assert not torch.equal(before, ours.model.weight)
+    with torch.device("meta"):  # in place of a GPU, where a fused optimizer wants its step counts
+        elsewhere = state()
+    elsewhere.optimizer.param_groups[0]["fused"] = True
+    elsewhere.load(theirs.checkpoint())
+    assert all(entry["step"].is_meta for entry in elsewhere.optimizer.state.values())

@@ -294,6 +294,10 @@ def test_recipes_are_compared():
     assert errors == [] and len(warnings) == 1 and warnings[0].startswith("batch_size: 64 -> 32 (")
 
 
+def test_the_way_of_launching_is_no_part_of_the_recipe():
+    assert compare_recipes(dict(dist_on_itp=True, local_rank=1), dict(dist_on_itp=False, local_rank=-1)) == ([], [])
+
+
 def test_a_learning_rate_that_follows_the_batch_size_is_no_error():
     saved = dict(blr=1e-3, lr=4e-3, world_size=4, eff_batch_size=1024)
     errors, warnings = compare_recipes(saved, dict(blr=1e-3, lr=2e-3, world_size=2, eff_batch_size=512))

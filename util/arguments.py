@@ -14,6 +14,7 @@ from pathlib import Path
 import models_mixmae
 import models_swin
 from util import distributed
+from util.decoding import BadImageError
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +204,8 @@ def finish_arguments(args: argparse.Namespace, launch: distributed.Launch) -> No
     for name in ("num_workers", "save_steps", "keep_every", "start_epoch", "warmup_epochs", "weight_decay", "min_lr"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must not be negative, got {getattr(args, name)}")
+    if args.start_epoch >= args.epochs:
+        raise ValueError(f"--start_epoch {args.start_epoch} leaves nothing to train: --epochs is {args.epochs}")
     if args.warmup_epochs > args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs:g} is longer than the run: --epochs {args.epochs}")
     if not 0 <= args.drop_path < 1:
@@ -248,13 +251,24 @@ def is_plain(value: object) -> bool:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Around everything before training: what a user can put right ends in one line and exit code 2, no traceback."""
+    """Around all but training: what a user can put right ends in one line and exit code 2, no traceback."""
     try:
-        yield
-    except (ValueError, OSError) as error:
-        rank = distributed.get_rank()
+        with distributed.explain_collective_failures():
+            yield
+    except (ValueError, OSError, distributed.CollectiveError) as error:
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-        if rank == 0 or local_rank == "0":  # once per node: another node may lack what this one has
-            prefix = f"[rank {rank}] " if rank else ""
-            print(f"{prefix}{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        of_this_rank = isinstance(error, (BadImageError, distributed.CollectiveError))
+        if of_this_rank or local_rank == "0":  # others once per node: another node may lack what this one has
+            prefix = "" if rank == "0" else f"[rank {rank}] "
+            print(f"{prefix}{Path(sys.argv[0]).name}: error: {in_one_line(error)}", file=sys.stderr, flush=True)
+        if distributed.get_world_size() > 1:
+            os._exit(2)  # at once: Python's shutdown would wait for ranks that may hang
         sys.exit(2)
+
+
+def in_one_line(error: Exception) -> str:
+    """The message of an error; one that comes from a data-loading process has a traceback before it."""
+    name = f"{type(error).__module__}.{type(error).__name__}: "
+    message = str(error).rstrip()
+    return message.rpartition(name)[2] if name in message else message

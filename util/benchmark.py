@@ -508,7 +508,10 @@ COMMANDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m util.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        prog="python -m util.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--model", help="default: mixmae_base, and swin_base_w14 to fine-tune")

@@ -35,7 +35,7 @@ from util.decoding import BadImageError, decode
 from util.image_index import IMAGE_EXTENSIONS, ImageIndex, StringTable, abbreviate, class_folders, load_index
 from util.seeding import derive_seed, keyed_generator, seed_all
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FOLDER_DATASETS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
 REPLACEMENT_TRIES = 100
@@ -136,7 +136,8 @@ class ImageDataset(Dataset):
                     return self._read(candidate)
                 except BadImageError as error:
                     if not self.skip_bad:
-                        raise BadImageError(f"{error}. Repair or remove it, or train with --bad_images skip") from None
+                        advice = "Repair or remove it; training images are replaced with --bad_images skip"
+                        raise BadImageError(f"{error}. {advice}") from None
                     self._record_bad(candidate, error)
             candidate = derive_seed("replacement", self.seed, epoch, index, attempt) % len(self)
         raise BadImageError(f"no readable image found in {REPLACEMENT_TRIES} tries to replace {self.path_of(index)!r}")
@@ -147,7 +148,7 @@ class ImageDataset(Dataset):
             self._bad[index] = 1
             count = self.bad_count()
         if not known:
-            _logger.warning("skipping a bad image (%d so far): %s", count, error)
+            logger.warning("skipping a bad image (%d so far): %s", count, error)
         if count > self.max_bad_share * len(self):
             raise BadImageError(
                 f"{count} of {len(self)} images cannot be used, more than the share "
@@ -188,7 +189,7 @@ def build_dataset(
     skip_bad = args.bad_images == "skip" and split == "train"
     dataset = ImageDataset(source, transform, args.seed, skip_bad, args.max_bad_images)
     kinds = f"{len(source.classes)} classes" if source.classes else "no labels"
-    _logger.info("%s: %d images, %s, from %s", split, len(dataset), kinds, args.data_path)
+    logger.info("%s: %d images, %s, from %s", split, len(dataset), kinds, args.data_path)
     return dataset
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from util.decoding import decode, from_pillow
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # prefix of the name -> (package that it needs, how to install it)
 OPTIONAL_PACKAGES = {
@@ -144,7 +144,7 @@ def open_timm_source(
     if isinstance(dataset, IterableDataset):
         if split != "train":
             raise ValueError(f"--dataset {name} can only be streamed, which cannot promise to evaluate each image once")
-        _logger.warning("%s is streamed: a resumed run will not see the same images as an uninterrupted one", name)
+        logger.warning("%s is streamed: a resumed run will not see the same images as an uninterrupted one", name)
         return StreamSource(dataset, name, in_chans)
     if hasattr(dataset, "reader"):
         return ReaderSource(dataset.reader, in_chans)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
@@ -133,9 +133,9 @@ def _scan_and_cache(cache: Path, root: str) -> ImageIndex:
     start = time.time_ns()
     index, directories, times = scan(root)
     seconds = (time.time_ns() - start) / 1e9
-    _logger.info("scanned %d images in %d folders under %s in %.1f s", len(index), len(directories), root, seconds)
+    logger.info("scanned %d images in %d folders under %s in %.1f s", len(index), len(directories), root, seconds)
     if times[:, 0].max() > start - SETTLED_AFTER_NS:
-        _logger.info("%s changed a moment ago; its index is not cached this time", root)
+        logger.info("%s changed a moment ago; its index is not cached this time", root)
     else:
         _write_cache(cache, index, directories, times)
     return index
@@ -206,7 +206,7 @@ def _read_cache(cache: Path, root: str) -> ImageIndex | None:
     except FileNotFoundError:  # no cache yet, or a directory is gone
         return None
     except (OSError, ValueError, KeyError, EOFError, IndexError, zipfile.BadZipFile) as error:
-        _logger.warning("the index cache %s is unusable (%s); scanning again", cache, error)
+        logger.warning("the index cache %s is unusable (%s); scanning again", cache, error)
         return None
 
 
@@ -229,7 +229,7 @@ def _write_cache(cache: Path, index: ImageIndex, directories: StringTable, times
             )
         os.replace(temporary, cache)
     except OSError as error:
-        _logger.warning("the index of %s is not cached: %s", index.root, error)
+        logger.warning("the index of %s is not cached: %s", index.root, error)
         with contextlib.suppress(OSError):
             temporary.unlink()
 
@@ -247,8 +247,8 @@ def _lock(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _logger.info("waiting for another process to finish scanning")
+            logger.info("waiting for another process to finish scanning")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            _logger.info("no file locks in %s (%s); this process scans for itself", path.parent, error)
+            logger.info("no file locks in %s (%s); this process scans for itself", path.parent, error)
         yield

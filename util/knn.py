@@ -149,6 +149,7 @@ def nearest(query: Tensor, features: Tensor, labels: Tensor, k: int) -> tuple[Te
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m util.knn",
         description="Classify validation images by their nearest training images in an encoder's feature space.",
         formatter_class=arguments.HelpFormatter,

@@ -8,6 +8,7 @@ step stands there once.
 import contextlib
 import json
 import logging
+import math
 import os
 import platform
 import shlex
@@ -140,6 +141,11 @@ def going_on_without(what: str) -> Iterator[None]:
         logger.error("%s: %s. Training goes on", what, error)
 
 
+def without_non_finite(record: dict) -> dict:
+    """A record with None for numbers that are not finite, which JSON has no names for."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
 class LinesFile:
     """A file of JSON lines, each written once.
 
@@ -171,7 +177,7 @@ class LinesFile:
 
     def append(self, records: list[dict]) -> None:
         """Write `records`, after those that could not be written before."""
-        self.waiting += "".join(json.dumps(record) + "\n" for record in records).encode()
+        self.waiting += "".join(json.dumps(without_non_finite(record)) + "\n" for record in records).encode()
         with going_on_without(f"{self.path} could not be written; its lines are kept for the next attempt"):
             with open(self.path, "ab", buffering=0) as file:  # unbuffered, to know exactly how much went in
                 while self.waiting:

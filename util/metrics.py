@@ -22,8 +22,8 @@ class StepMeter:
     """Collects one epoch's optimizer steps; `flush` reduces them over ranks and describes them.
 
     Args:
-        epoch: for the console line.
-        steps_per_epoch, total_steps: optimizer steps of an epoch and of the whole run.
+        epoch: which one this is, from 0.
+        epochs, steps_per_epoch: of the whole run, and the optimizer steps of each.
         images_per_step: of all ranks.
         device: of training.
         usual_losses: those of the last steps, of earlier epochs too, which say what a spike is; added to.
@@ -32,15 +32,15 @@ class StepMeter:
     def __init__(
         self,
         epoch: int,
+        epochs: int,
         steps_per_epoch: int,
-        total_steps: int,
         images_per_step: int,
         device: torch.device,
         usual_losses: deque[float],
     ):
         self.epoch = epoch
+        self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
-        self.total_steps = total_steps
         self.images_per_step = images_per_step
         self.device = device
         self.pending: list[tuple[int, float, Tensor, Tensor]] = []
@@ -91,9 +91,9 @@ class StepMeter:
         self.pending, self.waited, self.window_start = [], 0.0, now
         return records, scalars
 
-    def line(self, step: int, step_in_epoch: int, scalars: dict[str, float]) -> str:
+    def line(self, step_in_epoch: int, scalars: dict[str, float]) -> str:
         """The console line of a flush."""
-        left = (self.total_steps - step) * scalars["seconds_per_step"]
+        left = ((self.epochs - self.epoch) * self.steps_per_epoch - step_in_epoch) * scalars["seconds_per_step"]
         return (
             f"epoch {self.epoch}  step {step_in_epoch}/{self.steps_per_epoch}  loss {scalars['loss']:.4f}  "
             f"lr {scalars['lr']:.3g}  grad norm {scalars['grad_norm']:.3g}  "

@@ -14,6 +14,10 @@ from util.training_state import TrainingState
 
 logger = logging.getLogger(__name__)
 
+# Gradients that are not finite at a loss scale this small did not overflow. Further halving would end at a scale of 0,
+# which lets a bad gradient through as 0 * infinity.
+SMALLEST_LOSS_SCALE = 1.0
+
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient is infinite or not a number."""
@@ -58,8 +62,8 @@ class NonFiniteGuard:
             return
         losses = distributed.gather_objects(loss)
         bad_ranks = [rank for rank, value in enumerate(losses) if not torch.isfinite(torch.tensor(value))]
-        if not bad_ranks and self.state.scaler.is_enabled():
-            return
+        if not bad_ranks and self.state.scaler.get_scale() > SMALLEST_LOSS_SCALE:
+            return  # the loss scaler skips the step and halves its scale
         if self.dump_folder:
             hint = self.dump(where, batch, bad_ranks or range(len(losses)))
         else:

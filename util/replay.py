@@ -171,6 +171,7 @@ def first_names(names: list[str]) -> str:
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m util.replay",
         description="Rerun the step in a dump of --nan_dump and say where it goes wrong.",
         formatter_class=arguments.HelpFormatter,

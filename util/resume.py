@@ -304,7 +304,7 @@ def _may_be_in_use(path: Path, host: str, pid: int) -> bool:
 FREE = frozenset(
     "output_dir log_dir num_workers pin_mem print_freq vis_every knn_every nan_dump max_bad_images "
     "resume resume_force start_epoch save_every save_steps keep_checkpoints keep_every eval dist_eval predictions "
-    "eff_batch_size rank local_rank distributed dist_url port dist_timeout".split()
+    "eff_batch_size rank local_rank distributed dist_url dist_on_itp port dist_timeout".split()
 )
 # Settings that keep the recipe but not the bits, each with what changes; eff_batch_size, above, follows from them.
 BATCHES = "steps are made of other images, or averaged in another order"

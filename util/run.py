@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from util import distributed
+from util import arguments, distributed
 from util.allocator import keep_freed_memory
 from util.datasets import BadImageError
 from util.logger import RunLog
@@ -71,8 +71,8 @@ class Run:
         progress = self.state.progress
         meter = StepMeter(
             progress.epoch,
+            self.args.epochs,
             self.steps_per_epoch,
-            self.steps_per_epoch * self.args.epochs,
             self.args.eff_batch_size,
             self.device,
             self.usual_losses,
@@ -127,7 +127,7 @@ class Run:
         tags = {f"train/{name}": scalars[name] for name in ("loss", "lr", "grad_norm")}
         tags |= {f"speed/{name}": scalars[name] for name in ("images_per_second", "data_wait_share", "memory_mb")}
         self.log.steps(records, self.epoch_1000x, tags)
-        logger.info(meter.line(progress.step, progress.step_in_epoch, scalars))
+        logger.info(meter.line(progress.step_in_epoch, scalars))
 
     def save(self, milestone: bool = False, best: bool = False) -> None:
         """Write a checkpoint (rank 0), once the last step is known to be good (all ranks)."""
@@ -231,9 +231,12 @@ def open_folder(args: argparse.Namespace) -> CheckpointFolder | None:
     if distributed.is_main_process():
         try:
             folder = CheckpointFolder(args.output_dir, args.keep_checkpoints)
-            if not args.resume and (folder.folder / "checkpoint.pth").exists():
+            continues = args.resume == "auto" or (
+                args.resume and Path(args.resume).parent.resolve() == folder.folder.resolve()
+            )
+            if not continues and any(folder.folder.glob("checkpoint*.pth")):
                 raise ValueError(
-                    f"{args.output_dir} holds a run already, which a new one would replace: continue it by --resume "
+                    f"{args.output_dir} holds a run already, which this one would replace: continue it by --resume "
                     "auto, or give another --output_dir"
                 )
         except ValueError as caught:
@@ -262,7 +265,7 @@ def ending(run: Run) -> Iterator[None]:
             run.preemption.exit_for_requeue()
     except (NonFiniteError, BadImageError, distributed.CollectiveError, SaveError) as error:
         if distributed.is_main_process() or not isinstance(error, NonFiniteError):
-            logger.error("%s", in_one_line(error))
+            logger.error("%s", arguments.in_one_line(error))
         if run.folder is not None:
             with contextlib.suppress(SaveError):  # of the checkpoint under way, after the error that ends the run
                 run.folder.wait()
@@ -271,15 +274,15 @@ def ending(run: Run) -> Iterator[None]:
         os._exit(1)
 
 
-def in_one_line(error: Exception) -> str:
-    """The message of an error; one that comes from a data-loading process has a traceback before it."""
-    return str(error).rstrip().rpartition("\n")[2].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-
-
-def count_work(model: nn.Module, batch_size: int) -> tuple[int, float]:
+def count_work(model: nn.Module, batch_size: int, **forward: float) -> tuple[int, float]:
     """Parameters (frozen ones included) and multiply-adds of one image's forward pass.
 
     Counted are the products of matrices and convolutions, those of attention included, all pairs of a window.
+
+    Args:
+        model: a `SwinTransformer` or `MixMAE`.
+        batch_size: of the forward pass that is counted; even for a `MixMAE`.
+        **forward: further arguments of the model's forward, as `mask_ratio`.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     device = next(model.parameters()).device
@@ -289,7 +292,7 @@ def count_work(model: nn.Module, batch_size: int) -> tuple[int, float]:
     # The counter does not know all fused attentions (not a CPU's); the plain one is made of products that it knows.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         one_layout_shape, model.one_layout_shape = model.one_layout_shape, True  # a number that no mask changes
-        model(imgs)
+        model(imgs, **forward)
         model.one_layout_shape = one_layout_shape
     model.train(was_training)
     return parameters, counter.get_total_flops() / 2 / batch_size

@@ -73,6 +73,7 @@ def recipe(exp: str, task: str, gpus: int, data_path: str, flags: list[str]) -> 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m util.submit",
         description="Submit a run to Slurm; it is queued again after preemption and at its time limit.",
         epilog="Flags after -- go to the main and win over the recipe's.",

@@ -82,11 +82,14 @@ class TrainingState:
         self.model.load_state_dict(
             {name: tensor for name, tensor in checkpoint["model"].items() if "relative_position_index" not in name}
         )
-        # Moments are the file's; settings (weight decay, lr_scale, fused) are this run's.
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, setting in zip(self.optimizer.param_groups, settings):
-            group.update(setting)
+        # Moments are the file's; settings (weight decay, lr_scale, fused) are this run's. They go in first: where the
+        # step counts are put depends on them.
+        saved = checkpoint["optimizer"]
+        groups = [
+            group | {name: value for name, value in own.items() if name != "params"}
+            for group, own in zip(saved["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
+        self.optimizer.load_state_dict(saved | {"param_groups": groups})
         if checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         if self.model_ema is not None:

@@ -20,7 +20,7 @@ from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment, posterize
 from torch import nn
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random crops, width / height
 CROP_RATIO = 0.875  # of evaluation at up to 224 pixels
@@ -48,7 +48,7 @@ class Normalize(nn.Module):
             raise ValueError(f"images have {imgs.shape[-3]} channels, mean and std have {len(self.mean)} values")
         unit = 255.0 if imgs.dtype == torch.uint8 else 1.0
         imgs = imgs.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        return imgs.sub_(unit * self.mean).mul_(1 / (unit * self.std))
+        return imgs.sub_(unit * self.mean).div_(unit * self.std)
 
 
 def resize(img: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -165,9 +165,7 @@ def train_transform(args: argparse.Namespace) -> Callable[[torch.Tensor], torch.
     if not args.aa and not args.color_jitter:
         return crop
     if args.in_chans != 3:
-        _logger.warning(
-            "auto-augment and colour jitter need 3 channels; with --in_chans %d they are off", args.in_chans
-        )
+        logger.warning("auto-augment and colour jitter need 3 channels; with --in_chans %d they are off", args.in_chans)
         return crop
     try:
         _, augment, _ = create_transform(

@@ -384,6 +384,7 @@ def load_images(paths: list[str], num_images: int, in_chans: int, seed: int) -> 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m util.visualize",
         description="Draw a picture of how a pretraining checkpoint mixes and reconstructs images.",
         formatter_class=arguments.HelpFormatter,
