@@ -272,7 +272,7 @@ def evaluate_only(args: argparse.Namespace, launch: distributed.Launch) -> None:
         logger.info("%s", load_classifier(model, weights, info))
         if args.predictions and distributed.is_main_process():  # while an evaluation is not yet lost
             Path(args.predictions).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.predictions).touch()
+            open(args.predictions, "ab").close()
         normalize = Normalize(args.mean, args.std).to(args.device)
         result = evaluate(model, validation, normalize, args.precision, args.device, bool(args.predictions))
         if not distributed.is_main_process():

@@ -63,9 +63,8 @@ while [ "$i" -gt 0 ]; do
 done
 
 case $gpus in
-'' | *[!0-9]*) fail "GPUS must be a positive number, not '$gpus'" ;;
+'' | *[!0-9]* | 0*) fail "GPUS must be a positive number, not '$gpus'" ;;
 esac
-[ "$gpus" -gt 0 ] || fail "GPUS must be a positive number, not '$gpus'"
 
 # What the last of the repeated flags says.
 batch_size='' accum_iter='' dataset='' previous=''

@@ -12,9 +12,9 @@ stamp=$root/.venv/installed-$(echo "$@" | cat "$root/requirements.txt" - | cksum
     echo "$python is too old or missing: Python 3.10 or newer is needed (set PYTHON to choose another)" >&2
     exit 1
 }
-if [ ! -x "$root/.venv/bin/python" ]; then
+if ! "$root/.venv/bin/python" -m pip --version >/dev/null 2>&1; then # none yet, or one that was left half made
     echo "making $root/.venv" >&2
-    "$python" -m venv "$root/.venv" || {
+    "$python" -m venv --clear "$root/.venv" || {
         echo "$python cannot make virtual environments (on Debian and Ubuntu: apt-get install python3-venv)" >&2
         exit 1
     }

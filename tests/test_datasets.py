@@ -135,6 +135,46 @@ def make_tar(path: Path, prefix: str, names) -> None:
             tar.addfile(info, stream)
 
 
+def test_tars_and_folders_number_their_classes_alike(tmp_path):
+    """timm sorts class2 before class10."""
+    for name, red in (("class10", 10), ("class2", 20)):
+        picture(tmp_path / "train" / name / "0.png", colour=(red, 0, 0))
+    make_tar(tmp_path / "val.tar", "", ["class10/0.png", "class2/0.png"])
+    train, val = (plain(data_args(tmp_path), split) for split in ("train", "val"))
+    assert train.classes == val.classes == ["class10", "class2"]
+    for dataset in (train, val):
+        labels = [dataset[(0, i)][1] for i in range(2)]
+        names = [Path(dataset.path_of(i)).parent.name for i in range(2)]
+        assert [dataset.classes[label] for label in labels] == names
+    make_tar(tmp_path / "val.tar", "", ["class10/0.png", "class3/0.png"])
+    with pytest.raises(ValueError, match=r"differ in their classes: \['class2', 'class3'\]"):
+        plain(data_args(tmp_path), "val")
+    make_tar(tmp_path / "train.tar", "", ["class2/0.png"])
+    with pytest.raises(ValueError, match=r"both .*train\.tar and .*train are there"):
+        plain(data_args(tmp_path))
+
+
+def test_damaged_tars(tmp_path):
+    make_tar(tmp_path / "train.tar", "", [f"ant/{i}.png" for i in range(8)])
+    whole = (tmp_path / "train.tar").read_bytes()
+    for content in (b"<html>not found</html>" * 100, whole[:700]):
+        (tmp_path / "train.tar").write_bytes(content)
+        with pytest.raises(ValueError, match=r"timm cannot open --dataset .*train\.tar"):
+            plain(data_args(tmp_path))
+    (tmp_path / "train.tar").write_bytes(whole)
+    dataset = plain(data_args(tmp_path))
+    os.truncate(tmp_path / "train.tar", 700)
+    with pytest.raises(BadImageError, match="cannot use image"):
+        dataset[(0, 7)]
+
+
+def test_a_large_number_in_a_list_is_no_label(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "list.txt").write_text("a.png 1\na.png 1700000000\n")
+    with pytest.raises(ValueError, match="line 2: a label is a class from 0 to 99999, got 1700000000"):
+        plain(data_args(tmp_path / "list.txt"))
+
+
 def test_tars(tmp_path):
     root = tmp_path / "data"
     root.mkdir()

@@ -15,7 +15,7 @@ from trials import Trial
 
 import main_pretrain
 from util import knn
-from util.checkpoint import write_checkpoint
+from util.checkpoint import read_checkpoint, write_checkpoint
 from util.transforms import Normalize
 
 SMALL = {"model": "mixmae_quickstart", "input_size": (16, 16), "window_size": (4, 4, 4, 2), "in_chans": 1}
@@ -178,10 +178,28 @@ def test_averaged_weights(checkpoint, images, tmp_path):
     assert "both.pth after epoch 4 (averaged weights)" in knn.describe(result)
 
 
+def test_a_result_that_cannot_be_written_is_said_before_the_work(checkpoint, images, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(knn, "evaluate", lambda args: pytest.fail("evaluated first"))
+    shared = ["--checkpoint", checkpoint, "--data_path", images, "--num_workers", "0", "--device", "cpu"]
+    fails(knn, capfd, r"error: .*Is a directory", *shared, "--out", tmp_path)
+
+
+def test_a_checkpoint_that_records_nonsense_is_said_in_one_line(checkpoint, images, tmp_path, capfd):
+    content = read_checkpoint(checkpoint)
+    odd = tmp_path / "odd.pth"
+    for name, value in (("in_chans", "x"), ("input_size", [16.5]), ("mean", ["a"])):
+        write_checkpoint(odd, content | {"args": content["args"] | {name: value}})
+        fails(knn, capfd, f"records {name}=", "--checkpoint", odd, "--data_path", images, "--device", "cpu")
+    endless = {"model": content["model"], "args": {}}
+    endless["args"]["self"] = endless
+    torch.save(endless, odd)
+    fails(knn, capfd, "it holds itself", "--checkpoint", odd, "--data_path", images, "--device", "cpu")
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--k", "34"], r"k must lie between 1 and the 33 training images, got 34"),
+        (["--k", "34"], r"k must lie between 1 and the 33 training images, got \[34\]"),
         (["--temperature", "0"], r"--temperature and --batch_size must be positive, got 0 and 64"),
         (["--model", "resnet50"], r"--model resnet50 is not known"),
         (["--in_chans", "3"], r"trained on images with 1 channels, the model takes 3"),

@@ -122,6 +122,7 @@ def test_effective_batch_stays_the_recipes(gpus, flags, accum_iter, data):
     (["local", "2"], "PARTITION, GPUS and DATA are needed"),
     (["local", "two", "DATA"], "GPUS must be a positive number, not 'two'"),
     (["local", "0", "DATA"], "GPUS must be a positive number, not '0'"),
+    (["local", "08", "DATA"], "GPUS must be a positive number, not '08'"),
     (["local", "-2", "DATA"], "GPUS must be a positive number, not '-2'"),
     (["local", "2", "/no/such/folder"], "the data folder (or list of images) '/no/such/folder' does not exist"),
     (["nosuch", "2", "DATA"], "Slurm knows no partition 'nosuch', only: gpu"),

@@ -378,6 +378,13 @@ def test_a_published_file_put_by_hand_is_used(cache):
     assert info.source == "large_600ep_ft" and state_dict.keys() == classifier().state_dict().keys()
 
 
+def test_the_cache_may_be_read_only(cache, monkeypatch):
+    cache.mkdir(parents=True)
+    torch.save({"model": classifier().state_dict()}, cache / "mixmae_large_600ep_ft.pth")
+    monkeypatch.setattr(util.pretrained, "_one_process_at_a_time", lambda path: pytest.fail("wants to write"))
+    read_weights("large_600ep_ft")
+
+
 def test_a_download_is_checked_by_its_contents(cache, monkeypatch):
     monkeypatch.setitem(PUBLISHED, "small", Published("an-id", "swin_quickstart", True))
     right = file_bytes({"model": timm.create_model("swin_quickstart").state_dict()})

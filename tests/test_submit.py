@@ -1,6 +1,8 @@
 """What `python -m util.submit` would start; that it does start is tested on a real Slurm in test_slurm.py."""
 
 import argparse
+import os
+import re
 import subprocess
 import sys
 import types
@@ -47,11 +49,26 @@ def test_flags_are_checked_before_submitting(tmp_path, capsys):
     assert "--epochs: invalid int value: 'many'" in capsys.readouterr().err
 
 
+def test_what_slurm_refuses_is_said_in_one_line(tmp_path, capsys, monkeypatch):
+    for name, script in (("sbatch", "echo 'invalid partition specified: gpux' >&2; exit 1"), ("srun", "exit 0")):
+        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    flags = ["--partition", "gpux", "--data_path", str(tmp_path), "--job_dir", str(tmp_path / "jobs")]
+    with pytest.raises(SystemExit) as ended:
+        submit.main(["pretrain", *flags])
+    assert ended.value.code == 2
+    assert re.search(
+        "Slurm did not take the job: .*invalid partition specified: gpux", capsys.readouterr().err, re.DOTALL
+    )
+
+
 @pytest.fixture
 def stand_in(monkeypatch):
     """A main that only remembers its arguments."""
     parser = argparse.ArgumentParser()
-    for flag in ("--output_dir", "--log_dir", "--resume", "--dist_url", "--model"):
+    for flag in ("--output_dir", "--resume", "--dist_url", "--model"):
         parser.add_argument(flag)
     started = []
     module = types.SimpleNamespace(get_args_parser=lambda: parser, main=started.append)
@@ -67,8 +84,8 @@ def test_a_job_resumes_and_meets_anew_after_every_restart(stand_in, monkeypatch)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     training.checkpoint().function()
     first, second = stand_in
-    assert (first.output_dir, first.log_dir, first.resume, first.model) == ("/jobs/17", "/jobs/17", "auto", "m")
-    assert (first.dist_url, second.dist_url) == ("file:///jobs/17/meeting-0", "file:///jobs/17/meeting-1")
+    assert (first.output_dir, first.resume, first.model) == ("/jobs/17", "auto", "m")
+    assert (first.dist_url, second.dist_url) == ("file:///jobs/17/meeting-17-0", "file:///jobs/17/meeting-17-1")
 
 
 def test_given_flags_win_over_the_jobs_own(stand_in):

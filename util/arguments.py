@@ -191,6 +191,20 @@ def model_shape(args: argparse.Namespace) -> dict:
     return {name: value for name, value in shape.items() if value is not None}
 
 
+def check_recorded(recorded: dict, source: str) -> None:
+    """Raise a ValueError unless what the checkpoint `source` records of model and data has the types of the flags."""
+
+    def is_list_of(kinds: tuple[type, ...], value: object) -> bool:
+        return isinstance(value, (list, tuple)) and all(type(item) in kinds for item in value)
+
+    for name in ("in_chans", "patch_size", "window_size", "input_size", "mean", "std"):
+        value = recorded.get(name)
+        kinds = (int, float) if name in ("mean", "std") else (int,)
+        single = name in ("in_chans", "patch_size", "input_size") and type(value) is int
+        if not (value is None or single or is_list_of(kinds, value)):
+            raise ValueError(f"{source} records {name}={value!r}, which is no value of --{name}")
+
+
 def finish_arguments(args: argparse.Namespace, launch: distributed.Launch) -> None:
     """Check the shared flags and fill in what follows from them, in place.
 

@@ -206,7 +206,10 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, An
             f"{path} was written by a newer version of this project (format {checkpoint['format']}, "
             f"this one reads up to {FORMAT}): update to read it"
         )
-    return _as_plain(checkpoint)
+    try:
+        return _as_plain(checkpoint)
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is no checkpoint: it holds itself") from error
 
 
 def saved_at(path: str | os.PathLike) -> int:

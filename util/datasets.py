@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER_DATASETS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
 REPLACEMENT_TRIES = 100
+MAX_CLASSES = 100_000  # a larger number behind a file name in a list is no label
 LIST_LINE = re.compile(rf"(.*(?:{'|'.join(map(re.escape, IMAGE_EXTENSIONS))}))(?:[ \t]+(\d+))?", re.IGNORECASE)
 
 
@@ -172,16 +173,17 @@ def build_dataset(
         source = open_timm_source(args.dataset, path, split, args.in_chans, args.seed)
     elif (tar := _tar_file(path, split)) is not None:
         source = open_timm_source("", tar, split, args.in_chans, args.seed)
-        train_tar = _tar_file(path, "train")
-        if split == "val" and train_tar is not None:
-            train_classes = open_timm_source("", train_tar, "train", args.in_chans, args.seed).classes
-            if source.classes != train_classes:
-                different = sorted(set(source.classes) ^ set(train_classes))
-                raise ValueError(f"{tar} and {train_tar} differ in their classes: {abbreviate(different)}")
+        train_classes = _train_classes(path, args) if split == "val" else None
+        if train_classes is not None and source.classes != train_classes:
+            different = sorted(set(source.classes or ()) ^ set(train_classes))
+            raise ValueError(f"{tar} and the training images differ in their classes: {abbreviate(different)}")
     elif path.is_file():
         source = FileSource(_read_list(path, split), args.in_chans)
     elif path.is_dir():
-        source = FileSource(_folder_index(path, split, require_labels), args.in_chans)
+        index = _folder_index(path, split, require_labels)
+        if split == "val" and (train_classes := _train_classes(path, args)) is not None:
+            index = index.with_classes(train_classes)
+        source = FileSource(index, args.in_chans)
     else:
         raise ValueError(f"--data_path {args.data_path} does not exist; give a folder of images, or a list of them")
     if require_labels and source.classes is None:
@@ -245,7 +247,9 @@ def _tar_file(data_path: Path, split: str) -> Path | None:
                 f"train.tar and val.tar in it"
             )
         return data_path
-    tar = data_path / f"{split}.tar"
+    tar, folder = data_path / f"{split}.tar", data_path / split
+    if tar.is_file() and folder.is_dir():
+        raise ValueError(f"both {tar} and {folder} are there: which holds the {split} images? Move the other elsewhere")
     return tar if tar.is_file() else None
 
 
@@ -264,9 +268,14 @@ def _folder_index(data_path: Path, split: str, require_labels: bool) -> ImageInd
         )
     if empty := index.empty_classes():
         raise ValueError(f"class folders without any image in {folder}: {abbreviate(empty)}")
-    if split == "val" and (data_path / "train").is_dir():
-        index = index.with_classes(class_folders(data_path / "train"))
     return index
+
+
+def _train_classes(data_path: Path, args: argparse.Namespace) -> list[str] | None:
+    """The classes of the training images below `data_path`; None where there are none."""
+    if (tar := _tar_file(data_path, "train")) is not None:
+        return open_timm_source("", tar, "train", args.in_chans, args.seed).classes
+    return class_folders(data_path / "train") if (data_path / "train").is_dir() else None
 
 
 def _read_list(path: Path, split: str) -> ImageIndex:
@@ -289,6 +298,8 @@ def _read_list(path: Path, split: str) -> ImageIndex:
             )
         names.append(os.fsencode(match[1]))
         labels.append(-1 if match[2] is None else int(match[2]))
+        if labels[-1] >= MAX_CLASSES:
+            raise ValueError(f"{path}, line {number}: a label is a class from 0 to {MAX_CLASSES - 1}, got {match[2]}")
     if not names:
         raise ValueError(f"the image list {path} is empty; write one image file per line")
     if min(labels) < 0 <= max(labels):

@@ -3,13 +3,14 @@
 import importlib.util
 import logging
 import os
+import tarfile
 from pathlib import Path
 
 import torch
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
-from util.decoding import decode, from_pillow
+from util.decoding import BadImageError, decode, from_pillow
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +27,17 @@ SPLITS = {"train": "train", "val": "validation"}
 class ReaderSource:
     """Encoded images from one of timm's readers: tar, folder, Hugging Face.
 
-    `read(i)` -> (image (in_chans, h, w), target).
+    `read(i)` -> (image (in_chans, h, w), target). With `sort_classes`, targets number the classes in alphabetical
+    order, as those of folders do; timm numbers class2 before class10.
     """
 
-    def __init__(self, reader, in_chans: int):
+    def __init__(self, reader, in_chans: int, sort_classes: bool):
         self.reader, self.in_chans = reader, in_chans
         self.classes = _class_names(getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None))
+        self.renumber = None
+        if sort_classes and self.classes:
+            theirs, self.classes = self.classes, sorted(self.classes)
+            self.renumber = [self.classes.index(name) for name in theirs]
         self.process = os.getpid()
 
     def __len__(self) -> int:
@@ -44,9 +50,15 @@ class ReaderSource:
         if self.process != os.getpid():  # a new worker: file positions must not be shared with the parent
             self._close_files()
             self.process = os.getpid()
-        file, target = self.reader[i][:2]
-        with file:
-            return decode(file.read(), self.in_chans), -1 if target is None else int(target)
+        try:
+            file, target = self.reader[i][:2]
+            with file:
+                data = file.read()
+        except tarfile.TarError as error:
+            raise BadImageError(f"the tar is damaged: {error}") from error
+        if target is not None and self.renumber is not None:
+            target = self.renumber[target]
+        return decode(data, self.in_chans), -1 if target is None else int(target)
 
     def __getstate__(self) -> dict:
         self._close_files()  # open files cannot be sent to a worker
@@ -75,7 +87,10 @@ class PillowSource:
         return f"{self.name}[{i}]"
 
     def read(self, i: int) -> tuple[torch.Tensor, int]:
-        image, target = self.dataset[i]
+        try:
+            image, target = self.dataset[i]
+        except (SyntaxError, ValueError) as error:  # of Pillow's plugins
+            raise BadImageError(f"{type(error).__name__}: {error}") from error
         return from_pillow(image, self.in_chans), int(target)
 
 
@@ -138,8 +153,12 @@ def open_timm_source(
             is_training=split == "train",
             seed=seed,
             input_img_mode="RGB" if in_chans == 3 else "L",
+            # timm would keep the index of a large tar beside it, and trust it whatever becomes of the tar.
+            **({} if name else {"cache_tarinfo": False}),
         )
-    except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError, tarfile.TarError
+    ) as error:  # fmt: skip
         raise ValueError(f"timm cannot open --dataset {name or path} ({split}) at {path}: {error}") from error
     if isinstance(dataset, IterableDataset):
         if split != "train":
@@ -147,7 +166,7 @@ def open_timm_source(
         logger.warning("%s is streamed: a resumed run will not see the same images as an uninterrupted one", name)
         return StreamSource(dataset, name, in_chans)
     if hasattr(dataset, "reader"):
-        return ReaderSource(dataset.reader, in_chans)
+        return ReaderSource(dataset.reader, in_chans, sort_classes=not name)
     return PillowSource(dataset, name, in_chans)
 
 

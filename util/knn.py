@@ -56,7 +56,7 @@ def labelled_datasets(args: argparse.Namespace, neighbours: Sequence[int]) -> tu
     """
     train, val = (build_dataset(args, split, eval_transform(args), require_labels=True) for split in ("train", "val"))
     if min(neighbours) < 1 or max(neighbours) > len(train):
-        raise ValueError(f"k must lie between 1 and the {len(train)} training images, got {max(neighbours)}")
+        raise ValueError(f"k must lie between 1 and the {len(train)} training images, got {list(neighbours)}")
     return train, val
 
 
@@ -187,6 +187,7 @@ def load_model(args: argparse.Namespace) -> tuple[SwinTransformer, WeightsInfo]:
     """
     weights, info = read_weights(args.checkpoint, ema=args.model_ema)
     recorded = {"in_chans": 3, "patch_size": None, "window_size": None, "input_size": None} | info.args
+    arguments.check_recorded(recorded, args.checkpoint)
     name = args.model or recorded.get("model")
     if name is None:
         raise ValueError(f"{args.checkpoint} does not record which model it is: give --model")
@@ -262,11 +263,13 @@ def main(args: argparse.Namespace) -> None:
     with arguments.user_errors():
         setup_logging()
         distributed.init_distributed(args)
-        result = evaluate(args)
-        if distributed.is_main_process() and args.out:
+        if distributed.is_main_process() and args.out:  # while an evaluation is not yet lost
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            open(args.out, "ab").close()
+        result = evaluate(args)
+        logger.info("%s", describe(result))
+        if distributed.is_main_process() and args.out:
             Path(args.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    logger.info("%s", describe(result))
     distributed.shutdown()
 
 

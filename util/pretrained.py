@@ -71,6 +71,8 @@ def locate_published(name: str) -> Path:
     published = PUBLISHED[name]
     path = cache_folder() / f"mixmae_{name}.pth"
     by_hand = f"download {published.link} in a browser and put the file at {path}"
+    if path.exists():  # whole, since a download appears by being renamed
+        return path
     with _one_process_at_a_time(path):
         if path.exists():
             return path
@@ -125,16 +127,18 @@ def locate_link(link: str) -> Path:
         )
     expected = given[1].lower()
     path = cache_folder() / f"{expected[:8]}-{re.sub(r'[^A-Za-z0-9._-]', '_', file_name) or 'weights.pth'}"
-    with _one_process_at_a_time(path):
-        if not path.exists():
+    if not path.exists():  # it appears whole, by being renamed
+        with _one_process_at_a_time(path):
+            if path.exists():
+                return path
             try:
                 torch.hub.download_url_to_file(address, str(path), hash_prefix=expected, progress=False)
             except (OSError, RuntimeError) as error:
                 raise CheckpointError(
                     f"{address} could not be downloaded: {error}. Or fetch the file yourself and put it at {path}"
                 ) from error
-        elif not file_hash(path).startswith(expected):
-            raise CheckpointError(f"{path} no longer has the hash {expected}: delete it to download it again")
+    elif not file_hash(path).startswith(expected):
+        raise CheckpointError(f"{path} no longer has the hash {expected}: delete it to download it again")
     return path
 
 

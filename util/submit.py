@@ -32,12 +32,10 @@ class Training:
     def __call__(self) -> None:
         sys.path.insert(0, str(ROOT))
         folder = Path(self.folder.replace("%j", os.environ["SLURM_JOB_ID"]))
-        # One file per attempt: the file of an earlier attempt would list ranks that are gone.
-        meeting = folder / f"meeting-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        # One file per job and attempt: the file of an earlier one would list ranks that are gone.
+        meeting = folder / f"meeting-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
         defaults = [
             "--output_dir",
-            str(folder),
-            "--log_dir",
             str(folder),
             "--resume",
             "auto",
@@ -148,7 +146,10 @@ def submit(args: argparse.Namespace, flags: list[str]):
         slurm_setup=[f"export PYTHONPATH={ROOT}:$PYTHONPATH OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}"],
         slurm_additional_parameters={"requeue": True, **options},
     )
-    return executor.submit(Training(main, flags, folder))
+    try:
+        return executor.submit(Training(main, flags, folder))
+    except submitit.core.utils.FailedJobError as error:
+        raise ValueError(f"Slurm did not take the job: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> None:

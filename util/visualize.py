@@ -349,6 +349,7 @@ def load_model(checkpoint: str) -> tuple[MixMAE, WeightsInfo]:
     # The authors' files record fewer arguments than ours.
     absent = {"in_chans": 3, "patch_size": None, "window_size": None, "input_size": None, "norm_pix_loss": False}
     recorded = argparse.Namespace(**absent | info.args | {"drop_path": 0.0})
+    arguments.check_recorded(vars(recorded), checkpoint)
     name = arguments.resolve_model_name(
         recorded.model, arguments.PRETRAINING_MODELS, arguments.AUTHORS_PRETRAINING_NAMES
     )

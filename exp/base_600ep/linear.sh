@@ -16,5 +16,5 @@ EFFECTIVE_BATCH=${EFFECTIVE_BATCH:-2048} exec sh "$here/../launch.sh" "$0" main_
     --batch_size 256 --epochs 90 --warmup_epochs 10 \
     --blr 1e-3 --min_lr 0 --layer_decay 1.0 --weight_decay 0 --drop_path 0 \
     --aa '' --reprob 0 --mixup 0 --cutmix 0 --smoothing 0 \
-    --output_dir "$here/ckpt_linear" --log_dir "$here/ckpt_linear" --resume auto \
+    --output_dir "$here/ckpt_linear" --resume auto \
     -- "$@"

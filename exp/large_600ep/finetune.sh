@@ -18,5 +18,5 @@ EFFECTIVE_BATCH=${EFFECTIVE_BATCH:-1024} exec sh "$here/../launch.sh" "$0" main_
     --blr 5e-4 --min_lr 1e-6 --layer_decay 0.75 --weight_decay 0.05 --drop_path 0.2 \
     --aa rand-m9-mstd0.5-inc1 --reprob 0.25 --remode pixel --recount 1 \
     --mixup 0.8 --cutmix 1.0 --smoothing 0.1 \
-    --output_dir "$here/ckpt_finetune" --log_dir "$here/ckpt_finetune" --resume auto \
+    --output_dir "$here/ckpt_finetune" --resume auto \
     -- "$@"

@@ -15,5 +15,5 @@ EFFECTIVE_BATCH=${EFFECTIVE_BATCH:-2048} exec sh "$here/../launch.sh" "$0" main_
     --mask_ratio 0.5 --norm_pix_loss \
     --batch_size 64 --epochs 600 --warmup_epochs 40 \
     --blr 1.5e-4 --min_lr 0 --weight_decay 0.05 \
-    --output_dir "$here/ckpt" --log_dir "$here/ckpt" --resume auto \
+    --output_dir "$here/ckpt" --resume auto \
     -- "$@"
