@@ -248,7 +248,7 @@ def train(run: Run, validation: DataLoader) -> None:
     if final is None:  # resumed when all was done
         final = evaluate(state.model, validation, run.normalize, args.precision, run.device)
     logger.info(describe_result(args, final, f"{args.output_dir}/checkpoint.pth"))
-    averaged = ", averaged weights" if args.model_ema else ""
+    averaged = ": its averaged weights, --eval --model_ema" if args.model_ema else ""
     logger.info("best top-1 of all epochs: %.3f %% (checkpoint-best.pth%s)", progress.best_acc1, averaged)
 
 

@@ -152,6 +152,8 @@ def main(args: argparse.Namespace) -> None:
             logger.info(line)
         run, labelled = prepare(args, launch, preemption)
     start = time.time()
+    if run.state.progress.epoch >= args.epochs:
+        logger.info("all %d epochs were done already", args.epochs)
     with ending(run):
         while run.state.progress.epoch < args.epochs:
             epoch_start = time.time()
@@ -163,7 +165,8 @@ def main(args: argparse.Namespace) -> None:
                 accuracy = knn_accuracy(run.state.model, *labelled, run.normalize, args)
                 record |= {f"knn_acc1_k{k}": value for k, value in accuracy.items()}
             run.finish_epoch({**record, "seconds": time.time() - epoch_start})
-    logger.info("pretraining took %.1f minutes; checkpoint: %s", (time.time() - start) / 60, args.output_dir)
+    minutes = (time.time() - start) / 60
+    logger.info("pretraining took %.1f minutes; checkpoint: %s/checkpoint.pth", minutes, args.output_dir)
     distributed.shutdown()
 
 

@@ -43,6 +43,11 @@ def fit_window(grid: tuple[int, int], window: int) -> int:
     return min(window, *grid)
 
 
+def largest_window(grid: tuple[int, int], window: int) -> int:
+    """The largest side up to `window` that tiles `grid`."""
+    return max(side for side in range(1, fit_window(grid, window) + 1) if grid[0] % side == grid[1] % side == 0)
+
+
 def img_size_works(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> bool:
     """Whether every stage's grid is whole and is tiled exactly by its windows."""
     if min(img_size) <= 0 or any(side % (8 * patch_size) for side in img_size):
@@ -61,11 +66,16 @@ def check_img_size(img_size: tuple[int, int], patch_size: int, window_size: Sequ
     reach = max(window_size) * 2
     sides = [[stride * k for k in range(max(1, side // stride - reach), side // stride + reach)] for side in img_size]
     working = [(h, w) for h in sides[0] for w in sides[1] if img_size_works((h, w), patch_size, window_size)]
+    if img_size[0] == img_size[1]:
+        working = [size for size in working if size[0] == size[1]]
     working.sort(key=lambda size: abs(size[0] - img_size[0]) + abs(size[1] - img_size[1]))
+    near = tuple(max(1, round(side / stride)) * stride for side in img_size)
+    windows = [largest_window(grid, window) for grid, window in zip(stage_grids(near, patch_size), window_size)]
     raise ValueError(
         f"input size {img_size[0]}x{img_size[1]} does not work with patch size {patch_size} and windows "
         f"{tuple(window_size)}: both sides must be multiples of {stride}, and the token grid of every stage must be "
-        f"tiled by its window. Nearest sizes that work: {', '.join(f'{h}x{w}' for h, w in working[:3])}"
+        f"tiled by its window. Nearest sizes that work: {', '.join(f'{h}x{w}' for h, w in working[:3])}; or "
+        f"{near[0]}x{near[1]} with windows {' '.join(map(str, windows))} (--window_size)"
     )
 
 

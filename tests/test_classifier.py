@@ -160,6 +160,12 @@ def test_a_size_that_does_not_work_names_those_that_do(size, nearest):
         SwinTransformer(**SMALL | {"img_size": size})
 
 
+def test_a_size_that_does_not_work_comes_with_windows_that_fit():
+    with pytest.raises(ValueError, match=r"; or 96x96 with windows 8 4 3 1 \(--window_size\)"):
+        SwinTransformer(**SMALL | {"img_size": 100, "window_size": [8, 4, 4, 2]})
+    SwinTransformer(**SMALL | {"img_size": 96, "window_size": [8, 4, 3, 1]})
+
+
 def test_images_of_another_shape_are_named(model):
     with pytest.raises(ValueError, match=r"takes images of shape \(B, 3, 64, 64\), got \(2, 1, 64, 64\)"):
         model(torch.zeros(2, 1, 64, 64))

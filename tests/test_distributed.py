@@ -23,7 +23,7 @@ from util.distributed import (
     first_host,
     job_port,
 )
-from util.preemption import EXIT_REQUEUE, EXIT_SECOND_TERM, Preemption
+from util.preemption import EXIT_REQUEUE, Preemption
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -398,7 +398,8 @@ def test_a_signal_held_back_while_starting_is_not_lost(tmp_path):
     assert codes == [0], outputs
 
 
-def test_second_term_ends_at_once(tmp_path):
+@pytest.mark.parametrize("signum, pause", [(signal.SIGTERM, 0.5), (signal.SIGINT, 2.5)], ids=["TERM", "Ctrl-C"])
+def test_the_second_signal_ends_at_once(tmp_path, signum, pause):
     body = """
     preemption = Preemption()
     preemption.install()
@@ -408,11 +409,11 @@ def test_second_term_ends_at_once(tmp_path):
     """
     [process] = start_ranks(tmp_path, body, 1)
     assert "ready" in process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    process.send_signal(signum)
+    time.sleep(pause)
     assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert finish([process], timeout=10)[0] == [EXIT_SECOND_TERM]
+    process.send_signal(signum)
+    assert finish([process], timeout=10)[0] == [128 + signum]
 
 
 def test_earlier_handler_takes_over_after_saving_and_is_given_back():

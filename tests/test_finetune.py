@@ -1,6 +1,7 @@
 """Fine-tuning and probing from the command line's flags, from pretraining to the evaluated result."""
 
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -137,6 +138,24 @@ def test_fine_tuning_at_another_size_resizes(data, pretrained, tmp_path, capfd):
 
 
 # --- Linear probe ---------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_std_are_those_of_the_weights_unless_given(data, pretrained, tmp_path, capfd):
+    statistics = ("--mean", "0.3", "0.4", "0.5", "--std", "0.2", "0.2", "0.3")
+    trained = tmp_path / "trained" / "checkpoint.pth"
+    quick = ("--epochs", "1", "--warmup_epochs", "0", "--data_path", data)
+    run(main_finetune, *FINETUNE, *quick, *statistics, "--output_dir", trained.parent)
+
+    def result(*flags: object) -> str:
+        capfd.readouterr()
+        run(main_finetune, *FINETUNE, "--data_path", data, "--eval", "--finetune", trained, *flags)
+        said = capfd.readouterr().out
+        return re.search("result: (.*) of", said)[1], "was trained with [0.3, 0.4, 0.5]" in said
+
+    assert result() == result(*statistics) and not result()[1]
+    assert result("--mean", "0.9", "0.9", "0.9") != result() and result("--mean", "0.9", "0.9", "0.9")[1]
+    run(main_finetune, *FINETUNE, *quick, "--finetune", trained, "--output_dir", tmp_path / "again")
+    assert read_checkpoint(tmp_path / "again" / "checkpoint.pth")["args"]["mean"] == (0.3, 0.4, 0.5)
 
 
 def test_a_frozen_encoder_stays_as_it_is(data, pretrained, tmp_path):

@@ -42,6 +42,7 @@ def stopped_at(place: Path, out: Path, step: int, *flags: object, signum: int = 
         (5, 2, 0, signal.SIGUSR1),  # an epoch's last step: the end of the epoch is still to be done
         (7, 3, 3, signal.SIGTERM),
         (9, 0, 0, signal.SIGUSR2),
+        (3, 2, 0, signal.SIGINT),  # Ctrl-C
     ],
 )
 def test_resuming_at_any_step_changes_nothing(place, tmp_path, step, workers_before, workers_after, signum):

@@ -14,6 +14,7 @@ from pathlib import Path
 import models_mixmae
 import models_swin
 from util import distributed
+from util.checkpoint import CheckpointError, read_weights
 from util.decoding import BadImageError
 
 logger = logging.getLogger(__name__)
@@ -33,12 +34,17 @@ AUTHORS_CLASSIFIER_NAMES = {
 }
 
 
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        hidden = (None, "", False, argparse.SUPPRESS)
-        return action.help if action.default in hidden or "default" in action.help else super()._get_help_string(action)
+        hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS)) or action.default == ""
+        return action.help if hidden or "default" in action.help else super()._get_help_string(action)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, model: str, names: list[str], drop_path: float = 0.0) -> None:
@@ -98,11 +104,19 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max_bad_images", type=float, default=0.01, metavar="SHARE", help="with skip: stop above this share of images"
     )
-    group.add_argument("--num_workers", type=int, default=10, metavar="N", help="data-loading processes per rank")
+    group.add_argument(
+        "--num_workers",
+        type=int,
+        default=min(10, available_cpus()),
+        metavar="N",
+        help="data-loading processes per rank, here at most one per CPU",
+    )
     group.add_argument(
         "--pin_mem", action=argparse.BooleanOptionalAction, default=True, help="page-locked memory for copies to a GPU"
     )
-    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="the opposite of --pin_mem")
+    group.add_argument(
+        "--no_pin_mem", action="store_false", dest="pin_mem", default=argparse.SUPPRESS, help="the opposite"
+    )
 
 
 def add_optimizer_arguments(
@@ -205,6 +219,26 @@ def check_recorded(recorded: dict, source: str) -> None:
             raise ValueError(f"{source} records {name}={value!r}, which is no value of --{name}")
 
 
+def recorded_statistics(args: argparse.Namespace) -> dict:
+    """`mean` and `std` of the images that the weights to start from, or to evaluate, were trained with.
+
+    Empty where they are not recorded, or for another number of channels. Differing flags are a warning.
+    """
+    source = args.finetune or (args.resume if getattr(args, "eval", False) and args.resume != "auto" else "")
+    try:
+        recorded = read_weights(source)[1].args if source else {}
+    except CheckpointError:  # said where the weights are needed, which a resumed run does not
+        return {}
+    check_recorded(recorded, source)
+    found = {name: list(recorded[name]) for name in ("mean", "std") if recorded.get(name)}
+    if any(len(values) != args.in_chans for values in found.values()):
+        return {}
+    for name, values in found.items():
+        if getattr(args, name) and list(getattr(args, name)) != values:
+            logger.warning("--%s %s, but %s was trained with %s", name, getattr(args, name), source, values)
+    return found
+
+
 def finish_arguments(args: argparse.Namespace, launch: distributed.Launch) -> None:
     """Check the shared flags and fill in what follows from them, in place.
 
@@ -235,10 +269,10 @@ def finish_arguments(args: argparse.Namespace, launch: distributed.Launch) -> No
     default_mean, default_std = IMAGENET_MEAN, IMAGENET_STD
     if args.in_chans != 3:
         default_mean, default_std = (0.5,) * args.in_chans, (0.25,) * args.in_chans
-        if args.mean is None or args.std is None:
-            logger.info("no --mean/--std for %d channels: taking 0.5 and 0.25 for each", args.in_chans)
-    args.mean = tuple(args.mean or default_mean)
-    args.std = tuple(args.std or default_std)
+    recorded = recorded_statistics(args)
+    args.mean = tuple(args.mean or recorded.get("mean") or default_mean)
+    args.std = tuple(args.std or recorded.get("std") or default_std)
+    logger.info("images are normalised with mean %s and std %s", args.mean, args.std)
     for name in ("mean", "std"):
         if len(getattr(args, name)) != args.in_chans:
             raise ValueError(

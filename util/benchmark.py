@@ -46,7 +46,6 @@ import models_mixmae  # noqa: F401 - registers the models
 from util.allocator import keep_freed_memory
 from util.datasets import build_dataset, collate
 from util.image_index import ImageIndex, StringTable, load_index
-from util.run import average_in_rank_order
 from util.seeding import seed_all
 from util.transforms import Normalize, pretrain_transform, train_transform
 
@@ -463,7 +462,6 @@ def scaling_worker(rank: int, world_size: int, store: str, args: argparse.Namesp
     imgs = torch.randn(args.batch_size, model.in_chans, *model.img_size)
     mask = model.random_masking(MASK_RATIO)
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    parallel.register_comm_hook(None, average_in_rank_order)  # as the mains do on a CPU
     step = make_step(model, lambda: parallel(imgs, mask=mask)[0], fused=True)
     [seconds] = alternate((step,), args.repeats, time.perf_counter)
     if rank == 0:

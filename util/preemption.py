@@ -1,10 +1,10 @@
-"""Ending a run on request without losing a step: time limits, preemption, `scancel`.
+"""Ending a run on request without losing a step: time limits, preemption, `scancel`, Ctrl-C.
 
-SIGUSR1, SIGUSR2 (`sbatch --signal=USR2@120`, submitit) and SIGTERM only set a flag. At the next boundary between
-optimizer steps all ranks agree that one of them saw a signal; the main then saves and calls `exit_for_requeue`.
-A second SIGTERM ends the process at once.
+SIGUSR1, SIGUSR2 (`sbatch --signal=USR2@120`, submitit), SIGTERM and SIGINT (Ctrl-C) only set a flag. At the next
+boundary between optimizer steps all ranks agree that one of them saw a signal; the main then saves and calls
+`exit_for_requeue`. A second SIGTERM or SIGINT ends the process at once.
 
-Exit codes: 75 (EX_TEMPFAIL: saved, start me again), 143 (second SIGTERM, nothing was saved).
+Exit codes: 75 (EX_TEMPFAIL: saved, start me again), 143 and 130 (second SIGTERM or SIGINT, nothing was saved).
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -25,7 +26,8 @@ from util import distributed
 logger = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 75
-EXIT_SECOND_TERM = 128 + signal.SIGTERM
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # somebody wants this run to end
+INTERRUPT_ECHO = 2.0  # seconds in which another SIGINT is the same Ctrl-C, passed on by torchrun
 REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # "your time is nearly over": sent ahead of the end
 
 
@@ -37,24 +39,28 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        self._seen: set[int] = set()
+        self._seen: dict[int, float] = {}  # signal -> moment of the first
         self._previous: dict[int, Any] = {}
-        self._flags = torch.zeros(2, dtype=torch.int32)  # (a requeue signal, SIGTERM) seen on any rank
+        self._flags = torch.zeros(2, dtype=torch.int32)  # (a requeue signal, an end signal) seen on any rank
         self._pending: Any = None  # the reduction that is under way
 
     def install(self) -> None:
-        """Take over SIGUSR1, SIGUSR2 and SIGTERM; main thread only. Handlers that were there before are kept:
+        """Take over SIGUSR1, SIGUSR2, SIGTERM and SIGINT; main thread only. Handlers that were there before are kept:
         submitit's is called once everything is saved."""
-        for signum in (*REQUEUE_SIGNALS, signal.SIGTERM):
+        for signum in (*REQUEUE_SIGNALS, *END_SIGNALS):
             self._previous[signum] = signal.signal(signum, self._on_signal)
         # exp/launch.sh holds back what arrives before this point.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUEUE_SIGNALS)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         # Nothing but this: the handler may interrupt any line, one that holds the logger's lock included.
-        if signum == signal.SIGTERM and signum in self._seen:
-            os._exit(EXIT_SECOND_TERM)
-        self._seen.add(signum)
+        now = time.monotonic()
+        first = self._seen.setdefault(signum, now)
+        again = now - first > INTERRUPT_ECHO if signum == signal.SIGINT else first != now
+        if again and signum in END_SIGNALS:
+            os._exit(128 + signum)
+        if signum == signal.SIGINT and first == now and distributed.get_rank() == 0:
+            os.write(2, b"\nsaving after this step, then leaving; Ctrl-C again leaves at once\n")
 
     def requested_on_any_rank(self) -> bool:
         """Whether any rank has been asked to stop; the same answer on all ranks, which must call it equally often.
@@ -78,7 +84,7 @@ class Preemption:
         """Leave after saving, on all ranks together; have the job queued again where that is ours to do.
 
         After SIGUSR1 or SIGUSR2, rank 0 hands over to the handler that was there before us (submitit's), or else calls
-        `scontrol requeue` for a batch job that allows it. After SIGTERM alone somebody is ending the job already
+        `scontrol requeue` for a batch job that allows it. After SIGTERM or SIGINT somebody is ending the job already
         (`scontrol requeue`, preemption, `scancel`): asking for a requeue could bring a cancelled job back.
 
         Raises:
@@ -104,7 +110,8 @@ class Preemption:
 
     def _local_flags(self) -> torch.Tensor:
         requeue = any(signum in self._seen for signum in REQUEUE_SIGNALS)
-        return torch.tensor([requeue, signal.SIGTERM in self._seen], dtype=torch.int32)
+        ended = any(signum in self._seen for signum in END_SIGNALS)
+        return torch.tensor([requeue, ended], dtype=torch.int32)
 
     def _finish_reduction(self) -> None:
         if self._pending is not None:
