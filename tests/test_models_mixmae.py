@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import timm
@@ -337,8 +338,11 @@ def test_named_sizes_really_work(size):
     else:
         with pytest.raises(ValueError, match="Nearest") as caught:
             models_swin.check_img_size(size, 4, windows)
-        named = str(caught.value).split("work: ")[1].split(", ")
+        sizes, offer = str(caught.value).split("work: ")[1].split("; or ")
+        named = sizes.split(", ")
         assert named and all(models_swin.img_size_works(tuple(map(int, name.split("x"))), 4, windows) for name in named)
+        numbers = list(map(int, re.findall(r"\d+", offer)))  # height, width, and windows that make them work
+        assert models_swin.img_size_works(tuple(numbers[:2]), 4, numbers[2:])
 
 
 def test_unknown_argument_is_a_type_error():
