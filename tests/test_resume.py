@@ -191,6 +191,7 @@ def test_another_runs_checkpoint_does_not_replace_the_run_in_the_output_folder(p
     assert {path: path.read_bytes() for path in sorted((tmp_path / "other").iterdir())} == before
 
 
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
 def test_an_optimizers_settings_are_those_of_the_run_and_its_moments_those_of_the_file():
     """A checkpoint of another program has no fused optimizer, and --resume_force may change the weight decay."""
 
