@@ -1,6 +1,6 @@
 #!/bin/sh
 # Prove the promises of reliability at scale, and print a table of them; fails when one does not hold.
-#     sh tests/stress.sh                          # everything: about 13 minutes on two busy cores; mounting needs root
+#     sh tests/stress.sh                          # everything: 4 minutes on two idle cores; mounting needs root
 #     sh tests/stress.sh --kills 5 --flips 20     # fewer trials
 #     sh tests/stress.sh --only kills nan         # some promises
 #     sh tests/stress.sh --help
