@@ -400,6 +400,7 @@ def test_the_authors_names_of_models_are_understood():
         (["--cutmix", "1", "--batch_size", "5"], r"--batch_size must be even, got 5 \(or use --mixup 0 --cutmix 0\)"),
         (["--nb_classes", "4"], r"--nb_classes 4 contradicts the 3 classes in"),
         (["--batch_size", "64"], r"27 training images do not fill one effective batch of 64"),
+        (["--smoothing", "1.5"], r"--smoothing must be at least 0 and below 1, got 1.5"),
         (["--smoothing", "1"], r"--smoothing must be at least 0 and below 1, got 1"),
         (
             ["--cutmix_minmax", "0.8", "0.2"],

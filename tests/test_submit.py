@@ -68,7 +68,7 @@ def test_what_slurm_refuses_is_said_in_one_line(tmp_path, capsys, monkeypatch):
 def stand_in(monkeypatch):
     """A main that only remembers its arguments."""
     parser = argparse.ArgumentParser()
-    for flag in ("--output_dir", "--resume", "--dist_url", "--model"):
+    for flag in ("--output_dir", "--log_dir", "--resume", "--dist_url", "--model"):
         parser.add_argument(flag)
     started = []
     module = types.SimpleNamespace(get_args_parser=lambda: parser, main=started.append)
@@ -85,6 +85,7 @@ def test_a_job_resumes_and_meets_anew_after_every_restart(stand_in, monkeypatch)
     training.checkpoint().function()
     first, second = stand_in
     assert (first.output_dir, first.resume, first.model) == ("/jobs/17", "auto", "m")
+    assert first.log_dir is None  # which the mains take as output_dir, whatever that is
     assert (first.dist_url, second.dist_url) == ("file:///jobs/17/meeting-17-0", "file:///jobs/17/meeting-17-1")
 
 

@@ -55,12 +55,12 @@ class Preemption:
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         # Nothing but this: the handler may interrupt any line, one that holds the logger's lock included.
         now = time.monotonic()
-        first = self._seen.setdefault(signum, now)
-        again = now - first > INTERRUPT_ECHO if signum == signal.SIGINT else first != now
-        if again and signum in END_SIGNALS:
+        if signum not in self._seen:
+            self._seen[signum] = now
+            if signum == signal.SIGINT and distributed.is_main_process():
+                os.write(2, b"\nsaving after this step, then leaving; Ctrl-C again leaves at once\n")
+        elif signum == signal.SIGTERM or (signum == signal.SIGINT and now - self._seen[signum] > INTERRUPT_ECHO):
             os._exit(128 + signum)
-        if signum == signal.SIGINT and first == now and distributed.get_rank() == 0:
-            os.write(2, b"\nsaving after this step, then leaving; Ctrl-C again leaves at once\n")
 
     def requested_on_any_rank(self) -> bool:
         """Whether any rank has been asked to stop; the same answer on all ranks, which must call it equally often.
