@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from util import distributed
-from util.decoding import BadImageError
-from util.lr_sched import adjust_learning_rate, last_learning_rate
-from util.precision import autocast, backward, clip_and_step
-from util.run import Run
+from util.data.decoding import BadImageError
+from util.data.transforms import Normalize
+from util.run import distributed
+from util.run.optim import adjust_learning_rate, autocast, backward, clip_and_step, last_learning_rate
+from util.run.session import Run
 from util.seeding import seed_all
-from util.transforms import Normalize
 
 TOP = 5
 

@@ -1,8 +1,7 @@
 """One epoch of pretraining (MixMAE, section 3)."""
 
-from util.lr_sched import adjust_learning_rate, last_learning_rate
-from util.precision import autocast, backward, clip_and_step
-from util.run import Run
+from util.run.optim import adjust_learning_rate, autocast, backward, clip_and_step, last_learning_rate
+from util.run.session import Run
 from util.seeding import keyed_generator, seed_all
 
 

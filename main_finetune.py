@@ -31,18 +31,19 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from engine_finetune import Evaluation, check_targets, evaluate, train_one_epoch
-from util import arguments, distributed
-from util.checkpoint import load_classifier, load_encoder, read_weights
-from util.datasets import build_dataset, build_loader
-from util.logger import describe_environment, setup_logging
-from util.lr_decay import param_groups_layer_decay
-from util.precision import make_scaler, resolve_precision
-from util.preemption import Preemption
-from util.run import Run, count_work, ending, open_run
-from util.samplers import EvalBatchSampler, TrainBatchSampler
+from util.data.datasets import build_dataset, build_loader
+from util.data.samplers import EvalBatchSampler, TrainBatchSampler
+from util.data.transforms import Normalize, eval_transform, train_transform
+from util.run import config as arguments
+from util.run import distributed
+from util.run.logger import describe_environment, setup_logging
+from util.run.optim import make_scaler, param_groups_layer_decay, resolve_precision
+from util.run.preemption import Preemption
+from util.run.session import Run, count_work, ending, open_run
+from util.run.state import Progress, TrainingState
 from util.seeding import seed_all
-from util.training_state import Progress, TrainingState
-from util.transforms import Normalize, eval_transform, train_transform
+from util.weights.layouts import load_classifier, load_encoder
+from util.weights.source import read_weights
 
 logger = logging.getLogger(__name__)
 

@@ -19,19 +19,21 @@ from timm.optim import param_groups_weight_decay
 
 from engine_pretrain import train_one_epoch
 from models_mixmae import MixMAE
-from util import arguments, distributed
-from util.checkpoint import load_pretraining, read_weights
-from util.datasets import ImageDataset, build_dataset, build_loader
+from util.data.datasets import ImageDataset, build_dataset, build_loader
+from util.data.samplers import TrainBatchSampler
+from util.data.transforms import Normalize, pretrain_transform
 from util.knn import NEIGHBOURS, knn_accuracy, labelled_datasets
-from util.logger import describe_environment, setup_logging
-from util.precision import autocast, make_scaler, resolve_precision
-from util.preemption import Preemption
-from util.run import Run, count_work, ending, open_run
-from util.samplers import TrainBatchSampler
+from util.run import config as arguments
+from util.run import distributed
+from util.run.logger import describe_environment, setup_logging
+from util.run.optim import autocast, make_scaler, resolve_precision
+from util.run.preemption import Preemption
+from util.run.session import Run, count_work, ending, open_run
+from util.run.state import Progress, TrainingState
 from util.seeding import keyed_generator, seed_all
-from util.training_state import Progress, TrainingState
-from util.transforms import Normalize, pretrain_transform
 from util.visualize import reconstruction_figure
+from util.weights.layouts import load_pretraining
+from util.weights.source import read_weights
 
 logger = logging.getLogger(__name__)
 

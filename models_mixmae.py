@@ -11,8 +11,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models_swin import NUM_STAGES, SHAPES, Block, SwinTransformer, default_cfg, init_linear_and_norm, to_device
-from util.pos_embed import get_2d_sincos_pos_embed
+from models_swin import SHAPES, Block, SwinTransformer, default_cfg, init_linear_and_norm
+from util.layers.pos_embed import get_2d_sincos_pos_embed
+from util.layers.windows import NUM_STAGES, to_device
 
 
 class MixMAE(SwinTransformer):

@@ -6,307 +6,32 @@ images needs from an encoder (`models_mixmae.py`).
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from itertools import groupby
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, drop_path, trunc_normal_
+from timm.layers import PatchEmbed, drop_path
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from util.pos_embed import get_2d_sincos_pos_embed
-
-NUM_STAGES = 4
-
-# ---------------------------------------------------------------------------------------------------------------
-# Geometry: pure functions from sizes to indices
-
-
-def to_2tuple(size: int | Sequence[int]) -> tuple[int, int]:
-    """`size` as (height, width)."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
-
-
-def stage_grids(img_size: tuple[int, int], patch_size: int) -> list[tuple[int, int]]:
-    """(rows, columns) of tokens at each of the four stages; the last one is the grid of cells."""
-    return [tuple(side // (patch_size << stage) for side in img_size) for stage in range(NUM_STAGES)]
-
-
-def fit_window(grid: tuple[int, int], window: int) -> int:
-    """The window's side on `grid`: the shorter side of the grid where the window would not fit."""
-    return min(window, *grid)
-
-
-def largest_window(grid: tuple[int, int], window: int) -> int:
-    """The largest side up to `window` that tiles `grid`."""
-    return max(side for side in range(1, fit_window(grid, window) + 1) if grid[0] % side == grid[1] % side == 0)
-
-
-def img_size_works(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> bool:
-    """Whether every stage's grid is whole and is tiled exactly by its windows."""
-    if min(img_size) <= 0 or any(side % (8 * patch_size) for side in img_size):
-        return False
-    grids = stage_grids(img_size, patch_size)
-    return all(side % fit_window(grid, window) == 0 for grid, window in zip(grids, window_size) for side in grid)
-
-
-def check_img_size(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> None:
-    """Raise a ValueError that names the nearest sizes that work when `img_size` does not."""
-    if patch_size < 1 or min(window_size) < 1:
-        raise ValueError(f"patch and window sizes must be at least 1, got {patch_size} and {tuple(window_size)}")
-    if img_size_works(img_size, patch_size, window_size):
-        return
-    stride = 8 * patch_size
-    reach = max(window_size) * 2
-    sides = [[stride * k for k in range(max(1, side // stride - reach), side // stride + reach)] for side in img_size]
-    working = [(h, w) for h in sides[0] for w in sides[1] if img_size_works((h, w), patch_size, window_size)]
-    if img_size[0] == img_size[1]:
-        working = [size for size in working if size[0] == size[1]]
-    working.sort(key=lambda size: abs(size[0] - img_size[0]) + abs(size[1] - img_size[1]))
-    near = tuple(max(1, round(side / stride)) * stride for side in img_size)
-    windows = [largest_window(grid, window) for grid, window in zip(stage_grids(near, patch_size), window_size)]
-    raise ValueError(
-        f"input size {img_size[0]}x{img_size[1]} does not work with patch size {patch_size} and windows "
-        f"{tuple(window_size)}: both sides must be multiples of {stride}, and the token grid of every stage must be "
-        f"tiled by its window. Nearest sizes that work: {', '.join(f'{h}x{w}' for h, w in working[:3])}; or "
-        f"{near[0]}x{near[1]} with windows {' '.join(map(str, windows))} (--window_size)"
-    )
-
-
-class WindowLayout(NamedTuple):
-    """The order in which a stage's tokens stand while its blocks run, and who attends to whom.
-
-    Tokens stand in runs, one after another, and a token attends to the tokens of its own run only. Without groups
-    a run is a window. With groups a run is the part of one group inside one window (see `group_layout`).
-    """
-
-    order: Tensor | None  # (T,) raster index of the token at each place; None where that is the raster order
-    inverse: Tensor | None  # (T,) place of each token in raster order
-    runs: tuple[tuple[int, int], ...]  # (how many, tokens in each) for neighbouring runs of equal length
-    bias_index: Tensor  # rows of the relative position bias table, run by run; of one window if all are the same
-    separate: Tensor | None = None  # (windows, 1, N, N) True where two tokens of a window must not see each other
-
-
-def raster_to_windows(grid: tuple[int, int], window: int) -> Tensor:
-    """(windows, N) raster index of each token, window by window; N = window * window."""
-    rows, columns = grid
-    index = torch.arange(rows * columns, device="cpu")
-    index = index.view(rows // window, window, columns // window, window)
-    return index.transpose(1, 2).reshape(-1, window * window)
-
-
-@lru_cache
-def window_layout(grid: tuple[int, int], window: int, device: torch.device) -> WindowLayout:
-    """Layout for ordinary window attention: every window is one run."""
-    with torch.inference_mode(False):  # the cached tensors serve training too, whoever asks first
-        order = raster_to_windows(grid, window)
-        with torch.device("cpu"):
-            bias_index = get_relative_position_index(window, window).flatten().to(device)
-        runs = ((len(order), window * window),)
-        if len(order) == 1:
-            return WindowLayout(None, None, runs, bias_index)
-        order = order.flatten()
-        return WindowLayout(order.to(device), order.argsort().to(device), runs, bias_index)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on `device`, without waiting for it: only a copy from page-locked memory lets a GPU run on."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def group_layout(group: Tensor, window: int, device: torch.device) -> WindowLayout:
-    """Layout for attention inside groups: the tokens of each window are sorted by group.
-
-    Sorting is exact. Attention is equivariant to the order of its tokens (the position bias is looked up for the
-    sorted pairs), and a token that masking would hide has an attention weight of exactly zero, so the dense masked
-    attention of a window is block-diagonal after the sort: one smaller attention per group, with nothing left out.
-
-    Args:
-        group: (rows, columns) group ids of the stage's tokens, on the CPU, where this index arithmetic is cheap and
-            the lengths of the runs are known without waiting for a device.
-        window: side of the square windows that tile the grid.
-        device: where the layout's tensors are wanted.
-    """
-    order = raster_to_windows(tuple(group.shape), window)  # (nW, N)
-    sorted_group, place = group.flatten()[order].sort(dim=1, stable=True)  # (nW, N)
-    order = order.gather(1, place).flatten()
-    sorted_group = sorted_group - sorted_group.min()
-    run_ids = sorted_group + torch.arange(len(place))[:, None] * (int(sorted_group.max()) + 1)
-    lengths = run_ids.flatten().unique_consecutive(return_counts=True)[1].tolist()
-    with torch.device("cpu"):
-        relative_index = get_relative_position_index(window, window)
-    bias_index = [relative_index[run][:, run].flatten() for run in place.flatten().split(lengths)]
-    return WindowLayout(
-        to_device(order, device),
-        to_device(order.argsort(), device),
-        tuple((len(list(same)), length) for length, same in groupby(lengths)),
-        to_device(torch.cat(bias_index), device),
-    )
-
-
-def separated_layout(group: Tensor, window: int, device: torch.device) -> WindowLayout:
-    """Layout for attention inside groups with shapes that do not depend on the groups: the textbook's masked windows.
-
-    It computes every pair of a window and hides those of different groups. That wastes work but is one operation
-    for all windows, which is what a GPU and `torch.compile` want where windows are many and small.
-    """
-    window_group = group.flatten()[raster_to_windows(tuple(group.shape), window)]  # (nW, N)
-    separate = window_group[:, None, :, None] != window_group[:, None, None, :]  # (nW, 1, N, N)
-    layout = window_layout(tuple(group.shape), window, device)
-    return layout._replace(separate=to_device(separate, device))
-
+from util.layers.attention import Attention
+from util.layers.pos_embed import get_2d_sincos_pos_embed
+from util.layers.windows import (
+    NUM_STAGES,
+    WindowLayout,
+    check_img_size,
+    fit_window,
+    group_layout,
+    separated_layout,
+    stage_grids,
+    to_2tuple,
+    to_device,
+    window_layout,
+)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Layers
-
-
-class BiasedAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(d) + bias) v inside runs, with a gradient for a learned bias, for a CPU.
-
-    PyTorch's fused attention has no such gradient on a CPU, and composed of single operations the gradients of
-    queries, keys and values are gathered and copied several times. Here each part is read once from where the linear
-    layer left it and its gradient is written once to where that layer takes it.
-    """
-
-    @staticmethod
-    def forward(ctx, qkv: Tensor, runs: tuple[tuple[int, int], ...], *biases: Tensor) -> Tensor:
-        """qkv (B, T, 3, nH, d), the runs of a `WindowLayout`, (R or 1, nH, n, n) for each of them -> (B, T, nH, d)."""
-        B, T, _, nH, d = qkv.shape
-        mixed = qkv.new_empty(B, T, nH, d)
-        saved = []
-        for part, mixed_part, bias in zip(split_runs(qkv, runs), split_runs(mixed, runs), biases):
-            _, R, n = part.shape[:3]
-            q, k, v = part.permute(3, 0, 1, 4, 2, 5).flatten(1, 3)  # (B * R * nH, n, d), copied
-            weights = scaled_bmm(q, k.transpose(1, 2), d**-0.5)
-            weights.view(B, R, nH, n, n).add_(bias)
-            torch.softmax(weights, dim=-1, out=weights)
-            mixed_part.copy_((weights @ v).view(B, R, nH, n, d).transpose(2, 3))
-            saved += (q, k, v, weights)
-        ctx.save_for_backward(*saved)
-        ctx.runs = runs
-        ctx.shared = [len(bias) == 1 for bias in biases]
-        return mixed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        B, T, nH, d = grad.shape
-        grad_qkv = grad.new_empty(B, T, 3, nH, d)
-        grad_biases = []
-        saved = iter(ctx.saved_tensors)
-        for part, qkv_part, shared in zip(split_runs(grad, ctx.runs), split_runs(grad_qkv, ctx.runs), ctx.shared):
-            q, k, v, weights = (next(saved) for _ in range(4))
-            R, n = part.shape[1:3]
-            part = part.transpose(2, 3).flatten(0, 2)  # (B * R * nH, n, d)
-            grad_scores = part @ v.transpose(1, 2)
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_scores, weights, -1, weights.dtype)
-            grads = q.new_empty(3, B, R, nH, n, d)
-            grad_q, grad_k, grad_v = grads.flatten(1, 3)
-            scaled_bmm(grad_scores, k, d**-0.5, out=grad_q)
-            scaled_bmm(grad_scores.transpose(1, 2), q, d**-0.5, out=grad_k)
-            torch.bmm(weights.transpose(1, 2), part, out=grad_v)
-            qkv_part.copy_(grads.permute(1, 2, 4, 0, 3, 5))
-            grad_bias = grad_scores.view(B, R, nH, n, n).sum(0)
-            grad_biases.append(grad_bias.sum(0, keepdim=True) if shared else grad_bias)
-        return grad_qkv, None, *grad_biases
-
-
-def split_runs(x: Tensor, runs: tuple[tuple[int, int], ...]) -> list[Tensor]:
-    """Views (B, R, n, ...) of x (B, T, ...), one for each `R` neighbouring runs of `n` tokens."""
-    parts = x.split([count * n for count, n in runs], dim=1)
-    return [part.unflatten(1, (count, n)) for part, (count, n) in zip(parts, runs)]
-
-
-def scaled_bmm(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """scale * (a @ b), (M, n, d) and (M, d, m) -> (M, n, m), in one pass: `beta=0` adds nothing."""
-    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale, out=out)
-
-
-def attend(qkv: Tensor, bias: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v by PyTorch's kernels.
-
-    Args:
-        qkv: (3, B, R, nH, n, d), queries, keys and values of `R` runs of `n` tokens.
-        bias: (R or 1, nH, n, n) or None.
-        dropout: probability of dropping an attention weight.
-
-    Returns:
-        (B, R, nH, n, d)
-    """
-    shape = qkv.shape[1:]
-    # Fused kernels take four dimensions: runs join the batch where they share a bias, else the heads.
-    joined = (0, 1) if bias is None or len(bias) == 1 else (1, 2)
-    q, k, v = (t.flatten(*joined) for t in qkv)
-    if bias is not None:
-        bias = bias.flatten(0, 1)[None].to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout).view(shape)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention inside the runs of a `WindowLayout`, with a learned relative position bias.
-
-    Args:
-        dim: channels.
-        num_heads: attention heads.
-        window_size: side of the window that the bias table covers; None: plain attention among all tokens, no bias.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        window_size: int | None = None,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-    ):
-        super().__init__()
-        self.num_heads = num_heads
-        self.attn_drop = attn_drop
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-        if window_size is not None:
-            self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
-            trunc_normal_(self.relative_position_bias_table, std=0.02)
-
-    def position_bias(self, layout: WindowLayout) -> list[Tensor]:
-        """The bias of each entry of `layout.runs`: (how many or 1, nH, n, n)."""
-        # Transposed by `stack`, whose gradient has the table's own memory layout, as DDP wants it.
-        table = torch.stack(self.relative_position_bias_table.unbind(1))  # (nH, offsets)
-        bias = table.index_select(1, layout.bias_index)  # (nH, pairs)
-        pairs = [count * n * n for count, n in layout.runs]
-        if len(pairs) == 1:  # possibly one window's bias, shared by all
-            n = layout.runs[0][1]
-            bias = bias.unflatten(1, (-1, n, n)).transpose(0, 1)
-            return [bias if layout.separate is None else bias.masked_fill(layout.separate, float("-inf"))]
-        parts = bias.split(pairs, dim=1)
-        return [part.unflatten(1, (-1, n, n)).transpose(0, 1) for part, (_, n) in zip(parts, layout.runs)]
-
-    def mix_tokens(self, x: Tensor, layout: WindowLayout | None = None) -> Tensor:
-        """Attention without its output projection: (B, T, C) -> (B, T, C)."""
-        T = x.shape[1]
-        runs, biases = (((1, T),), [None]) if layout is None else (layout.runs, self.position_bias(layout))
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, nH, d)
-        dropout = self.attn_drop if self.training else 0.0
-        learned = biases[0] is not None and biases[0].requires_grad and biases[0].dtype == qkv.dtype
-        if learned and qkv.device.type == "cpu" and not dropout and not torch.compiler.is_compiling():
-            return BiasedAttention.apply(qkv, runs, *biases).flatten(2)
-        mixed = []
-        for part, bias in zip(split_runs(qkv, runs), biases):
-            part = part.permute(3, 0, 1, 4, 2, 5)  # (3, B, R, nH, n, d)
-            mixed.append(attend(part, bias, dropout).transpose(2, 3).flatten(1, 2))  # (B, R * n, nH, d)
-        return torch.cat(mixed, dim=1).flatten(2)
-
-    def forward(self, x: Tensor, layout: WindowLayout | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C); tokens in the layout's order, or of one run in any order without a layout."""
-        return self.proj_drop(self.proj(self.mix_tokens(x, layout)))
 
 
 class Mlp(nn.Module):

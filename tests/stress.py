@@ -41,8 +41,8 @@ from trials import (
     unfinished_files,
 )
 
-from util.checkpoint import CheckpointError, read_checkpoint
-from util.resume import CheckpointFolder
+from util.run.checkpoint_folder import CheckpointFolder
+from util.weights.file import CheckpointError, read_checkpoint
 
 EPOCHS, STEPS_PER_EPOCH, MICRO_BATCHES = 3, 8, 2
 STEPS = EPOCHS * STEPS_PER_EPOCH

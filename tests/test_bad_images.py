@@ -16,10 +16,10 @@ import torch
 from photos import PHOTOS, data_args
 from PIL import Image, ImageOps
 
-from util import decoding
-from util.datasets import BadImageError, build_dataset, build_loader
-from util.decoding import MAX_PIXELS, decode
-from util.transforms import eval_transform, pretrain_transform
+from util.data import decoding
+from util.data.datasets import BadImageError, build_dataset, build_loader
+from util.data.decoding import MAX_PIXELS, decode
+from util.data.transforms import eval_transform, pretrain_transform
 
 IMAGES = 10_000 if os.environ.get("MIXMAE_STRESS") == "1" else 1_000
 

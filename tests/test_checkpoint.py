@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-import util.checkpoint
-from util.checkpoint import CheckpointError, read_checkpoint, saved_at, temporary_path, write_checkpoint
+import util.weights.file
+from util.weights.file import CheckpointError, read_checkpoint, saved_at, temporary_path, write_checkpoint
 
 
 def small_checkpoint(value: float = 1.0) -> dict:
@@ -141,7 +141,7 @@ def test_a_failing_step_leaves_the_previous_file(tmp_path, monkeypatch, step):
 def test_a_disk_that_gives_back_other_bytes_is_noticed(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
     write_checkpoint(path, small_checkpoint(1.0))
-    real_hash = util.checkpoint.file_hash
+    real_hash = util.weights.file.file_hash
 
     def hash_of_damaged(temporary, **kwargs):
         data = bytearray(temporary.read_bytes())

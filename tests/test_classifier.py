@@ -8,10 +8,11 @@ from golden_files import load_golden, official_models, relative_error, without_d
 from torch.utils.flop_counter import FlopCounterMode
 
 import models_swin
-from models_swin import BiasedAttention, Block, SwinTransformer
-from util.checkpoint import load_classifier
-from util.lr_decay import param_groups_layer_decay
-from util.run import count_work
+from models_swin import Block, SwinTransformer
+from util.layers.attention import BiasedAttention
+from util.run.optim import param_groups_layer_decay
+from util.run.session import count_work
+from util.weights.layouts import load_classifier
 
 SMALL = dict(img_size=64, embed_dim=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], window_size=[8, 4, 4, 2])
 

@@ -19,9 +19,9 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 from torchvision.datasets import ImageFolder
 
-from util import datasets_timm
-from util.datasets import BadImageError, ImageDataset, build_dataset, build_loader
-from util.transforms import eval_transform, pretrain_transform, train_transform
+from util.data import timm_source as datasets_timm
+from util.data.datasets import BadImageError, ImageDataset, build_dataset, build_loader
+from util.data.transforms import eval_transform, pretrain_transform, train_transform
 
 
 @pytest.fixture(autouse=True)
@@ -379,8 +379,8 @@ LOADER_SCRIPT = """
 import os, signal, sys, time
 sys.path[:0] = {paths!r}
 from photos import data_args
-from util.datasets import build_dataset, build_loader
-from util.transforms import pretrain_transform
+from util.data.datasets import build_dataset, build_loader
+from util.data.transforms import pretrain_transform
 args = data_args({root!r}, num_workers=2)
 loader = build_loader(build_dataset(args, "train", pretrain_transform(args)), [[(0, 0), (0, 1)]] * 40, args)
 batches = iter(loader)

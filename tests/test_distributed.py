@@ -13,17 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from util import distributed
-from util.distributed import (
-    LaunchError,
-    add_distributed_arguments,
-    describe_placement,
-    detect_launch,
-    device_index,
-    first_host,
-    job_port,
-)
-from util.preemption import EXIT_REQUEUE, Preemption
+from util.run import distributed
+from util.run.config import add_distributed_arguments
+from util.run.distributed import describe_placement
+from util.run.launch import LaunchError, detect_launch, device_index, first_host, job_port
+from util.run.preemption import EXIT_REQUEUE, Preemption
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -257,12 +251,13 @@ def test_single_process_start_and_its_errors(monkeypatch):
 PROLOGUE = """
 import argparse, logging, os, signal, sys, time
 import torch
-from util import distributed
-from util.preemption import Preemption
+from util.run import distributed
+from util.run.preemption import Preemption
 logging.basicConfig(level=logging.INFO)
 torch.set_num_threads(1)
 parser = argparse.ArgumentParser()
-distributed.add_distributed_arguments(parser)
+from util.run.config import add_distributed_arguments
+add_distributed_arguments(parser)
 args = parser.parse_args()
 args.device = "cpu"
 """

@@ -17,10 +17,10 @@ from trials import Trial
 
 import engine_finetune
 import main_finetune
-from util.checkpoint import read_checkpoint, write_checkpoint
-from util.datasets import build_dataset, build_loader
-from util.samplers import EvalBatchSampler
-from util.transforms import Normalize, eval_transform
+from util.data.datasets import build_dataset, build_loader
+from util.data.samplers import EvalBatchSampler
+from util.data.transforms import Normalize, eval_transform
+from util.weights.file import read_checkpoint, write_checkpoint
 
 CLASSES = ("ant", "bee", "cow", "dog", "elk", "fox", "gnu")
 PER_CLASS = (4, 3, 3, 4, 3, 3, 3)  # 23 validation images, a prime number

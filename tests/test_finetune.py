@@ -15,11 +15,11 @@ from trials import Trial, differences, epochs_of, same, state_of, steps_of
 
 import main_finetune
 import main_pretrain
-import util.run
+import util.run.session
 from engine_finetune import Evaluation
 from models_swin import SwinTransformer
-from util.checkpoint import read_checkpoint
-from util.lr_sched import learning_rate
+from util.run.optim import learning_rate
+from util.weights.file import read_checkpoint
 
 SHAPE = ["--input_size", "16", "--window_size", "4", "4", "4", "2"]
 SHARED = [*SHAPE, "--device", "cpu", "--num_workers", "0", "--print_freq", "1", "--warmup_epochs", "1"]

@@ -15,7 +15,7 @@ from running import make_images, read_lines
 from trials import FORBIDDEN, TINY, Trial, differences, full_disk, mounted, same, state_of, watch
 
 import main_finetune
-from util.checkpoint import read_checkpoint, write_checkpoint
+from util.weights.file import read_checkpoint, write_checkpoint
 
 RECIPE = (*TINY, "--epochs", "2", "--vis_every", "1")
 

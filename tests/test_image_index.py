@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder
 
-from util import image_index
-from util.image_index import ImageIndex, StringTable, class_folders, load_index
+from util.data import image_index
+from util.data.image_index import ImageIndex, StringTable, class_folders, load_index
 
 
 @pytest.fixture(autouse=True)

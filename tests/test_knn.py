@@ -15,8 +15,8 @@ from trials import Trial
 
 import main_pretrain
 from util import knn
-from util.checkpoint import read_checkpoint, write_checkpoint
-from util.transforms import Normalize
+from util.data.transforms import Normalize
+from util.weights.file import read_checkpoint, write_checkpoint
 
 SMALL = {"model": "mixmae_quickstart", "input_size": (16, 16), "window_size": (4, 4, 4, 2), "in_chans": 1}
 RECORDED = SMALL | {"patch_size": None, "mean": (0.4,), "std": (0.2,), "norm_pix_loss": True}

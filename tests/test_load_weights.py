@@ -16,19 +16,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
-import util.pretrained
+import util.weights.published
 from models_mixmae import MixMAE
 from models_swin import PatchMerging, SwinTransformer
-from util.checkpoint import (
-    CheckpointError,
-    load_classifier,
-    load_encoder,
-    load_pretraining,
-    normalise_state_dict,
-    read_weights,
-    write_checkpoint,
-)
-from util.pretrained import PUBLISHED, Published, cache_folder
+from util.weights.file import CheckpointError, write_checkpoint
+from util.weights.layouts import load_classifier, load_encoder, load_pretraining, normalise_state_dict
+from util.weights.published import PUBLISHED, Published, cache_folder
+from util.weights.source import read_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPE = dict(embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=(4, 4, 4, 2), img_size=64)
@@ -440,4 +434,4 @@ def test_the_table_of_published_checkpoints():
     for name, entry in PUBLISHED.items():
         assert entry.classifier == ("_ft" in name) and timm.is_model(entry.model)
         assert ("384" in name) == ("384" in entry.model) and name.split("_")[0] in entry.model
-    assert util.pretrained.PUBLISHED["base_600ep"].link.startswith("https://drive.google.com/file/d/1pZYm")
+    assert util.weights.published.PUBLISHED["base_600ep"].link.startswith("https://drive.google.com/file/d/1pZYm")

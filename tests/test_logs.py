@@ -15,8 +15,8 @@ from running import make_images, read_lines
 from torch.utils.tensorboard import SummaryWriter
 from trials import TINY, Trial, differences, epochs_of, events_of, state_of, steps_of
 
-from util.logger import EventsFile, LinesFile, RunLog
-from util.metrics import SPIKE_HISTORY, StepMeter
+from util.run.logger import EventsFile, LinesFile, RunLog
+from util.run.metrics import SPIKE_HISTORY, StepMeter
 
 RECIPE = (*TINY, "--epochs", "3", "--vis_every", "1", "--save_every", "99")
 STEPS = 18  # 3 epochs of 6

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from benchmark import stored_bytes
 from textbook import Config, TextbookMixMAE
 from torch.nn.parallel import DistributedDataParallel
 
 from models_mixmae import MixMAE
-from util.benchmark import stored_bytes
 
 # Stage 3 of every published model is one window of 14x14 tokens and most of the depth; so it is here.
 CONFIG = dict(
@@ -62,7 +62,7 @@ def test_without_gradients_nothing_is_stored():
 
 FAULTS = """
 import resource, sys, torch
-from util.allocator import keep_freed_memory
+from util.run.allocator import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()

@@ -12,8 +12,8 @@ from timm.optim import param_groups_weight_decay
 
 import models_swin
 from models_mixmae import MixMAE
-from util.lr_sched import learning_rate
-from util.pos_embed import get_2d_sincos_pos_embed
+from util.layers.pos_embed import get_2d_sincos_pos_embed
+from util.run.optim import learning_rate
 from util.seeding import keyed_generator
 
 SMALL = dict(

@@ -8,9 +8,9 @@ from running import make_images
 from torch import nn
 from trials import TINY, Trial, differences, nan_gradient, nan_loss, same, state_of
 
-from util.checkpoint import read_checkpoint
-from util.nonfinite import NonFiniteError, NonFiniteGuard
-from util.precision import backward, clip_and_step
+from util.run.nonfinite import NonFiniteError, NonFiniteGuard
+from util.run.optim import backward, clip_and_step
+from util.weights.file import read_checkpoint
 
 RECIPE = (*TINY, "--epochs", "2", "--batch_size", "2", "--save_steps", "1")
 MOST_SECONDS = 10  # for all ranks to leave

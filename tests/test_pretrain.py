@@ -11,7 +11,7 @@ from running import QUICK, fails, losses, make_images, read_lines, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
-from util.checkpoint import read_checkpoint
+from util.weights.file import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [

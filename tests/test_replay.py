@@ -10,7 +10,7 @@ from trials import TINY, Trial, nan_gradient, steps_of
 
 import main_finetune
 from util import replay
-from util.checkpoint import read_checkpoint, write_checkpoint
+from util.weights.file import read_checkpoint, write_checkpoint
 
 SMALL = (*TINY, "--input_size", "16", "--window_size", "4", "4", "4", "2", "--epochs", "1", "--nan_dump")
 STATISTICS = ("--mean", "0", "--std", "1")

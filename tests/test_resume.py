@@ -11,8 +11,8 @@ from running import make_images, read_lines
 from trials import TINY, Trial, differences, epochs_of, flip_byte, state_of, steps_of, stop_signal
 
 import main_finetune
-from util.precision import clip_and_step, make_scaler
-from util.training_state import Progress, TrainingState
+from util.run.optim import clip_and_step, make_scaler
+from util.run.state import Progress, TrainingState
 
 # 2 epochs of 5 optimizer steps, each of 2 micro-batches of 2 images, with everything random in it.
 RECIPE = (*TINY, "--batch_size", "2", "--accum_iter", "2", "--epochs", "2", "--drop_path", "0.3")

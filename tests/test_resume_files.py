@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import util.resume
-from util.checkpoint import CheckpointError, read_checkpoint, saved_at
-from util.resume import TOLERATED_FAILURES, CheckpointFolder, compare_recipes
+import util.run.checkpoint_folder
+from util.run.checkpoint_folder import TOLERATED_FAILURES, CheckpointFolder, compare_recipes
+from util.weights.file import CheckpointError, read_checkpoint, saved_at
 
 
 def run_state(step: int, epoch: int = 0) -> dict:
@@ -86,7 +86,7 @@ def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch):
 
 def test_saving_returns_before_writing_and_what_is_written_is_the_moment_of_saving(tmp_path, monkeypatch):
     go_on = threading.Event()
-    real_write = util.resume.write_checkpoint
+    real_write = util.run.checkpoint_folder.write_checkpoint
 
     def slow_write(*args, **kwargs):
         assert go_on.wait(20)
@@ -233,7 +233,7 @@ KILLED_WHILE_SAVING = """
 import os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
-from util.resume import CheckpointFolder
+from util.run.checkpoint_folder import CheckpointFolder
 
 folder_name, kills = sys.argv[1], int(sys.argv[2])
 rng = random.Random(0)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from util.samplers import EvalBatchSampler, TrainBatchSampler
+from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 
 
 def batches(**kwargs) -> list[list[int]]:

@@ -17,15 +17,8 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from util.decoding import decode
-from util.transforms import (
-    Normalize,
-    eval_transform,
-    pretrain_transform,
-    random_crop,
-    resize,
-    train_transform,
-)
+from util.data.decoding import decode
+from util.data.transforms import Normalize, eval_transform, pretrain_transform, random_crop, resize, train_transform
 
 BICUBIC = InterpolationMode.BICUBIC
 SAMPLES = 100_000 if os.environ.get("MIXMAE_STRESS") == "1" else 4_000

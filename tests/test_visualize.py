@@ -11,8 +11,8 @@ from PIL import Image
 
 import models_mixmae
 from util import visualize
-from util.checkpoint import write_checkpoint
 from util.visualize import Display, reconstruct, reconstruction_figure, shown_channels
+from util.weights.file import write_checkpoint
 
 MASK = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0.0])
 

@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main_pretrain
 from models_mixmae import MixMAE
-from util.checkpoint import read_checkpoint
+from util.weights.file import read_checkpoint
 
 TINY = (
     *("--model", "mixmae_quickstart", "--in_chans", "1", "--device", "cpu", "--num_workers", "0", "--lr", "1e-3"),

@@ -21,14 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models_swin import SwinTransformer
-from util import arguments, distributed
-from util.checkpoint import WeightsInfo, load_encoder, read_weights
-from util.datasets import ImageDataset, build_dataset, build_loader
-from util.logger import setup_logging
-from util.precision import autocast, resolve_precision
-from util.samplers import EvalBatchSampler
+from util.data.datasets import ImageDataset, build_dataset, build_loader
+from util.data.samplers import EvalBatchSampler
+from util.data.transforms import Normalize, eval_transform
+from util.run import config as arguments
+from util.run import distributed
+from util.run.logger import setup_logging
+from util.run.optim import autocast, resolve_precision
 from util.seeding import seed_all
-from util.transforms import Normalize, eval_transform
+from util.weights.layouts import load_encoder
+from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +177,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--out", default="", metavar="FILE.json", help="write the result with all its settings")
     arguments.add_data_arguments(parser)
     parser.set_defaults(in_chans=None)  # recorded
-    distributed.add_distributed_arguments(parser)
+    arguments.add_distributed_arguments(parser)
     return parser
 
 

@@ -19,12 +19,13 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 import main_finetune
-from util import arguments
-from util.checkpoint import CheckpointError, load_classifier, load_pretraining, read_checkpoint
-from util.logger import setup_logging
-from util.precision import autocast, make_scaler, resolve_precision
+from util.data.transforms import Normalize
+from util.run import config as arguments
+from util.run.logger import setup_logging
+from util.run.optim import autocast, make_scaler, resolve_precision
 from util.seeding import seed_all
-from util.transforms import Normalize
+from util.weights.file import CheckpointError, read_checkpoint
+from util.weights.layouts import load_classifier, load_pretraining
 
 logger = logging.getLogger(__name__)
 

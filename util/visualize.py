@@ -18,14 +18,16 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from models_mixmae import MixMAE
-from util import arguments
-from util.checkpoint import CheckpointError, WeightsInfo, load_pretraining, read_weights
-from util.datasets import build_dataset
-from util.decoding import BadImageError, decode
-from util.image_index import IMAGE_EXTENSIONS
-from util.logger import setup_logging
+from util.data.datasets import build_dataset
+from util.data.decoding import BadImageError, decode
+from util.data.image_index import IMAGE_EXTENSIONS
+from util.data.transforms import Normalize, ResizeAndCentreCrop
+from util.run import config as arguments
+from util.run.logger import setup_logging
 from util.seeding import keyed_generator
-from util.transforms import Normalize, ResizeAndCentreCrop
+from util.weights.file import CheckpointError
+from util.weights.layouts import load_pretraining
+from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
 

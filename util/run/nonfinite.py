@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from util import distributed
-from util.checkpoint import write_checkpoint
-from util.training_state import TrainingState
+from util.run import distributed
+from util.run.state import TrainingState
+from util.weights.file import write_checkpoint
 
 logger = logging.getLogger(__name__)
 

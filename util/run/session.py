@@ -18,16 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from util import arguments, distributed
-from util.allocator import keep_freed_memory
-from util.datasets import BadImageError
-from util.logger import RunLog
-from util.metrics import SPIKE_HISTORY, StepMeter
-from util.nonfinite import NonFiniteError, NonFiniteGuard
-from util.preemption import Preemption
-from util.resume import CheckpointFolder, SaveError
-from util.training_state import TrainingState, find_checkpoint
-from util.transforms import Normalize
+from util.data.datasets import BadImageError
+from util.data.transforms import Normalize
+from util.run import config as arguments
+from util.run import distributed
+from util.run.allocator import keep_freed_memory
+from util.run.checkpoint_folder import CheckpointFolder, SaveError
+from util.run.logger import RunLog
+from util.run.metrics import SPIKE_HISTORY, StepMeter
+from util.run.nonfinite import NonFiniteError, NonFiniteGuard
+from util.run.preemption import Preemption
+from util.run.state import TrainingState, find_checkpoint
 
 logger = logging.getLogger(__name__)
 

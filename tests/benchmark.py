@@ -1,11 +1,11 @@
 """How fast and how large this implementation is, next to what a user would run instead.
 
-    python -m util.benchmark step        a pretraining step, next to the textbook MixMAE (tests/textbook.py)
-    python -m util.benchmark finetune    a fine-tuning step, likewise
-    python -m util.benchmark memory      activations stored for the backward pass, and peak resident memory
-    python -m util.benchmark data        images per second of one core, next to the usual Pillow pipelines
-    python -m util.benchmark index       finding 300,000 files, and what data-loader workers add to memory
-    python -m util.benchmark scaling     two processes next to one
+    python tests/benchmark.py step        a pretraining step, next to the textbook MixMAE (tests/textbook.py)
+    python tests/benchmark.py finetune    a fine-tuning step, likewise
+    python tests/benchmark.py memory      activations stored for the backward pass, and peak resident memory
+    python tests/benchmark.py data        images per second of one core, next to the usual Pillow pipelines
+    python tests/benchmark.py index       finding 300,000 files, and what data-loader workers add to memory
+    python tests/benchmark.py scaling     two processes next to one
 
 The textbook computes every pair of a window and masks afterwards, moves tokens to windows and back in every block,
 predicts all cells in both branches, and trains with PyTorch's default AdamW. Both versions take turns in one
@@ -43,11 +43,11 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
 import models_mixmae  # noqa: F401 - registers the models
-from util.allocator import keep_freed_memory
-from util.datasets import build_dataset, collate
-from util.image_index import ImageIndex, StringTable, load_index
+from util.data.datasets import build_dataset, collate
+from util.data.image_index import ImageIndex, StringTable, load_index
+from util.data.transforms import Normalize, pretrain_transform, train_transform
+from util.run.allocator import keep_freed_memory
 from util.seeding import seed_all
-from util.transforms import Normalize, pretrain_transform, train_transform
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 MASK_RATIO = 0.5
@@ -507,7 +507,7 @@ COMMANDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
-        prog="python -m util.benchmark",
+        prog="python tests/benchmark.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

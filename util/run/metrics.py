@@ -10,7 +10,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from util import distributed
+from util.run import distributed
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import models_mixmae
 import models_swin
-from util import distributed
-from util.checkpoint import CheckpointError, read_weights
-from util.decoding import BadImageError
+from util.data.decoding import BadImageError
+from util.run import distributed
+from util.weights.file import CheckpointError
+from util.weights.source import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,37 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--nan_dump", action="store_true", help="on a non-finite loss, write the batch and the state into output_dir"
     )
-    distributed.add_distributed_arguments(parser)
+    add_distributed_arguments(parser)
+
+
+def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how the processes of a run find each other."""
+    group = parser.add_argument_group(
+        "distributed run", "Normally detected from torchrun, srun or (with --dist_on_itp) MPI; nothing to set."
+    )
+    group.add_argument(
+        "--world_size", type=int, default=None, metavar="N",
+        help="number of processes; must agree with the launcher (default: the launcher's)",
+    )  # fmt: skip
+    group.add_argument(
+        "--local_rank", "--local-rank", type=int, default=-1, metavar="I",
+        help="index of this process on its node; must agree with the launcher (default: -1, the launcher's)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dist_on_itp", action="store_true", help="take rank and world size from Open MPI's variables (default: off)"
+    )
+    group.add_argument(
+        "--dist_url", default="env://", metavar="URL",
+        help="where processes meet: env://, tcp://HOST:PORT or file:///SHARED/NEW_FILE (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--port", type=int, default=None, metavar="P",
+        help="TCP port on which rank 0 is met under srun and MPI (default: derived from the job id)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dist_timeout", type=float, default=1800.0, metavar="SECONDS",
+        help="a rank that keeps the others waiting longer than this ends the run (default: %(default)g seconds)",
+    )  # fmt: skip
 
 
 def resolve_model_name(name: str, names: list[str], aliases: dict[str, str]) -> str:

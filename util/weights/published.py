@@ -8,14 +8,8 @@ from pathlib import Path
 
 import torch
 
-from util.checkpoint import (
-    CheckpointError,
-    file_hash,
-    load_classifier,
-    load_encoder,
-    normalise_state_dict,
-    read_checkpoint,
-)
+from util.weights.file import CheckpointError, file_hash, read_checkpoint
+from util.weights.layouts import load_classifier, load_encoder, normalise_state_dict
 
 
 @dataclass(frozen=True)

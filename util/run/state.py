@@ -11,10 +11,10 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from util import distributed
-from util.arguments import plain_arguments
-from util.checkpoint import CheckpointError, read_checkpoint
-from util.resume import CheckpointFolder, compare_recipes
+from util.run import distributed
+from util.run.checkpoint_folder import CheckpointFolder, compare_recipes
+from util.run.config import plain_arguments
+from util.weights.file import CheckpointError, read_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ import torchvision
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from util import distributed
+from util.run import distributed
 
 logger = logging.getLogger(__name__)
 

@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from util.datasets_timm import open_timm_source
-from util.decoding import BadImageError, decode
-from util.image_index import IMAGE_EXTENSIONS, ImageIndex, StringTable, abbreviate, class_folders, load_index
+from util.data.decoding import BadImageError, decode
+from util.data.image_index import IMAGE_EXTENSIONS, ImageIndex, StringTable, abbreviate, class_folders, load_index
+from util.data.timm_source import open_timm_source
 from util.seeding import derive_seed, keyed_generator, seed_all
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from util import distributed
+from util.run import distributed
 
 logger = logging.getLogger(__name__)
 

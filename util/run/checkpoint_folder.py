@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from util.checkpoint import (
+from util.weights.file import (
     CheckpointError,
     read_checkpoint,
     refuse_what_is_not_plain,

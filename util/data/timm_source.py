@@ -10,7 +10,7 @@ import torch
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
-from util.decoding import BadImageError, decode, from_pillow
+from util.data.decoding import BadImageError, decode, from_pillow
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,21 @@
+"""The class of the errors that are meant for people."""
+
+import contextlib
+from collections.abc import Iterator
+
+
+class UserError(ValueError):
+    """Something that whoever started the program can put right.
+
+    Its message says what was given, what is allowed and what to do, and is all that is shown. Every other exception is
+    a fault of the program and keeps its traceback.
+    """
+
+
+@contextlib.contextmanager
+def unreadable_is_user_error(what: str) -> Iterator[None]:
+    """Around reading or writing something that the user named: OSErrors become UserErrors that begin with `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}") from error

@@ -1,0 +1,150 @@
+"""The optimizer step: parameter groups, learning rate, numeric precision, clipping."""
+
+import argparse
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from models_swin import SwinTransformer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# --- Parameter groups ---
+
+
+def layer_ids(model: SwinTransformer) -> dict[str, int]:
+    """Layer id of every trainable parameter: 0 for the embedding, 1..N for the blocks.
+
+    Two oddities are the published recipe's, and its numbers depend on them: a stage's patch merging has the id of the
+    next stage's first block, and the final norm and the head share the last block's id, so that the head trains at
+    `decay ** 1` instead of the full rate.
+    """
+    ids = {}
+    blocks_before = 0
+    for i, stage in enumerate(model.layers):
+        for j in range(len(stage.blocks)):
+            blocks_before += 1
+            ids[f"layers.{i}.blocks.{j}."] = blocks_before
+        ids[f"layers.{i}.downsample."] = blocks_before + 1
+    ids |= {"patch_embed.": 0, "absolute_pos_embed": 0, "norm.": blocks_before, "head.": blocks_before}
+
+    def id_of(name: str) -> int:
+        return next(layer_id for prefix, layer_id in ids.items() if name.startswith(prefix))
+
+    return {name: id_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def param_groups_layer_decay(model: SwinTransformer, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Parameter groups with `lr_scale = layer_decay ** (N + 1 - id)`, and no weight decay for vectors and biases.
+
+    Args:
+        model: the classifier; frozen parameters are left out.
+        weight_decay: for tensors of two or more dimensions that are not a bias.
+        layer_decay: factor from one layer to the one below; 1 for the same rate everywhere.
+    """
+    num_blocks = sum(len(stage.blocks) for stage in model.layers)
+    parameters = dict(model.named_parameters())
+    groups = {}
+    for name, layer_id in layer_ids(model).items():
+        decays = parameters[name].ndim > 1 and not name.endswith(".bias")
+        group = groups.setdefault(
+            (layer_id, decays),
+            {
+                "params": [],
+                "lr_scale": layer_decay ** (num_blocks + 1 - layer_id),
+                "weight_decay": weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameters[name])
+    return list(groups.values())
+
+
+# --- Learning rate ---
+
+
+def learning_rate(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
+    """The rate at a fractional epoch: 0 at the start, `lr` after `warmup_epochs`, `min_lr` at `epochs`."""
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def last_learning_rate(epoch: int, steps_per_epoch: int, args: argparse.Namespace) -> float:
+    """The rate of an epoch's last step."""
+    last = epoch + (steps_per_epoch - 1) / steps_per_epoch
+    return learning_rate(last, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
+
+
+def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: argparse.Namespace) -> float:
+    """Set the rate of every parameter group, scaled by its `lr_scale` (layer decay); returns the unscaled rate."""
+    lr = learning_rate(epoch, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
+
+
+# --- Precision and step ---
+
+
+def resolve_precision(name: str | None, device: torch.device) -> str:
+    """The precision to train in: `name`, or by default bf16 where a GPU supports it, fp16 on older ones, fp32 on CPUs.
+
+    Raises:
+        ValueError: for fp16 on a CPU, which has no fast fp16 arithmetic.
+    """
+    if device.type == "cpu":
+        if name == "fp16":
+            raise ValueError("--precision fp16 needs a GPU: on a CPU use fp32 or bf16")
+        return name or "fp32"
+    return name or ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Context of a forward pass in `precision`; does nothing for fp32."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """The loss scaler, which fp16 alone needs."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def backward(loss: Tensor, scaler: torch.amp.GradScaler) -> None:
+    """Backward pass of a loss; one that is not finite makes every gradient NaN.
+
+    That way the reduction of the gradients over ranks, which happens anyway, tells every rank.
+    """
+    scaled = scaler.scale(loss)
+    scaled.backward(torch.where(loss.detach().isfinite(), 1.0, float("nan")).to(scaled.dtype))
+
+
+def clip_and_step(
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    parameters: Iterable[nn.Parameter],
+    clip_grad: float | None,
+) -> Tensor:
+    """Clip the gradients' norm to `clip_grad` (None: no clipping), update the weights, clear the gradients.
+
+    Nothing is updated when the norm is not finite. That is decided on the device (a fused optimizer's `found_inf`),
+    so that nobody waits for it.
+
+    Returns:
+        The norm before clipping, a scalar on the device; the same on all ranks.
+    """
+    scaler.unscale_(optimizer)
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if clip_grad is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+    if not scaler.is_enabled():  # an enabled scaler has a check of its own
+        optimizer.found_inf = (~norm.isfinite()).to(torch.float32)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return norm
