@@ -21,12 +21,10 @@ from util.errors import UserError
 from util.run.launch import Launch
 from util.run.optim import resolve_precision
 from util.weights.settings import (
-    AUTHORS_CLASSIFIER_NAMES,
-    AUTHORS_PRETRAINING_NAMES,
     CLASSIFIER_MODELS,
     PRETRAINING_MODELS,
     WeightSettings,
-    resolve_model_name,
+    encoder_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -381,38 +379,40 @@ def resolve(config_class: type[C], flags: argparse.Namespace, launch: Launch, se
 
 # --- Resuming with other settings ---
 
+OBSOLETE = frozenset(("eff_batch_size", "rank", "distributed"))  # what older versions recorded; follows from the rest
 
-def compare_recipes(saved: Mapping[str, Any], config: TrainingConfig) -> tuple[list[str], list[str]]:
+
+def compare_recipes(
+    saved: Mapping[str, Any], now: Mapping[str, Any], config_class: type[Config]
+) -> tuple[list[str], list[str]]:
     """What differs between the settings that a checkpoint was made with and those of the run that resumes it.
 
     Args:
         saved: the checkpoint's 'args', of this program or the authors', whose names and meanings are the same.
-        config: of the run that resumes.
+        now: the settings of the run that resumes.
+        config_class: says what a change of each means.
 
     Returns:
         errors: 'name: saved -> now' for every difference in model or recipe.
         warnings: differences after which the run goes on, but no longer identically to an uninterrupted one.
     """
-    errors, warnings, absent = [], [], []
-    for field in sorted(dataclasses.fields(config), key=lambda field: field.name):
-        change = field.metadata["on_resume"]
-        if change is FREE:
-            continue
-        if field.name not in saved:
-            absent.append(field.name)
-            continue
-        before, now = _comparable(field.name, saved[field.name], config), getattr(config, field.name)
-        difference = f"{field.name}: {before} -> {now}"
-        if before == now:
+    changes = {field.name: field.metadata["on_resume"] for field in dataclasses.fields(config_class)}
+    free = {name for name, change in changes.items() if change is FREE} | OBSOLETE
+    errors, warnings = [], []
+    for name in sorted((saved.keys() & now.keys()) - free):
+        before, after, change = _comparable(name, saved[name]), _comparable(name, now[name]), changes[name]
+        difference = f"{name}: {before} -> {after}"
+        if before == after:
             continue
         if change.allowed:
             warnings.append(f"{difference} ({change.difference})")
-        elif field.name == "lr" and _follows_batch_size(saved) and _follows_batch_size(config.as_dict()):
+        elif name == "lr" and _follows_batch_size(saved) and _follows_batch_size(now):
             warnings.append(f"{difference} (it follows the effective batch size)")
         else:
             errors.append(difference)
-    if absent:
-        warnings.append(f"not recorded in the checkpoint, so not compared: {', '.join(absent)}")
+    unknown = sorted((saved.keys() ^ now.keys()) - free)
+    if unknown:
+        warnings.append(f"only in the checkpoint or only in this version, so not compared: {', '.join(unknown)}")
     return errors, warnings
 
 
@@ -428,13 +428,12 @@ def _follows_batch_size(settings: Mapping[str, Any]) -> bool:
     return None not in (size, settings.get("blr")) and settings["lr"] == settings["blr"] * size / 256
 
 
-def _comparable(name: str, value: Any, config: TrainingConfig) -> Any:
-    """A recorded value in the form that the configuration has."""
-    value = tuple(value) if isinstance(value, list) else value
+def _comparable(name: str, value: Any) -> Any:
+    """A setting in a form in which equal ones of all versions, and of the authors' program, are equal."""
     if name == "input_size" and isinstance(value, int):
         return (value, value)
-    if name == "device" and isinstance(value, str):
-        return value.partition(":")[0]
-    if name == "model" and value in {**AUTHORS_CLASSIFIER_NAMES, **AUTHORS_PRETRAINING_NAMES}:
-        return resolve_model_name(value, pretraining=config.model.startswith("mixmae"))
-    return value
+    if name == "device":
+        return str(value).partition(":")[0]
+    if name == "model":
+        return encoder_of(value)
+    return tuple(value) if isinstance(value, list) else value

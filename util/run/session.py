@@ -105,7 +105,7 @@ def check_recipe(checkpoint: dict[str, Any], config: TrainingConfig) -> None:
     """
     if "format" not in checkpoint:
         logger.warning("the checkpoint is not of this program: only settings that both programs know are compared")
-    errors, warnings = compare_recipes(checkpoint.get("args", {}), config)
+    errors, warnings = compare_recipes(checkpoint.get("args", {}), config.as_dict(), type(config))
     for warning in warnings:
         logger.warning("resuming with another setting: %s", warning)
     if errors and not config.resume_force:

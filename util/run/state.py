@@ -80,7 +80,7 @@ class TrainingState:
             CheckpointError: its weights or its optimizer are not this run's.
         """
         try:
-            self._load(checkpoint)
+            self.load(checkpoint)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             why = " ".join(str(error).split())[:1000]
             raise CheckpointError(
@@ -99,7 +99,7 @@ class TrainingState:
             progress.step_in_epoch = min(progress.step_in_epoch * before // now, steps_per_epoch)
             progress.epoch_loss = mean_loss * progress.step_in_epoch
 
-    def _load(self, checkpoint: dict[str, Any]) -> None:
+    def load(self, checkpoint: dict[str, Any]) -> None:
         """Take over weights, optimizer, scaler and average."""
         self.model.load_state_dict(
             {name: tensor for name, tensor in checkpoint["model"].items() if "relative_position_index" not in name}

@@ -87,7 +87,7 @@ def weight_settings(
     if name is None:
         raise CheckpointError(f"{source} does not record which model it is: give --model")
     model = resolve_model_name(name, pretraining)
-    if recorded.get("model") is not None and _encoder(recorded["model"]) != _encoder(model):
+    if recorded.get("model") is not None and encoder_of(recorded["model"]) != encoder_of(model):
         recorded = {name: recorded.get(name) for name in ("in_chans", "mean", "std")}
 
     def choose(name: str) -> Any:
@@ -135,8 +135,8 @@ def resolve_model_name(name: str, pretraining: bool) -> str:
     return ours
 
 
-def _encoder(name: str) -> str:
-    """The encoder in a recorded model, or the name itself where it is not known."""
+def encoder_of(name: str) -> str:
+    """The encoder in a model that is given by our name or the authors'; the name itself where it is not known."""
     ours = AUTHORS_CLASSIFIER_NAMES.get(name) or AUTHORS_PRETRAINING_NAMES.get(name, name)
     return ENCODERS.get(ours, ours)
 
