@@ -69,7 +69,9 @@ def test_what_slurm_refuses_is_said_in_one_line(tmp_path, capsys, monkeypatch):
 def stand_in(tmp_path, monkeypatch):
     """A main that only writes down its arguments: its script, and a function that reads those of every start."""
     script, log = tmp_path / "stand_in_main.py", tmp_path / "started.jsonl"
-    script.write_text(f"import json, sys\nwith open({str(log)!r}, 'a') as log: print(json.dumps(sys.argv[1:]), file=log)")
+    script.write_text(
+        f"import json, sys\nwith open({str(log)!r}, 'a') as log: print(json.dumps(sys.argv[1:]), file=log)"
+    )
     parser = argparse.ArgumentParser()
     for flag in ("--output_dir", "--log_dir", "--resume", "--dist_url", "--model"):
         parser.add_argument(flag)
