@@ -117,7 +117,9 @@ def submit(args: argparse.Namespace, flags: list[str]):
     else:
         raise UserError(f"{args.task} is a script of an experiment: add --exp, such as --exp base_600ep")
     # Parse the flags here, where the user sees what is wrong with them.
-    runpy.run_path(str(ROOT / main))["get_args_parser"]().parse_args(flags)
+    given = runpy.run_path(str(ROOT / main))["get_args_parser"]().parse_args(flags)
+    if not given.dataset and not Path(given.data_path).exists():
+        raise UserError(f"the data folder (or list of images) '{given.data_path}' does not exist")
     options = {}
     for option in args.slurm:
         key, separator, value = option.partition("=")
