@@ -94,7 +94,7 @@ def test_saving_returns_before_writing_and_what_is_written_is_the_moment_of_savi
         assert go_on.wait(20)
         real_write(*args, **kwargs)
 
-    monkeypatch.setattr(util.resume, "write_checkpoint", slow_write)
+    monkeypatch.setattr(util.run.checkpoint_folder, "write_checkpoint", slow_write)
     state = run_state(1)
     folder = CheckpointFolder(tmp_path)
     folder.save(state)
@@ -114,7 +114,7 @@ def test_failing_saves_are_reported_tolerated_a_few_times_and_harm_nothing(tmp_p
     def disk_full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(util.resume, "write_checkpoint", disk_full)
+    monkeypatch.setattr(util.run.checkpoint_folder, "write_checkpoint", disk_full)
     save_steps(folder, *range(2, 2 + TOLERATED_FAILURES))
     assert caplog.text.count("could not be saved: [Errno 28] No space left") == TOLERATED_FAILURES
     folder.save(run_state(9))
@@ -126,7 +126,7 @@ def test_failing_saves_are_reported_tolerated_a_few_times_and_harm_nothing(tmp_p
     save_steps(folder, 10)
     assert folder.failures == 0 and step_of(folder.newest_valid()) == 10
     # The last save of a run is not tolerated to fail: nothing would follow it.
-    monkeypatch.setattr(util.resume, "write_checkpoint", disk_full)
+    monkeypatch.setattr(util.run.checkpoint_folder, "write_checkpoint", disk_full)
     folder.save(run_state(11))
     with pytest.raises(OSError, match="No space left"):
         folder.wait(final=True)
