@@ -35,7 +35,7 @@ from util.data.datasets import build_dataset, build_loader
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import Normalize, eval_transform, train_transform
 from util.run import config as arguments
-from util.run import distributed
+from util.run import distributed, failures
 from util.run.logger import describe_environment, setup_logging
 from util.run.optim import make_scaler, param_groups_layer_decay, resolve_precision
 from util.run.preemption import Preemption
@@ -264,7 +264,7 @@ def describe_result(args: argparse.Namespace, result: Evaluation, checkpoint: st
 def evaluate_only(args: argparse.Namespace, launch: distributed.Launch) -> None:
     """`--eval`: classify the validation images with the weights of --finetune or --resume."""
     source = args.finetune or args.resume
-    with arguments.user_errors():
+    with failures.user_errors():
         if not source or source == "auto":
             raise ValueError("--eval needs the weights to evaluate: --finetune WEIGHTS (or --resume PATH)")
         weights, info = read_weights(source, ema=args.model_ema)
@@ -300,15 +300,16 @@ def write_predictions(path: str, result: Evaluation, dataset) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    with arguments.user_errors():
+    with failures.user_errors():
         setup_logging()
         launch = distributed.init_distributed(args)
+        args.device, args.world_size = launch.device, launch.world_size
         arguments.finish_arguments(args, launch)
         resolve_model(args, args.device)
     if args.eval:
         evaluate_only(args, launch)
     else:
-        with arguments.user_errors():
+        with failures.user_errors():
             preemption = Preemption()
             preemption.install()
             for line in describe_environment():

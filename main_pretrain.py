@@ -24,7 +24,7 @@ from util.data.samplers import TrainBatchSampler
 from util.data.transforms import Normalize, pretrain_transform
 from util.knn import NEIGHBOURS, knn_accuracy, labelled_datasets
 from util.run import config as arguments
-from util.run import distributed
+from util.run import distributed, failures
 from util.run.logger import describe_environment, setup_logging
 from util.run.optim import autocast, make_scaler, resolve_precision
 from util.run.preemption import Preemption
@@ -145,9 +145,10 @@ def save_picture(run: Run) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    with arguments.user_errors():
+    with failures.user_errors():
         setup_logging()
         launch = distributed.init_distributed(args)
+        args.device, args.world_size = launch.device, launch.world_size
         preemption = Preemption()
         preemption.install()
         for line in describe_environment():

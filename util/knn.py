@@ -25,7 +25,7 @@ from util.data.datasets import ImageDataset, build_dataset, build_loader
 from util.data.samplers import EvalBatchSampler
 from util.data.transforms import Normalize, eval_transform
 from util.run import config as arguments
-from util.run import distributed
+from util.run import distributed, failures
 from util.run.logger import setup_logging
 from util.run.optim import autocast, resolve_precision
 from util.seeding import seed_all
@@ -262,9 +262,9 @@ def describe(result: dict) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    with arguments.user_errors():
+    with failures.user_errors():
         setup_logging()
-        distributed.init_distributed(args)
+        args.device = distributed.init_distributed(args).device
         if distributed.is_main_process() and args.out:  # while an evaluation is not yet lost
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             open(args.out, "ab").close()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import main_finetune
 from util.data.transforms import Normalize
 from util.run import config as arguments
+from util.run import failures
 from util.run.logger import setup_logging
 from util.run.optim import autocast, make_scaler, resolve_precision
 from util.seeding import seed_all
@@ -184,7 +185,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    with arguments.user_errors():
+    with failures.user_errors():
         setup_logging()
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         for line in replay(read_dump(args.dump), device, args.precision):

@@ -23,6 +23,7 @@ from util.data.decoding import BadImageError, decode
 from util.data.image_index import IMAGE_EXTENSIONS
 from util.data.transforms import Normalize, ResizeAndCentreCrop
 from util.run import config as arguments
+from util.run import failures
 from util.run.logger import setup_logging
 from util.seeding import keyed_generator
 from util.weights.file import CheckpointError
@@ -433,6 +434,6 @@ def visualize(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    with arguments.user_errors():
+    with failures.user_errors():
         setup_logging()
         visualize(get_args_parser().parse_args())

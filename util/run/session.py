@@ -20,8 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from util.data.datasets import BadImageError
 from util.data.transforms import Normalize
-from util.run import config as arguments
-from util.run import distributed
+from util.run import distributed, failures
 from util.run.allocator import keep_freed_memory
 from util.run.checkpoint_folder import CheckpointFolder, SaveError
 from util.run.logger import RunLog
@@ -256,7 +255,7 @@ def ending(run: Run) -> Iterator[None]:
     """
     try:
         try:
-            with distributed.explain_collective_failures():
+            with failures.explain_collective_failures():
                 yield
             run.close()
         except Preempted as stopped:
@@ -266,7 +265,7 @@ def ending(run: Run) -> Iterator[None]:
             run.preemption.exit_for_requeue()
     except (NonFiniteError, BadImageError, distributed.CollectiveError, SaveError) as error:
         if distributed.is_main_process() or not isinstance(error, NonFiniteError):
-            logger.error("%s", arguments.in_one_line(error))
+            logger.error("%s", failures.in_one_line(error))
         if run.folder is not None:
             with contextlib.suppress(SaveError):  # of the checkpoint under way, after the error that ends the run
                 run.folder.wait()
