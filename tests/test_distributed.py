@@ -1,7 +1,10 @@
 """Who we are under each launcher, talking across ranks, and ending a run whose ranks fail or are asked to stop."""
 
 import argparse
+import multiprocessing
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from util.run import distributed
+from util.errors import UserError
+from util.run import distributed, failures
 from util.run.config import add_distributed_arguments
 from util.run.distributed import describe_placement
-from util.run.launch import LaunchError, detect_launch, device_index, first_host, job_port
+from util.run.launch import LaunchError, choose_device, detect_launch, device_index, first_host, job_port
 from util.run.preemption import EXIT_REQUEUE, Preemption
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,15 +123,29 @@ def test_batch_script_without_srun_is_an_error_unless_one_process_is_wanted():
     [
         ({"RANK": "0"}, r"WORLD_SIZE, LOCAL_RANK is missing \(found: RANK=0\)"),
         ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set but RANK is not"),
-        (TORCHRUN | {"RANK": "8"}, "RANK=8 does not fit WORLD_SIZE=8"),
-        (TORCHRUN | {"RANK": "-1"}, "RANK=-1 does not fit WORLD_SIZE=8"),
-        (TORCHRUN | {"LOCAL_RANK": "4"}, "LOCAL_RANK=4 does not fit LOCAL_WORLD_SIZE=4"),
+        (TORCHRUN | {"RANK": "8"}, "RANK must be below WORLD_SIZE.* RANK=8, WORLD_SIZE=8"),
+        (TORCHRUN | {"RANK": "-1"}, "RANK must be below WORLD_SIZE.* RANK=-1, WORLD_SIZE=8"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, r"LOCAL_RANK below .*\(4\): .*LOCAL_RANK=4, LOCAL_WORLD_SIZE=4"),
         (TORCHRUN | {"WORLD_SIZE": "eight"}, "WORLD_SIZE='eight' is not a whole number"),
-        (SRUN | {"SLURM_PROCID": "3"}, "SLURM_PROCID=3 is not below the step's number of tasks, 3"),
-        (SRUN | {"SLURM_LOCALID": "1"}, "SLURM_LOCALID=1 is not below this node's number of tasks, 1"),
-        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2,2"}, "SLURM_STEP_TASKS_PER_NODE='2,2' .* do not fit"),
-        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "two"}, "SLURM_TASKS_PER_NODE='two' is not of the form"),
-        (SRUN | {"WORLD_SIZE": "8"}, "WORLD_SIZE=8 .* contradicts the 3 tasks"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, "WORLD_SIZE=8, .*LOCAL_WORLD_SIZE=9"),
+        (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT 70000 is not a TCP port"),
+        (SRUN | {"SLURM_NODEID": "2"}, "layout .* contradicts .*SLURM_STEP_TASKS_PER_NODE=2,1, SLURM_NODEID=2"),
+        ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_NODELIST"}, r"MASTER_ADDR is not set \(nor SLURM_STEP"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR is not set"),
+        (
+            SRUN | {"SLURM_PROCID": "3"},
+            "must be below .* SLURM_PROCID=3, SLURM_STEP_NUM_TASKS=3",
+        ),
+        (
+            SRUN | {"SLURM_LOCALID": "1"},
+            r"share of it \(1\): .* SLURM_LOCALID=1, .*TASKS_PER_NODE=2,1, .*NODEID=1",
+        ),
+        (
+            SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2,2"},
+            "contradicts .*TASKS=3, .*SLURM_STEP_TASKS_PER_NODE=2,2",
+        ),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "two"}, "SLURM_STEP_TASKS_PER_NODE='two' is not of the form"),
+        (SRUN | {"WORLD_SIZE": "8"}, "WORLD_SIZE=8 .* contradicts the 3 process"),
         ({k: v for k, v in SRUN.items() if k != "SLURM_LOCALID"}, "SLURM_LOCALID is missing"),
         # torchrun in every task of a step, each believing to be alone, or with a world of another size
         (SRUN | TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, "contradict"),
@@ -157,7 +175,7 @@ def test_flags_override_or_contradict():
         detect_launch(SRUN, dist_url="tcp://head:77", port=4000)
     with pytest.raises(LaunchError, match="is not a TCP port"):
         detect_launch(SRUN, port=70000)
-    for url in ("tcp://head", "nccl://x"):
+    for url in ("tcp://head", "tcp://head:port", "tcp://head:70000", "nccl://x"):
         with pytest.raises(LaunchError, match=url):
             detect_launch(SRUN, dist_url=url)
 
@@ -173,7 +191,6 @@ def test_ports_of_neighbouring_jobs_steps_and_restarts_differ():
     assert all(1024 < port < 32768 for port in ports)
 
 
-@pytest.mark.parametrize("with_scontrol", [True, False])
 @pytest.mark.parametrize(
     ("nodelist", "first"),
     [
@@ -184,14 +201,14 @@ def test_ports_of_neighbouring_jobs_steps_and_restarts_differ():
         ("r[1-2]n[3-4]", "r1n3"),
     ],
 )
-def test_first_host(nodelist, first, with_scontrol, monkeypatch):
-    if not with_scontrol:
-        monkeypatch.setenv("PATH", "")
+def test_first_host(nodelist, first):
     assert first_host(nodelist) == first
+    if shutil.which("scontrol"):
+        listing = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True)
+        assert not listing.stdout or listing.stdout.split()[0] == first
 
 
-def test_unreadable_nodelist(monkeypatch):
-    monkeypatch.setenv("PATH", "")
+def test_unreadable_nodelist():
     with pytest.raises(LaunchError, match="cannot be read: set MASTER_ADDR"):
         first_host("node[1-2")
 
@@ -199,12 +216,30 @@ def test_unreadable_nodelist(monkeypatch):
 def test_device_is_the_local_rank():
     launch = detect_launch(TORCHRUN)
     assert device_index(launch, 4, {}) == 1
-    with pytest.raises(LaunchError, match=r"local rank 1 needs a GPU of its own.* shows 1 "):
+    with pytest.raises(LaunchError, match=r"the 4 processes on this node .* need a GPU each, but it shows them 1 "):
         device_index(launch, 1, {})
     task = detect_launch(SRUN | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"})
     assert device_index(task, 1, {"SLURM_GPUS_PER_TASK": "1"}) == 0  # Slurm shows each task its own GPU only
-    with pytest.raises(LaunchError, match="local rank 1"):
+    with pytest.raises(LaunchError, match=r"the 2 processes on this node .* shows them 1 "):
         device_index(task, 1, {})
+    by_hand = detect_launch({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "head"})
+    assert device_index(by_hand, 8, {}) == 1  # how many share this node is not known
+    with pytest.raises(LaunchError, match="shows them 1 "):
+        device_index(by_hand, 1, {})
+
+
+def test_too_few_gpus_are_an_error_of_every_rank_of_the_node(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    messages = set()
+    for local_rank in "0123":
+        with pytest.raises(LaunchError, match=r"the 4 processes .* shows them 2 ") as error:
+            choose_device("auto", detect_launch(TORCHRUN | {"LOCAL_RANK": local_rank}))
+        messages.add(str(error.value))
+    assert len(messages) == 1  # so that the node says it once
+    assert choose_device("cpu", detect_launch(TORCHRUN)) == torch.device("cpu")
+    with pytest.raises(LaunchError, match="--device cuda:2, but only 2 GPU"):
+        choose_device("cuda:2", detect_launch({}))
 
 
 def test_placement_in_words():
@@ -222,8 +257,10 @@ def test_single_process_start_and_its_errors(monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "RANK", "WORLD_SIZE"))]:
         monkeypatch.delenv(name)
     args = parse("--device", "cpu")
-    distributed.init_distributed(args)
-    assert (args.rank, args.world_size, args.distributed, args.device) == (0, 1, False, torch.device("cpu"))
+    given = dict(vars(args))
+    launch = distributed.init_distributed(args)
+    assert (launch.rank, launch.world_size, launch.device) == (0, 1, torch.device("cpu"))
+    assert vars(args) == given
     assert distributed.is_main_process() and distributed.get_world_size() == 1
     assert distributed.all_reduce_mean(3.5) == 3.5 and distributed.gather_objects("a") == ["a"]
     value = torch.ones(2)
@@ -234,6 +271,7 @@ def test_single_process_start_and_its_errors(monkeypatch):
     distributed.shutdown()
     for flags, message in (
         (["--dist_timeout", "0"], "--dist_timeout 0 must be a positive number of seconds"),
+        (["--dist_timeout", "inf"], "--dist_timeout inf must be a positive number of seconds"),
         (["--local_rank", "2"], "--local_rank 2 contradicts the launcher's local rank 0"),
         (["--device", "abacus"], "--device abacus is not a device"),
     ):
@@ -245,13 +283,91 @@ def test_single_process_start_and_its_errors(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_only_errors_for_users_lose_their_traceback(capfd):
+    with pytest.raises(SystemExit) as ended, failures.user_errors():
+        raise UserError("--batch_size 0")
+    assert ended.value.code == 2
+    assert capfd.readouterr().err.endswith(": error: --batch_size 0\n")
+    for fault in (ValueError("shapes differ"), OSError(5, "unexpected")):
+        with pytest.raises(type(fault)) as ended, failures.user_errors():
+            raise fault
+        assert ended.value is fault
+    assert capfd.readouterr().err == ""
+
+
+def fail_with(rank, world_size, errors, all_started):
+    """As rank `rank` under torchrun: raise the errors of this rank, each after the previous one's end."""
+    all_started.wait()  # torchrun takes milliseconds to start its processes, which take seconds to import torch
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    for error, of_ranks in errors:
+        if rank in of_ranks:
+            with pytest.raises(SystemExit), failures.user_errors():
+                raise error
+
+
+def test_each_error_is_said_once_per_node_by_whichever_rank_has_it(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    errors = [
+        (UserError("every rank's"), range(4)),
+        (UserError("local rank 1's"), [1]),
+        (UserError("of two"), [2, 3]),
+        (distributed.CollectiveError("a collective"), [2, 3]),
+    ]
+    for start in (1, 2):  # the same mistake once more, by the same launcher: said again
+        context = multiprocessing.get_context("fork")
+        all_started = context.Barrier(4)
+        ranks = [context.Process(target=fail_with, args=(rank, 4, errors, all_started)) for rank in range(4)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        said = capfd.readouterr().err
+        assert said.count("error: every rank's") == 1, start
+        assert said.count("error: of two") == 1
+        assert re.findall(r"(\[rank \d\]).*error: local rank 1's", said) == ["[rank 1]"]
+        assert sorted(re.findall(r"(\[rank \d\]).*error: a collective", said)) == ["[rank 2]", "[rank 3]"]
+    assert len(list(tmp_path.iterdir())) == 1  # the next run's ranks use the same file
+
+
+def test_an_unusable_temporary_folder_silences_nobody(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit), failures.user_errors():
+        raise UserError("the data is missing")
+    assert capfd.readouterr().err.count("error: the data is missing") == 1
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / f"mixmae-errors-{os.getuid()}.json").write_text('{"cut off')
+    for _ in range(2):  # the first puts the file right
+        with pytest.raises(SystemExit), failures.user_errors():
+            raise UserError("the data is missing")
+    assert 1 <= capfd.readouterr().err.count("error: the data is missing") <= 2
+
+
+def test_the_normal_end_does_not_fail_when_a_rank_is_gone(monkeypatch):
+    def gone():
+        raise RuntimeError("Connection closed by peer")
+
+    ended = []
+    monkeypatch.setattr(distributed, "world", object())
+    monkeypatch.setattr(distributed, "barrier", gone)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: ended.append(distributed.world))
+    distributed.shutdown()
+    assert ended == [None]
+
+
+# ---------------------------------------------------------------------------------------------------
 # Several processes
 # ---------------------------------------------------------------------------------------------------
 
 PROLOGUE = """
 import argparse, logging, os, signal, sys, time
 import torch
-from util.run import distributed
+from util.run import distributed, failures
 from util.run.preemption import Preemption
 logging.basicConfig(level=logging.INFO)
 torch.set_num_threads(1)
@@ -284,6 +400,12 @@ def start_ranks(tmp_path, body, world_size, *flags, ranks=None, before=None):
     return processes
 
 
+def wait_until_ready(processes):
+    for process in processes:
+        while "ready" not in process.stdout.readline():
+            assert process.poll() is None
+
+
 def finish(processes, timeout=60):
     """Exit codes and outputs, in the order of ranks."""
     outputs = []
@@ -299,26 +421,34 @@ def finish(processes, timeout=60):
 
 def test_reductions_and_gathering_across_ranks(tmp_path):
     body = """
-    distributed.init_distributed(args)
+    launch = distributed.init_distributed(args)
     rank = distributed.get_rank()
-    assert args.world_size == 3 and args.distributed and args.device.type == "cpu"
+    assert (launch.rank, launch.world_size, launch.device) == (rank, 3, torch.device("cpu"))
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in os.environ  # torch's own default
     assert distributed.all_reduce_mean(float(rank)) == 1.0
     own = torch.full((2,), float(rank))
     assert distributed.all_reduce_sum(own).tolist() == [3.0, 3.0] and own[0] == rank
     assert distributed.gather_objects({"rank": rank}) == [{"rank": i} for i in range(3)]
     distributed.barrier()
+    if rank == 0:
+        time.sleep(1)  # its last write
+        print("entered at", time.time())
     distributed.shutdown()
     assert distributed.get_world_size() == 1
-    print("fine", rank)
+    print("left at", time.time())
     """
     codes, outputs = finish(start_ranks(tmp_path, body, 3))
     assert codes == [0, 0, 0], outputs
+    entered = float(re.search(r"entered at (.*)", outputs[0])[1])
+    for output in outputs:  # srun may kill those that are left when the first leaves
+        assert float(re.search(r"left at (.*)", output)[1]) >= entered
     assert "started by torchrun: 3 processes" in outputs[0]
 
 
 FAILURE = """
 distributed.init_distributed(args)
-with distributed.explain_collective_failures():
+print("ready", flush=True)
+with failures.explain_collective_failures():
     for step in range(1000):
         if step == 3 and distributed.get_rank() == VICTIM:
             os.kill(os.getpid(), signal.SIGNAL)
@@ -330,6 +460,7 @@ with distributed.explain_collective_failures():
 def test_survivors_say_which_rank_is_gone(tmp_path, signal_name, victim):
     body = FAILURE.replace("SIGNAL", signal_name).replace("VICTIM", str(victim))
     processes = start_ranks(tmp_path, body, 3, "--dist_timeout", "4")
+    wait_until_ready(processes)
     began = time.monotonic()
     survivors = [process for rank, process in enumerate(processes) if rank != victim]
     try:
@@ -369,11 +500,7 @@ for step in range(100000):
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, signum):
     processes = start_ranks(tmp_path, STEPS, 3)
-    time.sleep(0.1)
-    for process in processes:
-        for line in process.stdout:
-            if "ready" in line:
-                break
+    wait_until_ready(processes)
     processes[2].send_signal(signum)
     codes, outputs = finish(processes)
     assert codes == [EXIT_REQUEUE] * 3

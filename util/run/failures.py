@@ -1,26 +1,59 @@
+"""How a process ends that cannot go on: in one line what its user can put right, once per node, and which rank is gone.
+
+A traceback is kept for everything else, which is a fault of the program.
+"""
+
 import contextlib
+import fcntl
+import hashlib
+import json
+import logging
 import os
+import socket
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch.distributed as dist
+
 from util.data.decoding import BadImageError
+from util.errors import UserError
 from util.run import distributed
+from util.run.distributed import CollectiveError, World
+from util.run.launch import stated_rank
+
+logger = logging.getLogger(__name__)
+
+SURVIVOR_WAIT = 3.0  # seconds that the survivors of a failure give each other to report before naming who is missing
+# What gloo and NCCL say, in RuntimeErrors without a class of their own.
+COLLECTIVE_FAILURE_SIGNS = (
+    "gloo", "nccl", "closed by peer", "reset by peer", "broken pipe", "timed out", "pair closure"
+)  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------
+# One line for what a user can put right
+# ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Around all but training: what a user can put right ends in one line and exit code 2, no traceback."""
+    """Around all but training: a UserError, or ranks that are gone, end in one line and exit code 2.
+
+    Ranks of a node that fail with the same message say it once, whichever is first. A bad image and a failed
+    collective are one rank's own.
+    """
     try:
-        with distributed.explain_collective_failures():
+        with explain_collective_failures():
             yield
-    except (ValueError, OSError, distributed.CollectiveError) as error:
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-        of_this_rank = isinstance(error, (BadImageError, distributed.CollectiveError))
-        if of_this_rank or local_rank == "0":  # others once per node: another node may lack what this one has
-            prefix = "" if rank == "0" else f"[rank {rank}] "
-            print(f"{prefix}{Path(sys.argv[0]).name}: error: {in_one_line(error)}", file=sys.stderr, flush=True)
+    except (UserError, BadImageError, CollectiveError) as error:
+        rank, has_companions = stated_rank(os.environ)
+        message = f"{Path(sys.argv[0]).name}: error: {in_one_line(error)}"
+        own = isinstance(error, (BadImageError, CollectiveError)) or not has_companions
+        if own or _is_first_to_say(message):
+            print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
         if distributed.get_world_size() > 1:
             os._exit(2)  # at once: Python's shutdown would wait for ranks that may hang
         sys.exit(2)
@@ -31,3 +64,87 @@ def in_one_line(error: Exception) -> str:
     name = f"{type(error).__module__}.{type(error).__name__}: "
     message = str(error).rstrip()
     return message.rpartition(name)[2] if name in message else message
+
+
+def _is_first_to_say(message: str) -> bool:
+    """Whether no other process that our launcher started on this node has said `message` since we were started.
+
+    They may not have met yet, so they tell each other through a file of the user's in the temporary folder. What was
+    said before this process was started belongs to an earlier run. In doubt, say it: twice is better than never.
+    """
+    now, key = time.time(), hashlib.sha256(f"{socket.gethostname()} {os.getppid()} {message}".encode()).hexdigest()
+    path = Path(tempfile.gettempdir()) / f"mixmae-errors-{os.getuid()}.json"
+    try:
+        with open(path, "a+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o600)) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+            file.seek(0)
+            text = file.read()
+            file.truncate(0)
+            said = json.loads(text or "{}")  # what was said in the last hour -> when
+            json.dump({name: moment for name, moment in said.items() if moment > now - 3600} | {key: now}, file)
+        return said.get(key, 0) < now - _age()
+    except (OSError, ValueError):
+        return True
+
+
+def _age() -> float:
+    """Seconds since this process was started; 0 where the system does not tell."""
+    try:
+        started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]  # in ticks after booting
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return 0.0
+
+
+# ---------------------------------------------------------------------------------------------------
+# Collectives that fail
+# ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def explain_collective_failures() -> Iterator[None]:
+    """A collective that fails inside becomes a CollectiveError that says, where possible, which ranks no longer answer.
+
+    Other errors pass through.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        world, text = distributed.world, str(error).lower()
+        is_failure = isinstance(error, dist.DistError) or any(sign in text for sign in COLLECTIVE_FAILURE_SIGNS)
+        if world is None or isinstance(error, CollectiveError) or not is_failure:
+            raise
+        # Said at once, since the launcher may end us before the survivors have been counted.
+        logger.error("rank %d: a collective failed: %s", world.launch.rank, str(error).partition("\n")[0])
+        findings = ["rank 0 (which the others meet through) no longer answers"]
+        # In a thread, since asking the store of a stopped process would block permanently.
+        thread = threading.Thread(target=_find_suspect, args=(world, findings), daemon=True)
+        thread.start()
+        thread.join(SURVIVOR_WAIT + 2.0)
+        raise CollectiveError(
+            f"rank {world.launch.rank} of {world.launch.world_size} could not complete a collective: {findings[-1]}. "
+            f"A process was killed, failed (its own message is above) or kept the others waiting longer than "
+            f"--dist_timeout {world.timeout:g} s. Continue from the last checkpoint with --resume auto; raise "
+            f"--dist_timeout if a rank may be that slow."
+        ) from error
+
+
+def _find_suspect(world: World, findings: list[str]) -> None:
+    """Report our failure to the store; append to `findings`, again and again, which ranks have not done so too."""
+    launch, store, now = world.launch, world.store, time.time()
+    with contextlib.suppress(OSError, RuntimeError):  # the store is gone
+        if launch.master_addr:  # the store itself would log a C++ stack trace when nobody listens
+            socket.create_connection((launch.master_addr, launch.master_port), timeout=1.0).close()
+        store.set(f"failed/{launch.rank}", str(now))
+        missing = list(range(launch.world_size))
+        while missing and time.time() < now + SURVIVOR_WAIT:
+            time.sleep(0.1)
+            missing = [rank for rank in missing if not store.check([f"failed/{rank}"])]
+            findings.append(f"rank(s) {', '.join(map(str, missing))} no longer answer")
+        if not missing:
+            first, rank = min((float(store.get(f"failed/{rank}")), rank) for rank in range(launch.world_size))
+            findings.append(
+                f"rank {rank} gave up {now - first:.0f} s ago, so it is this rank that was stopped or too slow"
+                if now - first > SURVIVOR_WAIT
+                else "all ranks still answer, so one of them was too slow"
+            )
