@@ -147,7 +147,8 @@ def check_classes(args: argparse.Namespace, dataset) -> None:
 def build_validation(args: argparse.Namespace, launch: distributed.Launch) -> DataLoader:
     dataset = build_dataset(args, "val", eval_transform(args))
     check_classes(args, dataset)
-    return build_loader(dataset, EvalBatchSampler(len(dataset), args.batch_size, launch.rank, launch.world_size), args)
+    sampler = EvalBatchSampler(len(dataset), args.batch_size, launch.rank, launch.world_size)
+    return build_loader(dataset, sampler, args, args.device)
 
 
 def build_classifier(args: argparse.Namespace, device: torch.device) -> nn.Module:
@@ -180,7 +181,7 @@ def prepare(args: argparse.Namespace, launch: distributed.Launch, preemption: Pr
     sampler = TrainBatchSampler(
         len(dataset), args.batch_size, args.accum_iter, launch.rank, launch.world_size, args.seed
     )
-    loader = build_loader(dataset, sampler, args)
+    loader = build_loader(dataset, sampler, args, device)
     validation = build_validation(args, launch)
     model = build_classifier(args, device)
     if args.freeze_encoder:

@@ -100,7 +100,7 @@ def prepare(
     sampler = TrainBatchSampler(
         len(dataset), args.batch_size, args.accum_iter, launch.rank, launch.world_size, args.seed
     )
-    loader = build_loader(dataset, sampler, args)
+    loader = build_loader(dataset, sampler, args, device)
     if launch.rank == 0:
         parameters, multiply_adds = count_work(model, 2, mask_ratio=args.mask_ratio)
         logger.info(

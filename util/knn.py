@@ -102,7 +102,7 @@ def own_features(
 ) -> tuple[Tensor, Tensor]:
     """Features (n, num_features) of length 1 and labels (n,) of this rank's images: `rank`, `rank + world_size`, ..."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    loader = build_loader(dataset, EvalBatchSampler(len(dataset), args.batch_size, rank, world_size), args)
+    loader = build_loader(dataset, EvalBatchSampler(len(dataset), args.batch_size, rank, world_size), args, args.device)
     features = [torch.zeros(0, model.num_features, device=args.device)]
     labels = [torch.zeros(0, dtype=torch.long)]
     was_training = model.training

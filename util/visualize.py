@@ -371,8 +371,9 @@ def load_images(paths: list[str], num_images: int, in_chans: int, seed: int) -> 
             raise ValueError(f"--images {path} does not exist: give image files, a folder of images or a list of them")
     if len(paths) == 1 and not paths[0].lower().endswith(IMAGE_EXTENSIONS):
         args = argparse.Namespace(
-            data_path=paths[0], dataset="", in_chans=in_chans, seed=seed, bad_images="error", max_bad_images=0.0
-        )
+            data_path=paths[0], dataset="", in_chans=in_chans, seed=seed, bad_images="error", max_bad_images=0.0,
+            ignore_exif=False,
+        )  # fmt: skip
         dataset = build_dataset(args, "train", transform=lambda image: image)
         chosen = torch.randperm(len(dataset), generator=keyed_generator(seed, "images"))[:num_images].tolist()
         return [dataset[(0, index)][0] for index in chosen], [dataset.path_of(index) for index in chosen]

@@ -86,6 +86,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--in_chans", type=int, default=3, metavar="N", help="image channels")
     group.add_argument(
+        "--ignore_exif", action="store_true", help="read pixels as stored, without their EXIF orientation"
+    )
+    group.add_argument(
         "--mean",
         type=float,
         nargs="+",
