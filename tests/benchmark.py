@@ -320,6 +320,7 @@ def benchmark_data(args: argparse.Namespace) -> None:
     recipe = argparse.Namespace(
         dataset="", in_chans=3, input_size=(224, 224), mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, seed=0,
         aa="rand-m9-mstd0.5-inc1", color_jitter=None, bad_images="error", max_bad_images=0.01,
+        ignore_exif=False,
     )  # fmt: skip
     pillow_pretrain = torchvision.transforms.Compose(
         [

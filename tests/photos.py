@@ -1,6 +1,7 @@
-"""The tests' photographs, and the arguments that the data layer reads."""
+"""The tests' photographs, and the settings that the data layer reads."""
 
 import argparse
+import shutil
 from pathlib import Path
 
 PHOTOS = sorted((Path(__file__).parent / "data").glob("*.jpg"))
@@ -22,5 +23,16 @@ def data_args(data_path, **changes) -> argparse.Namespace:
         pin_mem=False,
         bad_images="error",
         max_bad_images=0.01,
+        ignore_exif=False,
     )
     return argparse.Namespace(**{**values, **changes})
+
+
+def photo_folder(root: Path, copies: int = 4) -> Path:
+    """The photographs several times in `root/train`, in two classes."""
+    for i in range(copies):
+        for photo in PHOTOS:
+            target = root / "train" / f"c{i % 2}" / f"{i}-{photo.name}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(photo, target)
+    return root

@@ -1,27 +1,26 @@
-"""Sources of images, samples that depend on their key alone, and loaders whose workers behave."""
+"""Where images come from, and what is refused before training."""
 
 import io
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from photos import PHOTOS, data_args
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import IterableDataset
 from torchvision.datasets import ImageFolder
 
-from util.data import timm_source as datasets_timm
-from util.data.datasets import BadImageError, ImageDataset, build_dataset, build_loader
+from util.data import timm_source
+from util.data.datasets import BadImageError, build_dataset, build_loader
 from util.data.transforms import eval_transform, pretrain_transform, train_transform
+from util.errors import UserError
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -43,15 +42,6 @@ def labelled(tmp_path) -> Path:
         for i in range(number):
             picture(root / "train" / name / f"{i}.png", colour=(len(name) * 20 + i, i * 50, 7))
         picture(root / "val" / name / "v.png")
-    return root
-
-
-def photo_folder(root: Path, copies: int = 4) -> Path:
-    for i in range(copies):
-        for photo in PHOTOS:
-            target = root / "train" / f"c{i % 2}" / f"{i}-{photo.name}"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(photo, target)
     return root
 
 
@@ -83,7 +73,7 @@ def test_images_without_class_folders(tmp_path, folder):
     assert len(dataset) == 3 and dataset.classes is None
     assert [dataset[(0, i)][1] for i in range(3)] == [-1, -1, -1]
     message = "labels need one folder per class" if folder else "train does not exist"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         plain(data_args(tmp_path / "data"), require_labels=True)
 
 
@@ -118,9 +108,9 @@ def test_a_list_of_images(tmp_path):
 def test_bad_lists(tmp_path, content, message):
     picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
     (tmp_path / "list.txt").write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         plain(data_args(tmp_path / "list.txt"))
-    with pytest.raises(ValueError, match="list of training images"):
+    with pytest.raises(UserError, match="list of training images"):
         plain(data_args(tmp_path / "list.txt"), "val")
 
 
@@ -147,10 +137,10 @@ def test_tars_and_folders_number_their_classes_alike(tmp_path):
         names = [Path(dataset.path_of(i)).parent.name for i in range(2)]
         assert [dataset.classes[label] for label in labels] == names
     make_tar(tmp_path / "val.tar", "", ["class10/0.png", "class3/0.png"])
-    with pytest.raises(ValueError, match=r"differ in their classes: \['class2', 'class3'\]"):
+    with pytest.raises(UserError, match=r"differ in their classes: \['class2', 'class3'\]"):
         plain(data_args(tmp_path), "val")
     make_tar(tmp_path / "train.tar", "", ["class2/0.png"])
-    with pytest.raises(ValueError, match=r"both .*train\.tar and .*train are there"):
+    with pytest.raises(UserError, match=r"both .*train\.tar and .*train are there"):
         plain(data_args(tmp_path))
 
 
@@ -159,7 +149,7 @@ def test_damaged_tars(tmp_path):
     whole = (tmp_path / "train.tar").read_bytes()
     for content in (b"<html>not found</html>" * 100, whole[:700]):
         (tmp_path / "train.tar").write_bytes(content)
-        with pytest.raises(ValueError, match=r"timm cannot open --dataset .*train\.tar"):
+        with pytest.raises(UserError, match=r"timm cannot open --dataset .*train\.tar"):
             plain(data_args(tmp_path))
     (tmp_path / "train.tar").write_bytes(whole)
     dataset = plain(data_args(tmp_path))
@@ -171,7 +161,7 @@ def test_damaged_tars(tmp_path):
 def test_a_large_number_in_a_list_is_no_label(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "list.txt").write_text("a.png 1\na.png 1700000000\n")
-    with pytest.raises(ValueError, match="line 2: a label is a class from 0 to 99999, got 1700000000"):
+    with pytest.raises(UserError, match="line 2: a label is a class from 0 to 99999, got 1700000000"):
         plain(data_args(tmp_path / "list.txt"))
 
 
@@ -185,14 +175,14 @@ def test_tars(tmp_path):
         args = data_args(path, num_workers=2)
         dataset = plain(args, require_labels=True)
         assert dataset.classes == ["ant", "bee"] and dataset.path_of(3).endswith("bee/0.png")
-        loader = build_loader(dataset, [[(0, 0), (0, 1), (0, 2)], [(0, 3), (0, 4), (0, 5)]] * 4, args)
+        loader = build_loader(dataset, [[(0, 0), (0, 1), (0, 2)], [(0, 3), (0, 4), (0, 5)]] * 4, args, CPU)
         seen = [(images[:, 0, 0, 0].tolist(), targets.tolist()) for images, targets in loader]
         assert seen == [([0, 40, 80], [0, 0, 0]), ([120, 160, 200], [1, 1, 1])] * 4
     assert len(plain(data_args(root), "val")) == 4
     make_tar(root / "val.tar", "", ["bee/0.png"])
-    with pytest.raises(ValueError, match=r"differ in their classes: \['ant'\]"):
+    with pytest.raises(UserError, match=r"differ in their classes: \['ant'\]"):
         plain(data_args(root), "val")
-    with pytest.raises(ValueError, match="tar of training images"):
+    with pytest.raises(UserError, match="tar of training images"):
         plain(data_args(root / "train.tar"), "val")
     assert len(pickle.loads(pickle.dumps(dataset.source))) == 6
 
@@ -211,14 +201,14 @@ def test_torchvision_sets_by_timms_name(tmp_path):
         assert (len(train), len(val)) == (5, 3) and len(train.classes) == 10
         image, target = train[(0, 4)]
         assert image.shape == (in_chans, 28, 28) and target == 4
-    with pytest.raises(ValueError, match=r"timm cannot open --dataset torch/cifar10 \(train\)"):
+    with pytest.raises(UserError, match=r"timm cannot open --dataset torch/cifar10 \(train\)"):
         plain(data_args(tmp_path, dataset="torch/cifar10"))
 
 
 @pytest.mark.parametrize("name, package", [("hfds/user/set", "datasets"), ("wds/set", "webdataset")])
 def test_missing_packages_are_named(tmp_path, monkeypatch, name, package):
-    monkeypatch.setattr(datasets_timm.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=f"needs the package {package}.*pip install {package}"):
+    monkeypatch.setattr(timm_source.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=f"needs the package {package}.*pip install {package}"):
         plain(data_args(tmp_path, dataset=name))
 
 
@@ -244,51 +234,127 @@ class Stream(IterableDataset):
 
 
 def test_streamed_sets_train_without_an_order_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets_timm.importlib.util, "find_spec", lambda _: True)
-    monkeypatch.setattr(datasets_timm, "create_dataset", lambda *args, **kwargs: Stream())
+    monkeypatch.setattr(timm_source.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(timm_source, "create_dataset", lambda *args, **kwargs: Stream())
     args = data_args(tmp_path, dataset="wds/set", num_workers=2)
     dataset = plain(args)
     batches = [[(0, 0), (0, 1), (0, 2)], [(0, 3), (0, 4), (0, 5)]] * 2
-    seen = [set(map(tuple, images[:, :2, 0, 0].tolist())) for images, _ in build_loader(dataset, batches, args)]
+    seen = [set(map(tuple, images[:, :2, 0, 0].tolist())) for images, _ in build_loader(dataset, batches, args, CPU)]
     assert seen[0] | seen[1] == {(i, 0) for i in range(6)}
     assert seen[2] | seen[3] == {(i, 1) for i in range(6)}  # the next epoch of the stream
-    with pytest.raises(ValueError, match="can only be streamed"):
+    with pytest.raises(UserError, match="can only be streamed"):
         plain(args, "val")
-    monkeypatch.setattr(datasets_timm, "create_dataset", lambda *args, **kwargs: Stream(0))
-    with pytest.raises(ValueError, match="does not say how many images"):
+    monkeypatch.setattr(timm_source, "create_dataset", lambda *args, **kwargs: Stream(0))
+    with pytest.raises(UserError, match="does not say how many images"):
         plain(args)
+
+
+def sideways(path: Path) -> Path:
+    """An image with the EXIF orientation of a camera that was held upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.open(PHOTOS[0]).convert("RGB").resize((48, 32)).save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_without_exif_images_are_what_torchvisions_folder_reads(tmp_path, name):
+    sideways(tmp_path / "train" / "ant" / name)
+    (theirs, _), *_ = ImageFolder(tmp_path / "train")
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(tmp_path / "train" / "ant", "ant")
+    for path in (tmp_path, tmp_path / "images.tar"):
+        stored, upright = (
+            build_dataset(data_args(path, ignore_exif=ignore_exif), "train", lambda image: image)[(0, 0)][0]
+            for ignore_exif in (True, False)
+        )
+        assert np.array_equal(stored.permute(1, 2, 0), np.array(theirs))
+        assert upright.shape == (3, 48, 32) and stored.shape == (3, 32, 48)
+
+
+class Pictures(torch.utils.data.Dataset):
+    """As torchvision's sets: Pillow images, opened from files."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return Image.open(self.path), i
+
+
+class PictureStream(Pictures, IterableDataset):
+    reader = object()
+
+    def __iter__(self):
+        return (self[i] for i in range(3))
+
+
+@pytest.mark.parametrize("kind", [Pictures, PictureStream])
+def test_exif_of_sets_that_hand_out_pillow_images(tmp_path, monkeypatch, kind):
+    path = sideways(tmp_path / "a.jpg")
+    monkeypatch.setattr(timm_source, "create_dataset", lambda *args, **kwargs: kind(path))
+    stored = Image.open(path)
+    for ignore_exif, expected in ((True, stored), (False, ImageOps.exif_transpose(stored))):
+        args = data_args(tmp_path, dataset="torch/pictures", ignore_exif=ignore_exif)
+        image, _ = build_dataset(args, "train", lambda image: image)[(0, 0)]
+        assert np.array_equal(image.permute(1, 2, 0), np.array(expected))
 
 
 # --- what is refused before training
 
 
 def test_missing_and_empty_paths(tmp_path):
-    with pytest.raises(ValueError, match=r"--data_path .*nowhere does not exist"):
+    with pytest.raises(UserError, match=r"--data_path .*nowhere does not exist"):
         plain(data_args(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no images found under"):
+    with pytest.raises(UserError, match="no images found under"):
         plain(data_args(tmp_path / "empty"))
+
+
+def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"cannot read --data_path xxx.*: File name too long"):
+        plain(data_args("x" * 5000))
+    picture(tmp_path / "data" / "train" / "ant" / "0.png")
+    (tmp_path / "data" / "train" / "ant" / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match=r"cannot list the folder .*data/train/ant: Too many levels of symbolic links"):
+        plain(data_args(tmp_path / "data"))
+    images = tmp_path / "list.txt"
+    images.write_text("data/train/ant/0.png\n")
+
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(UserError, match=r"cannot read the image list .*list.txt: Permission denied"):
+        plain(data_args(images))
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(UserError, match=r"cannot list the folder .*data/train: Permission denied"):
+        plain(data_args(tmp_path / "data"))
 
 
 def test_validation_needs_labels_of_the_training_set(labelled):
     picture(labelled / "val" / "dog" / "v.png")
-    with pytest.raises(ValueError, match=r"classes that the training set lacks: \['dog'\]"):
+    with pytest.raises(UserError, match=r"classes that the training set lacks: \['dog'\]"):
         plain(data_args(labelled), "val")
     shutil.rmtree(labelled / "val" / "dog")
     shutil.rmtree(labelled / "val" / "ant")  # a class without validation images keeps its number
     dataset = plain(data_args(labelled), "val")
     assert dataset.classes == ["ant", "bee", "cat"] and [dataset[(0, i)][1] for i in range(2)] == [1, 2]
     (labelled / "val" / "ant").mkdir()
-    with pytest.raises(ValueError, match=r"class folders without any image in .*val: \['ant'\]"):
+    with pytest.raises(UserError, match=r"class folders without any image in .*val: \['ant'\]"):
         plain(data_args(labelled), "val")
     shutil.rmtree(labelled / "val")
-    with pytest.raises(ValueError, match="val does not exist; it must hold the val images"):
+    with pytest.raises(UserError, match="val does not exist; it must hold the val images"):
         plain(data_args(labelled), "val")
 
 
 def test_fine_tuning_refuses_an_empty_class_and_pretraining_does_not(labelled):
     (labelled / "train" / "dog").mkdir()
-    with pytest.raises(ValueError, match=r"class folders without any image in .*train: \['dog'\]"):
+    with pytest.raises(UserError, match=r"class folders without any image in .*train: \['dog'\]"):
         plain(data_args(labelled), require_labels=True)
     assert len(plain(data_args(labelled))) == 6
 
@@ -296,18 +362,18 @@ def test_fine_tuning_refuses_an_empty_class_and_pretraining_does_not(labelled):
 def test_evaluation_alone_needs_no_training_folder(labelled):
     shutil.rmtree(labelled / "train")
     assert plain(data_args(labelled), "val").classes == ["ant", "bee", "cat"]
-    with pytest.raises(ValueError, match="train does not exist"):
+    with pytest.raises(UserError, match="train does not exist"):
         plain(data_args(labelled), require_labels=True)
 
 
 def test_the_first_image_must_have_the_channels_asked_for(tmp_path, labelled):
-    with pytest.raises(ValueError, match=r"ant/0.png.*4 channels are read from .npy arrays \(H, W, 4\) only"):
+    with pytest.raises(UserError, match=r"ant/0.png.*4 channels are read from .npy arrays \(H, W, 4\) only"):
         plain(data_args(labelled, in_chans=4))
     (tmp_path / "arrays").mkdir()
     np.save(tmp_path / "arrays" / "a.npy", np.zeros((20, 30, 5), np.uint8))
-    with pytest.raises(ValueError, match=r"shape \(20, 30, 5\), \(H, W, 4\) is needed \(--in_chans 4\)"):
+    with pytest.raises(UserError, match=r"shape \(20, 30, 5\), \(H, W, 4\) is needed \(--in_chans 4\)"):
         plain(data_args(tmp_path / "arrays", in_chans=4))
-    with pytest.raises(ValueError, match="--in_chans must be 1 or 3, got 4"):
+    with pytest.raises(UserError, match="--in_chans must be 1 or 3, got 4"):
         plain(data_args(tmp_path, dataset="torch/cifar10", in_chans=4))
 
 
@@ -332,102 +398,3 @@ def test_arrays_of_one_channel_may_leave_it_out(tmp_path):
     np.save(tmp_path / "a.npy", np.full((9, 8), 7, np.uint8))
     image, _ = build_dataset(data_args(tmp_path, in_chans=1), "train", lambda image: image)[(0, 0)]
     assert image.shape == (1, 9, 8) and int(image.min()) == int(image.max()) == 7
-
-
-# --- keys and loaders
-
-
-@pytest.mark.parametrize("make_transform", [pretrain_transform, train_transform])
-def test_samples_depend_on_their_key_alone(tmp_path, make_transform):
-    root = photo_folder(tmp_path / "data")
-    batches = [[(0, 3), (0, 1)], [(0, 0), (0, 2), (0, 5)], [(1, 3), (1, 1)], [(0, 3)]]
-    results = []
-    for workers in (0, 2, 3):
-        args = data_args(root, num_workers=workers, seed=5)
-        loader = build_loader(build_dataset(args, "train", make_transform(args)), batches, args)
-        results.append([images for images, _ in loader])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-    first = results[0]
-    assert torch.equal(first[0][0], first[3][0])  # the same key, in another place
-    assert not torch.equal(first[0], first[2])  # the same image in another epoch
-    args = data_args(root, seed=6)
-    assert not torch.equal(build_dataset(args, "train", make_transform(args))[(0, 3)][0], first[3][0])
-
-
-def test_batches(tmp_path):
-    args = data_args(photo_folder(tmp_path / "data"), num_workers=2)
-    dataset = build_dataset(args, "train", pretrain_transform(args))
-    images, targets = next(iter(build_loader(dataset, [[(0, i) for i in range(12)]], args)))
-    assert images.shape == (12, 3, 32, 32) and images.dtype == torch.uint8
-    assert targets.dtype == torch.int64 and targets.tolist() == [0] * 6 + [1] * 6
-    assert torch.equal(images[7], dataset[(0, 7)][0])
-
-
-def test_loading_in_workers_leaves_the_generators_alone(tmp_path):
-    args = data_args(photo_folder(tmp_path / "data"), num_workers=1)
-    dataset = build_dataset(args, "train", pretrain_transform(args))
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-    for _ in build_loader(dataset, [[(0, 0)], [(0, 1)]], args):
-        pass
-    assert torch.equal(torch.rand(2), expected)
-
-
-LOADER_SCRIPT = """
-import os, signal, sys, time
-sys.path[:0] = {paths!r}
-from photos import data_args
-from util.data.datasets import build_dataset, build_loader
-from util.data.transforms import pretrain_transform
-args = data_args({root!r}, num_workers=2)
-loader = build_loader(build_dataset(args, "train", pretrain_transform(args)), [[(0, 0), (0, 1)]] * 40, args)
-batches = iter(loader)
-next(batches)
-workers = [process.pid for process in batches._workers]
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-    for worker in workers:
-        os.kill(worker, number)
-time.sleep(0.3)
-assert len([1 for _ in batches]) == 39, "a worker fell to a signal"
-print(*workers)
-{end}
-"""
-
-
-@pytest.mark.parametrize("end", ["pass", "raise SystemExit(3)", "raise RuntimeError('x')", "del batches, loader"])
-def test_workers_survive_signals_and_end_with_their_process(tmp_path, end):
-    root = photo_folder(tmp_path / "data")
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    script = LOADER_SCRIPT.format(paths=paths, root=str(root), end=end)
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert run.returncode == {"raise SystemExit(3)": 3, "raise RuntimeError('x')": 1}.get(end, 0), run.stderr
-    workers = [int(pid) for pid in run.stdout.split()]
-    assert len(workers) == 2
-    for _ in range(50):
-        alive = [pid for pid in workers if _is_running(pid)]
-        if not alive:
-            return
-        time.sleep(0.1)
-    for pid in alive:
-        os.kill(pid, signal.SIGKILL)
-    raise AssertionError(f"workers {alive} outlived their process")
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_errors_in_workers_reach_the_training_process(tmp_path):
-    root = photo_folder(tmp_path / "data")
-    args = data_args(root, num_workers=1)
-    dataset = build_dataset(args, "train", pretrain_transform(args))
-    assert isinstance(dataset, ImageDataset)
-    Path(dataset.path_of(4)).write_bytes(b"not an image")
-    with pytest.raises(BadImageError, match=r"cannot use image .*2-chelsea.jpg.*not an image in a known format"):
-        for _ in build_loader(dataset, [[(0, 0)], [(0, 4)]], args):
-            pass

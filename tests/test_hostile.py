@@ -140,7 +140,7 @@ def test_an_array_or_an_index_that_would_run_a_command_is_refused(tmp_path):
     assert "0003.npy" in said and "--bad_images skip" in said and "Traceback" not in said
     watched(tmp_path, *flags, "--num_workers", 2, code=1)
     (index,) = (tmp_path / "cache").glob("*.npz")
-    np.savez(index, name_blob=hostile, allow_pickle=True)
+    np.savez(index, names=hostile, allow_pickle=True)
     (tmp_path / "data" / "0003.npy").unlink()
     os.utime(tmp_path / "data", (0, 0))
     said = watched(tmp_path, *flags)

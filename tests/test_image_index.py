@@ -11,6 +11,7 @@ from torchvision.datasets import ImageFolder
 
 from util.data import image_index
 from util.data.image_index import ImageIndex, StringTable, class_folders, load_index
+from util.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +110,7 @@ def test_a_tree_that_just_changed_is_not_cached(tmp_path, monkeypatch, cache):
     assert not list(cache.glob("*.npz"))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text", "pickle"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "method", "encrypted", "empty", "text", "pickle"])
 def test_a_damaged_cache_is_scanned_again(tmp_path, cache, damage, caplog):
     root = tree(tmp_path / "data", NAMES)
     expected = paths(load_index(root))
@@ -119,13 +120,15 @@ def test_a_damaged_cache_is_scanned_again(tmp_path, cache, damage, caplog):
         content = content[: len(content) // 2]
     elif damage == "flipped":
         content[content.index(b"z.jpeg")] ^= 1
+    elif damage in ("method", "encrypted"):  # flipped bits in the archive's directory
+        content[content.index(b"PK\x01\x02") + {"method": 10, "encrypted": 8}[damage]] ^= 1
     elif damage == "empty":
         content = b""
     elif damage == "text":
         content = b"not an archive"
     if damage == "pickle":
         with open(file, "wb") as stream:
-            np.savez(stream, name_blob=np.array([object()], dtype=object))
+            np.savez(stream, names=np.array([object()], dtype=object))
     else:
         file.write_bytes(bytes(content))
     with caplog.at_level(logging.WARNING):
@@ -204,14 +207,14 @@ def test_any_file_name_survives(tmp_path):
 
 def test_an_empty_folder_is_an_error_that_names_it(tmp_path):
     root = tree(tmp_path / "data", ["a/readme.txt"])
-    with pytest.raises(ValueError, match=r"no images found under .*/data \(looked for .jpg,"):
+    with pytest.raises(UserError, match=r"no images found under .*/data \(looked for .jpg,"):
         load_index(root)
 
 
 def test_validation_targets_count_in_the_training_classes(tmp_path):
     index = load_index(tree(tmp_path / "val", ["b/1.jpg", "d/2.jpg"]))
     assert index.with_classes(["a", "b", "c", "d"]).targets.tolist() == [1, 3]
-    with pytest.raises(ValueError, match=r"classes that the training set lacks: \['d'\]"):
+    with pytest.raises(UserError, match=r"classes that the training set lacks: \['d'\]"):
         index.with_classes(["a", "b", "c"])
     assert index.empty_classes() == []
 

@@ -3,6 +3,7 @@
 import pytest
 
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
+from util.errors import UserError
 
 
 def batches(**kwargs) -> list[list[int]]:
@@ -55,9 +56,7 @@ def test_a_later_first_step_skips_exactly_the_earlier_ones():
 
 
 def test_too_few_images_for_one_batch_is_an_error():
-    with pytest.raises(
-        ValueError, match=r"7 training images do not fill one effective batch of 8 .*lower --batch_size"
-    ):
+    with pytest.raises(UserError, match=r"7 training images do not fill one effective batch of 8 .*lower --batch_size"):
         TrainBatchSampler(7, 2, accum_iter=2, world_size=2)
 
 

@@ -3,6 +3,7 @@
 MIXMAE_STRESS=1 runs the recipe's RandAugment on 100,000 samples instead of 4,000 (about two minutes).
 """
 
+import argparse
 import logging
 import os
 import random
@@ -13,12 +14,25 @@ import torch
 from photos import PHOTOS, data_args
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from util.data.decoding import decode
-from util.data.transforms import Normalize, eval_transform, pretrain_transform, random_crop, resize, train_transform
+from util.data.transforms import (
+    BatchAugmentation,
+    Normalize,
+    eval_transform,
+    pretrain_transform,
+    random_crop,
+    resize,
+    train_transform,
+    uses_mixup,
+)
+from util.errors import UserError
+from util.seeding import seed_all
 
 BICUBIC = InterpolationMode.BICUBIC
 SAMPLES = 100_000 if os.environ.get("MIXMAE_STRESS") == "1" else 4_000
@@ -176,7 +190,7 @@ def test_all_of_timms_augmentations_can_be_named(name):
 
 
 def test_unknown_augmentation_is_named_in_the_error():
-    with pytest.raises(ValueError, match=r"--aa .nonsense. .* rand-m9-mstd0.5-inc1"):
+    with pytest.raises(UserError, match=r"--aa .nonsense. .* rand-m9-mstd0.5-inc1"):
         train_transform(data_args("", aa="nonsense"))
 
 
@@ -215,10 +229,71 @@ def test_normalize_takes_float_images_in_their_own_units():
 
 
 def test_normalize_rejects_what_does_not_fit():
-    with pytest.raises(ValueError, match="mean has 3 values and std 1"):
+    with pytest.raises(UserError, match="mean has 3 values and std 1"):
         Normalize([0.5] * 3, [0.5])
-    with pytest.raises(ValueError, match="std must be positive"):
+    with pytest.raises(UserError, match="std must be positive"):
         Normalize([0.5], [0.0])
-    with pytest.raises(ValueError, match="images have 1 channels, mean and std have 3 values"):
+    with pytest.raises(UserError, match="images have 1 channels, mean and std have 3 values"):
         Normalize([0.5] * 3, [0.5] * 3)(torch.zeros(2, 1, 4, 4))
     assert not Normalize([0.5], [0.5]).state_dict()
+
+
+# --- batches
+
+
+def batch_args(**changes) -> argparse.Namespace:
+    values = dict(reprob=0.25, remode="pixel", recount=1, mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0)
+    values |= dict(mixup_switch_prob=0.5, mixup_mode="batch", smoothing=0.1)
+    return argparse.Namespace(**{**values, **changes})
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(8, 3, 32, 32, generator=generator), torch.randint(0, 5, (8,), generator=generator)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"reprob": 1.0, "remode": "rand", "recount": 3},
+        {"mixup_mode": "pair", "smoothing": 0.0, "mixup_switch_prob": 0.2},
+        {"mixup_mode": "elem", "mixup_prob": 0.5},
+        {"mixup": 0.0, "cutmix": 0.0, "cutmix_minmax": (0.2, 0.8), "reprob": 0.0},
+    ],
+)
+def test_batches_are_augmented_exactly_as_timm_does(changes):
+    args = batch_args(**changes)
+    erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device="cpu")
+    mix = Mixup(
+        args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+        label_smoothing=args.smoothing, num_classes=5,
+    )  # fmt: skip
+    augment = BatchAugmentation(args, 5, torch.device("cpu"))
+    changed = 0
+    for seed in range(10):
+        imgs, targets = batch()
+        seed_all(seed)
+        expected_imgs, expected_targets = mix(erase(imgs), targets)
+        seed_all(seed)
+        imgs, targets = augment(*batch())
+        assert torch.equal(imgs, expected_imgs) and torch.equal(targets, expected_targets)
+        assert targets.shape == (8, 5)
+        changed += not torch.equal(imgs, batch()[0])
+    assert changed >= 8
+
+
+def test_without_mixup_targets_stay_classes_and_images_are_still_erased():
+    imgs, targets = batch()
+    args = batch_args(mixup=0.0, cutmix=0.0, reprob=1.0, remode="const")
+    augmented, same = BatchAugmentation(args, 5, torch.device("cpu"))(imgs.clone(), targets)
+    assert torch.equal(same, targets)
+    erased = (augmented != imgs).all(dim=1)
+    assert erased.flatten(1).any(dim=1).all() and (augmented[erased[:, None].expand_as(imgs)] == 0).all()
+
+
+def test_mixup_is_used_when_any_of_its_settings_asks_for_it():
+    off = dict(mixup=0.0, cutmix=0.0)
+    assert not uses_mixup(batch_args(**off))
+    for on in ({"mixup": 0.8}, {"cutmix": 1.0}, {"cutmix_minmax": (0.2, 0.8)}):
+        assert uses_mixup(batch_args(**{**off, **on}))

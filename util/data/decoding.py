@@ -2,8 +2,8 @@
 
 What becomes of each kind of file, for in_chans 3 (RGB) and 1 (grey):
 
-    JPEG                        decoded by torchvision's libjpeg, with the same pixels as Pillow's; EXIF
-                                orientation applied
+    JPEG                        decoded by torchvision's libjpeg, with the same pixels as Pillow's
+    EXIF orientation            applied, unless `ignore_exif`: torchvision's ImageFolder does not apply it
     grey image                  in_chans 3: its value in all three channels
     RGB image                   in_chans 1: luma (ITU-R 601)
     CMYK/YCCK JPEG              converted to RGB by Pillow (no colour profile)
@@ -32,6 +32,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from util.errors import UserError
+
 try:  # the operator itself: the function around it warns on every call that it will move elsewhere
     import torchvision.io  # noqa: F401 - registers the operator
 
@@ -45,14 +47,15 @@ PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 ARRAY_TYPES = ("uint8", "uint16", "int16", "int32", "float16", "float32", "float64")
 
 
-class BadImageError(ValueError):
+class BadImageError(UserError):
     """An image that cannot be used. The message says why."""
 
 
-def decode(data: bytes, in_chans: int) -> torch.Tensor:
+def decode(data: bytes, in_chans: int, ignore_exif: bool = False) -> torch.Tensor:
     """Decode an encoded image or a `.npy` array to a tensor (in_chans, h, w): see the module's table.
 
-    In memory the channels are the fastest axis, as resizing is fastest on that layout. Raises BadImageError.
+    In memory the channels are the fastest axis, as resizing is fastest on that layout. `ignore_exif` leaves the pixels
+    as they are stored, whatever the EXIF orientation says. Raises BadImageError.
     """
     if data[:6] == b"\x93NUMPY":
         return _decode_array(data, in_chans)
@@ -68,16 +71,17 @@ def decode(data: bytes, in_chans: int) -> torch.Tensor:
         if decode_jpeg is not None and components in (1, in_chans):
             try:
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                return decode_jpeg(encoded, in_chans, True)  # mode: 1 grey, 3 RGB; apply the EXIF orientation
+                return decode_jpeg(encoded, in_chans, not ignore_exif)  # mode: 1 grey, 3 RGB; apply the orientation
             except RuntimeError:  # Pillow may still read it, or says what is wrong
                 pass
-    return _decode_with_pillow(data, in_chans)
+    return _decode_with_pillow(data, in_chans, ignore_exif)
 
 
-def from_pillow(image: Image.Image, in_chans: int) -> torch.Tensor:
-    """A Pillow image as a uint8 tensor (in_chans, h, w), in_chans 1 or 3. Raises BadImageError."""
+def from_pillow(image: Image.Image, in_chans: int, ignore_exif: bool = False) -> torch.Tensor:
+    """A Pillow image as a uint8 tensor (in_chans, h, w), in_chans 1 or 3: as `decode`. Raises BadImageError."""
     _check_pixels(image.height, image.width)
-    image = ImageOps.exif_transpose(image)
+    if not ignore_exif:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise BadImageError("32-bit float pixels have no known range; store the image as .npy")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -89,12 +93,12 @@ def from_pillow(image: Image.Image, in_chans: int) -> torch.Tensor:
     return torch.from_numpy(array.reshape(*array.shape[:2], in_chans)).permute(2, 0, 1)
 
 
-def _decode_with_pillow(data: bytes, in_chans: int) -> torch.Tensor:
+def _decode_with_pillow(data: bytes, in_chans: int, ignore_exif: bool) -> torch.Tensor:
     try:
         with warnings.catch_warnings():  # about bombs below our limit, transparency, odd metadata
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
-                return from_pillow(image, in_chans)
+                return from_pillow(image, in_chans, ignore_exif)
     except BadImageError:
         raise
     except Image.UnidentifiedImageError:

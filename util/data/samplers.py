@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
+from util.errors import UserError
 from util.seeding import keyed_generator
 
 Key = tuple[int, int]
@@ -29,7 +30,7 @@ class TrainBatchSampler(Sampler[list[Key]]):
         seed: of the run.
 
     Raises:
-        ValueError: when the dataset does not fill one effective batch.
+        UserError: when the dataset does not fill one effective batch.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class TrainBatchSampler(Sampler[list[Key]]):
         self.first_step = 0
         self.steps_per_epoch = num_samples // (batch_size * self.pieces)
         if self.steps_per_epoch == 0:
-            raise ValueError(
+            raise UserError(
                 f"{num_samples} training images do not fill one effective batch of {batch_size * self.pieces} "
                 f"(--batch_size {batch_size} x --accum_iter {accum_iter} x {world_size} processes): "
                 "lower --batch_size or --accum_iter, or add images"

@@ -1,4 +1,8 @@
-"""Data sets opened by timm: tar files, torchvision's sets, Hugging Face, WebDataset and TensorFlow sets."""
+"""Data sets opened by timm: tar files, torchvision's sets, Hugging Face, WebDataset and TensorFlow sets.
+
+Sets that can only be streamed (`hfids/`, `tfds/`, `wds/`) serve for training only. A stream decides the order of its
+images itself: a resumed run is then not identical to an uninterrupted one, and the number of workers matters.
+"""
 
 import importlib.util
 import logging
@@ -11,6 +15,8 @@ from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
 from util.data.decoding import BadImageError, decode, from_pillow
+from util.data.settings import DataSettings
+from util.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +33,14 @@ SPLITS = {"train": "train", "val": "validation"}
 class ReaderSource:
     """Encoded images from one of timm's readers: tar, folder, Hugging Face.
 
-    `read(i)` -> (image (in_chans, h, w), target). With `sort_classes`, targets number the classes in alphabetical
-    order, as those of folders do; timm numbers class2 before class10.
+    With `sort_classes`, targets number the classes in alphabetical order, as those of folders do; timm numbers class2
+    before class10.
     """
 
-    def __init__(self, reader, in_chans: int, sort_classes: bool):
-        self.reader, self.in_chans = reader, in_chans
+    targets = None
+
+    def __init__(self, reader, in_chans: int, ignore_exif: bool, sort_classes: bool):
+        self.reader, self.in_chans, self.ignore_exif = reader, in_chans, ignore_exif
         self.classes = _class_names(getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None))
         self.renumber = None
         if sort_classes and self.classes:
@@ -58,7 +66,7 @@ class ReaderSource:
             raise BadImageError(f"the tar is damaged: {error}") from error
         if target is not None and self.renumber is not None:
             target = self.renumber[target]
-        return decode(data, self.in_chans), -1 if target is None else int(target)
+        return decode(data, self.in_chans, self.ignore_exif), -1 if target is None else int(target)
 
     def __getstate__(self) -> dict:
         self._close_files()  # open files cannot be sent to a worker
@@ -76,8 +84,10 @@ class ReaderSource:
 class PillowSource:
     """A torchvision data set, whose items are (Pillow image, target)."""
 
-    def __init__(self, dataset, name: str, in_chans: int):
-        self.dataset, self.name, self.in_chans = dataset, name, in_chans
+    targets = None
+
+    def __init__(self, dataset, name: str, in_chans: int, ignore_exif: bool):
+        self.dataset, self.name, self.in_chans, self.ignore_exif = dataset, name, in_chans, ignore_exif
         self.classes = list(dataset.classes) if hasattr(dataset, "classes") else None
 
     def __len__(self) -> int:
@@ -91,28 +101,22 @@ class PillowSource:
             image, target = self.dataset[i]
         except (SyntaxError, ValueError) as error:  # of Pillow's plugins
             raise BadImageError(f"{type(error).__name__}: {error}") from error
-        return from_pillow(image, self.in_chans), int(target)
+        return from_pillow(image, self.in_chans, self.ignore_exif), int(target)
 
 
-class StreamSource:
+class StreamSource(PillowSource):
     """A data set that can only be streamed: `read(i)` gives the worker's next image, whatever `i` is.
 
-    timm shares the stream out among ranks and workers. When a worker's part is at its end, it begins again
-    with the next epoch's shuffling.
+    timm shares the stream out among ranks and workers. When a worker's part is at its end, it begins again with the
+    next epoch's shuffling.
     """
 
-    def __init__(self, dataset: IterableDataset, name: str, in_chans: int):
-        self.dataset, self.name, self.in_chans = dataset, name, in_chans
+    def __init__(self, dataset: IterableDataset, name: str, in_chans: int, ignore_exif: bool):
+        super().__init__(dataset, name, in_chans, ignore_exif)
         self.classes = _class_names(getattr(dataset.reader, "class_to_idx", None))
         self.process, self.stream, self.epoch = None, None, 0
         if len(self) == 0:
-            raise ValueError(f"--dataset {name} does not say how many images it has, which the schedule needs")
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def path(self, i: int) -> str:
-        return f"{self.name}[{i}]"
+            raise UserError(f"--dataset {name} does not say how many images it has, which the schedule needs")
 
     def read(self, i: int) -> tuple[torch.Tensor, int]:
         if self.process != os.getpid():
@@ -124,34 +128,35 @@ class StreamSource:
             self.dataset.set_epoch(self.epoch)
             self.stream = iter(self.dataset)
             image, target = next(self.stream)
-        return from_pillow(image, self.in_chans), -1 if target is None else int(target)
+        return from_pillow(image, self.in_chans, self.ignore_exif), -1 if target is None else int(target)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "process": None, "stream": None}
 
 
 def open_timm_source(
-    name: str, path: Path, split: str, in_chans: int, seed: int
+    name: str, path: Path, split: str, config: DataSettings
 ) -> ReaderSource | PillowSource | StreamSource:
     """Open timm's data set `name` ('' for a tar file) at `path`.
 
-    Raises ValueError with what timm or a missing package says.
+    Raises UserError with what timm or a missing package says.
     """
+    in_chans, ignore_exif = config.in_chans, config.ignore_exif
     if in_chans not in (1, 3):
-        raise ValueError(f"--dataset {name or path} holds pictures, --in_chans must be 1 or 3, got {in_chans}")
+        raise UserError(f"--dataset {name or path} holds pictures, --in_chans must be 1 or 3, got {in_chans}")
     prefix = name.partition("/")[0].lower()
     package, install = OPTIONAL_PACKAGES.get(prefix, (None, None))
     if package and importlib.util.find_spec(package) is None:
-        raise ValueError(f"--dataset {name} needs the package {package}, which is not installed: {install}")
+        raise UserError(f"--dataset {name} needs the package {package}, which is not installed: {install}")
     if prefix not in OPTIONAL_PACKAGES and not path.exists():
-        raise ValueError(f"--data_path {path} does not exist; --dataset {name or 'tar'} is looked for there")
+        raise UserError(f"--data_path {path} does not exist; --dataset {name or 'tar'} is looked for there")
     try:
         dataset = create_dataset(
             name,
             root=str(path),
             split=SPLITS[split],
             is_training=split == "train",
-            seed=seed,
+            seed=config.seed,
             input_img_mode="RGB" if in_chans == 3 else "L",
             # timm would keep the index of a large tar beside it, and trust it whatever becomes of the tar.
             **({} if name else {"cache_tarinfo": False}),
@@ -159,15 +164,15 @@ def open_timm_source(
     except (
         AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError, tarfile.TarError
     ) as error:  # fmt: skip
-        raise ValueError(f"timm cannot open --dataset {name or path} ({split}) at {path}: {error}") from error
+        raise UserError(f"timm cannot open --dataset {name or path} ({split}) at {path}: {error}") from error
     if isinstance(dataset, IterableDataset):
         if split != "train":
-            raise ValueError(f"--dataset {name} can only be streamed, which cannot promise to evaluate each image once")
+            raise UserError(f"--dataset {name} can only be streamed, which cannot promise to evaluate each image once")
         logger.warning("%s is streamed: a resumed run will not see the same images as an uninterrupted one", name)
-        return StreamSource(dataset, name, in_chans)
+        return StreamSource(dataset, name, in_chans, ignore_exif)
     if hasattr(dataset, "reader"):
-        return ReaderSource(dataset.reader, in_chans, sort_classes=not name)
-    return PillowSource(dataset, name, in_chans)
+        return ReaderSource(dataset.reader, in_chans, ignore_exif, sort_classes=not name)
+    return PillowSource(dataset, name, in_chans, ignore_exif)
 
 
 def _class_names(class_to_idx: dict | None) -> list[str] | None:

@@ -1,12 +1,11 @@
-"""Image transforms on uint8 tensors, and the normalisation that the engines apply on the device.
+"""Transforms of single images as uint8 tensors; normalisation and augmentation of whole batches on the device.
 
-The same distribution as the usual Pillow pipelines (torchvision's for pretraining, timm's for fine-tuning)
-and, for the same crop, within 2/255 of their pixels; faster, because images stay uint8 with the channels as
-the fastest axis in memory from the decoder to the batch, and become float32 only on the device. Randomness
-comes from the global generators, which the data set seeds for every sample.
+The same distribution as the usual Pillow pipelines (torchvision's for pretraining, timm's for fine-tuning) and, for the
+same crop, within 2/255 of their pixels; faster, because images stay uint8 with the channels as the fastest axis in
+memory from the decoder to the batch, and become float32 only on the device. Randomness comes from the global
+generators, which the data set seeds for every sample and the engine for every batch.
 """
 
-import argparse
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -18,7 +17,13 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment, posterize
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
 from torch import nn
+from torchvision.transforms import Compose
+
+from util.data.settings import BatchAugmentationSettings, SizeSettings, TransformSettings
+from util.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -30,22 +35,22 @@ class Normalize(nn.Module):
     """(x - mean) / std per channel, as float32; uint8 images are divided by 255 first, float images are not.
 
     imgs (B, C, H, W) or (C, H, W) -> the same shape, contiguous. `mean` and `std` have C values, in the units
-    of x. Raises ValueError on lengths that differ, a standard deviation that is not positive, and images of
+    of x. Raises UserError on lengths that differ, a standard deviation that is not positive, and images of
     another number of channels.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         if len(mean) != len(std):
-            raise ValueError(f"mean has {len(mean)} values and std {len(std)}: give one per channel for both")
+            raise UserError(f"mean has {len(mean)} values and std {len(std)}: give one per channel for both")
         if not all(value > 0 for value in std):
-            raise ValueError(f"std must be positive, got {tuple(std)}")
+            raise UserError(f"std must be positive, got {tuple(std)}")
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     def forward(self, imgs: torch.Tensor) -> torch.Tensor:
         if imgs.shape[-3] != len(self.mean):
-            raise ValueError(f"images have {imgs.shape[-3]} channels, mean and std have {len(self.mean)} values")
+            raise UserError(f"images have {imgs.shape[-3]} channels, mean and std have {len(self.mean)} values")
         unit = 255.0 if imgs.dtype == torch.uint8 else 1.0
         imgs = imgs.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         return imgs.sub_(unit * self.mean).div_(unit * self.std)
@@ -137,59 +142,82 @@ class OnPillow:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-class InOrder:
-    """Apply transforms one after the other."""
-
-    def __init__(self, *transforms: Callable[[torch.Tensor], torch.Tensor]):
-        self.transforms = transforms
-
-    def __call__(self, img: torch.Tensor) -> torch.Tensor:
-        for transform in self.transforms:
-            img = transform(img)
-        return img
+def pretrain_transform(config: SizeSettings) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Pretraining: a random crop of 20% to 100% of the area, resized to `config.input_size`; mirroring."""
+    return RandomCropAndFlip(config.input_size, scale=(0.2, 1.0))
 
 
-def pretrain_transform(args: argparse.Namespace) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Pretraining: a random crop of 20 to 100 % of the area, resized to `args.input_size`; mirroring."""
-    return RandomCropAndFlip(args.input_size, scale=(0.2, 1.0))
+def train_transform(config: TransformSettings) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Fine-tuning: a random crop of 8% to 100% of the area, mirroring, timm's augmentation named `config.aa`.
 
-
-def train_transform(args: argparse.Namespace) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Fine-tuning: a random crop of 8 to 100 % of the area, mirroring, timm's augmentation named `args.aa`.
-
-    Without `args.aa`, colour jitter (`args.color_jitter`) instead. Both are defined for photos: with
-    `args.in_chans` other than 3 they are left out, with a warning. Random erasing is the engine's, on the
-    device. Raises ValueError when timm does not know `args.aa`.
+    Without `config.aa`, colour jitter (`config.color_jitter`) instead. Both are defined for photos: with
+    `config.in_chans` other than 3 they are left out, with a warning. Raises UserError when timm does not know
+    `config.aa`.
     """
-    crop = RandomCropAndFlip(args.input_size, scale=(0.08, 1.0))
-    if not args.aa and not args.color_jitter:
+    crop = RandomCropAndFlip(config.input_size, scale=(0.08, 1.0))
+    if not config.aa and not config.color_jitter:
         return crop
-    if args.in_chans != 3:
-        logger.warning("auto-augment and colour jitter need 3 channels; with --in_chans %d they are off", args.in_chans)
+    if config.in_chans != 3:
+        logger.warning(
+            "auto-augment and colour jitter need 3 channels; with --in_chans %d they are off", config.in_chans
+        )
         return crop
     try:
         _, augment, _ = create_transform(
-            args.input_size,
+            config.input_size,
             is_training=True,
-            auto_augment=args.aa or None,
-            color_jitter=args.color_jitter,
+            auto_augment=config.aa or None,
+            color_jitter=config.color_jitter,
             interpolation="bicubic",
-            mean=args.mean,
-            std=args.std,
+            mean=config.mean,
+            std=config.std,
             separate=True,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"--aa {args.aa!r} is not an augmentation that timm knows, e.g. rand-m9-mstd0.5-inc1"
+        raise UserError(
+            f"--aa {config.aa!r} is not an augmentation that timm knows, e.g. rand-m9-mstd0.5-inc1"
         ) from error
     for transform in augment.transforms:
         _posterize_to_black(transform)
-    return InOrder(crop, OnPillow(augment))
+    return Compose([crop, OnPillow(augment)])
 
 
-def eval_transform(args: argparse.Namespace) -> Callable[[torch.Tensor], torch.Tensor]:
+def eval_transform(config: SizeSettings) -> Callable[[torch.Tensor], torch.Tensor]:
     """Evaluation: resize to input_size / 0.875 and crop the centre; above 224 pixels no margin (ratio 1)."""
-    return ResizeAndCentreCrop(args.input_size, CROP_RATIO if max(args.input_size) <= 224 else 1.0)
+    return ResizeAndCentreCrop(config.input_size, CROP_RATIO if max(config.input_size) <= 224 else 1.0)
+
+
+class BatchAugmentation:
+    """Fine-tuning's augmentation of a batch on the device: timm's random erasing, then its mixup and cutmix.
+
+    (imgs (B, C, H, W), targets (B,) int64) -> imgs of the same shape, changed in place, and targets: class
+    distributions (B, num_classes), with the label smoothing in them, where `uses_mixup(config)`; else as they were.
+    imgs are normalised, since erased areas get noise of mean 0 and standard deviation 1; B is even with mixup.
+    """
+
+    def __init__(self, config: BatchAugmentationSettings, num_classes: int, device: torch.device):
+        self.erase = RandomErasing(config.reprob, mode=config.remode, max_count=config.recount, device=device)
+        self.mix = None
+        if uses_mixup(config):
+            self.mix = Mixup(
+                mixup_alpha=config.mixup,
+                cutmix_alpha=config.cutmix,
+                cutmix_minmax=config.cutmix_minmax,
+                prob=config.mixup_prob,
+                switch_prob=config.mixup_switch_prob,
+                mode=config.mixup_mode,
+                label_smoothing=config.smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, imgs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        imgs = self.erase(imgs)
+        return (imgs, targets) if self.mix is None else self.mix(imgs, targets)
+
+
+def uses_mixup(config: BatchAugmentationSettings) -> bool:
+    """Whether `config` asks for mixup or cutmix, whose targets are class distributions."""
+    return config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
 
 
 def _posterize_to_black(transform: Callable) -> None:

@@ -1,0 +1,167 @@
+"""Where images come from: what `--data_path` and `--dataset` name, opened.
+
+`--data_path DIR` holds `train/` (and `val/`) with one folder per class, as torchvision's ImageFolder; for pretraining
+also a folder of images without classes, however nested, directly in DIR or in DIR/train.
+`--data_path LIST` is a text file with one image per line, relative to the list's folder, optionally followed by a space
+or tab and an integer label: `photos/cat 2.jpg 17`. A number is a label only behind a known image extension, so names
+may contain spaces.
+`--data_path FILE.tar` is a tar of images (for validation too: `DIR/train.tar` and `DIR/val.tar`).
+`--dataset NAME` is any name that `timm.data.create_dataset` knows (`torch/cifar10`, `hfds/...`, `wds/...`, ...), with
+`--data_path` as its root.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from util.data.decoding import decode
+from util.data.image_index import IMAGE_EXTENSIONS, ImageIndex, StringTable, abbreviate, class_folders, load_index
+from util.data.settings import DataSettings
+from util.data.timm_source import open_timm_source
+from util.errors import UserError, unreadable_is_user_error
+
+FOLDER_DATASETS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
+MAX_CLASSES = 100_000  # a larger number behind a file name in a list is no label
+LIST_LINE = re.compile(rf"(.*(?:{'|'.join(map(re.escape, IMAGE_EXTENSIONS))}))(?:[ \t]+(\d{{1,18}}))?", re.IGNORECASE)
+
+
+class Source(Protocol):
+    """Images by number, decoded.
+
+    classes: names of the classes; None without labels.
+    targets: labels (number of images,) where they are known without reading the images, else None.
+    """
+
+    classes: list[str] | None
+    targets: np.ndarray | None
+
+    def __len__(self) -> int: ...
+
+    def path(self, i: int) -> str:
+        """What to call image `i` in a message: its path, where it has one."""
+
+    def read(self, i: int) -> tuple[torch.Tensor, int]:
+        """Image (in_chans, h, w) and label, -1 without. Raises BadImageError or OSError."""
+
+
+class FileSource:
+    """Images in files: a `Source`."""
+
+    def __init__(self, index: ImageIndex, in_chans: int, ignore_exif: bool):
+        self.index, self.in_chans, self.ignore_exif = index, in_chans, ignore_exif
+        self.classes = index.classes
+        self.targets = None if index.classes is None else index.targets
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def path(self, i: int) -> str:
+        return self.index.path(i)
+
+    def read(self, i: int) -> tuple[torch.Tensor, int]:
+        with open(self.path(i), "rb", buffering=0) as file:
+            data = file.readall()
+        return decode(data, self.in_chans, self.ignore_exif), int(self.index.targets[i])
+
+
+def open_source(config: DataSettings, split: str, require_labels: bool) -> Source:
+    """The images of `split` ('train' or 'val') that `config` names (see the module's docstring).
+
+    `require_labels`: unlabelled images and empty class folders are errors. The classes of 'val' are those of the
+    training images, where there are any. Raises UserError.
+    """
+    path = Path(config.data_path)
+    if config.dataset not in FOLDER_DATASETS:
+        source = open_timm_source(config.dataset, path, split, config)
+    elif (tar := _tar_file(path, split)) is not None:
+        source = open_timm_source("", tar, split, config)
+        train_classes = _train_classes(path, config) if split == "val" else None
+        if train_classes is not None and source.classes != train_classes:
+            different = sorted(set(source.classes or ()) ^ set(train_classes))
+            raise UserError(f"{tar} and the training images differ in their classes: {abbreviate(different)}")
+    elif path.is_file():
+        source = FileSource(_read_list(path, split), config.in_chans, config.ignore_exif)
+    elif path.is_dir():
+        index = _folder_index(path, split, require_labels)
+        if split == "val" and (train_classes := _train_classes(path, config)) is not None:
+            index = index.with_classes(train_classes)
+        source = FileSource(index, config.in_chans, config.ignore_exif)
+    else:
+        raise UserError(f"--data_path {config.data_path} does not exist; give a folder of images, or a list of them")
+    if require_labels and source.classes is None:
+        raise UserError(f"the images of {config.data_path} ({split}) have no labels: put them in one folder per class")
+    return source
+
+
+def _tar_file(data_path: Path, split: str) -> Path | None:
+    """The tar file that holds `split`, if `data_path` is one or a folder of them."""
+    if data_path.suffix == ".tar":
+        if split != "train":
+            raise UserError(
+                f"--data_path {data_path} is a tar of training images; evaluation needs a folder with "
+                f"train.tar and val.tar in it"
+            )
+        return data_path
+    tar, folder = data_path / f"{split}.tar", data_path / split
+    if tar.is_file() and folder.is_dir():
+        raise UserError(f"both {tar} and {folder} are there: which holds the {split} images? Move the other elsewhere")
+    return tar if tar.is_file() else None
+
+
+def _folder_index(data_path: Path, split: str, require_labels: bool) -> ImageIndex:
+    folder = data_path / split
+    if not folder.is_dir():
+        if require_labels:
+            raise UserError(f"{folder} does not exist; it must hold the {split} images, one folder per class")
+        folder = data_path
+    index = load_index(folder)
+    if not require_labels:
+        return index
+    if index.classes is None:
+        raise UserError(
+            f"{index.path(0)!r} lies outside any class folder; labels need one folder per class in {folder}"
+        )
+    if empty := index.empty_classes():
+        raise UserError(f"class folders without any image in {folder}: {abbreviate(empty)}")
+    return index
+
+
+def _train_classes(data_path: Path, config: DataSettings) -> list[str] | None:
+    """The classes of the training images below `data_path`; None where there are none."""
+    if (tar := _tar_file(data_path, "train")) is not None:
+        return open_timm_source("", tar, "train", config).classes
+    return class_folders(data_path / "train") if (data_path / "train").is_dir() else None
+
+
+def _read_list(path: Path, split: str) -> ImageIndex:
+    """The index of a text file that lists images (see the module's docstring)."""
+    if split != "train":
+        raise UserError(f"--data_path {path} is a list of training images; evaluation needs a folder with 'val' in it")
+    with unreadable_is_user_error(f"cannot read the image list {path}"):
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    names, labels = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        match = LIST_LINE.fullmatch(line.rstrip())
+        if match is None:
+            raise UserError(
+                f"{path}, line {number}: expected an image file ({', '.join(IMAGE_EXTENSIONS)}), optionally "
+                f"followed by a space and an integer label, got {line[:200]!r}"
+            )
+        names.append(os.fsencode(match[1]))
+        labels.append(-1 if match[2] is None else int(match[2]))
+        if labels[-1] >= MAX_CLASSES:
+            raise UserError(f"{path}, line {number}: a label is a class from 0 to {MAX_CLASSES - 1}, got {match[2]}")
+    if not names:
+        raise UserError(f"the image list {path} is empty; write one image file per line")
+    if min(labels) < 0 <= max(labels):
+        raise UserError(
+            f"{path}: line {labels.index(-1) + 1} has no label, but others have; give all lines one, or none"
+        )
+    classes = [str(i) for i in range(max(labels) + 1)] if max(labels) >= 0 else None
+    return ImageIndex(str(path.resolve().parent), StringTable.of(names), np.array(labels, dtype=np.int32), classes)
