@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from models_swin import classification_loss
 from util.data.decoding import BadImageError
 from util.data.transforms import Normalize
 from util.run import distributed
@@ -18,49 +19,40 @@ from util.seeding import seed_all
 TOP = 5
 
 
-def train_one_epoch(
-    run: Run,
-    criterion: nn.Module,
-    random_erasing: Callable[[Tensor], Tensor],
-    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-) -> float:
+def train_one_epoch(run: Run, augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> float:
     """Train on what is left of the current epoch; returns the last learning rate.
 
     Args:
         run: whose model is the classifier.
-        criterion: loss of (logits, targets).
-        random_erasing: applied to the normalised batch.
-        mixup: mixup and cutmix of a batch, turning targets into class distributions; None for neither.
+        augment: random erasing, mixup and cutmix of a normalised batch; targets may become class distributions.
 
     Raises:
         NonFiniteError, Preempted: see `Run.finish_step`.
         BadImageError: for a label outside the classes.
     """
-    args, state, progress = run.args, run.state, run.state.progress
-    run.model.train(not args.freeze_encoder)
-    lr = last_learning_rate(progress.epoch, run.steps_per_epoch, args)  # for an epoch that was resumed at its end
+    config, state, progress = run.config, run.state, run.state.progress
+    run.model.train(not config.freeze_encoder)
+    lr = last_learning_rate(progress.epoch, run.steps_per_epoch, config)  # for an epoch that was resumed at its end
     meter, batches = run.start_epoch()
     while progress.step_in_epoch < run.steps_per_epoch:
-        lr = adjust_learning_rate(state.optimizer, progress.fraction(run.steps_per_epoch), args)
+        lr = adjust_learning_rate(state.optimizer, progress.fraction(run.steps_per_epoch), config)
         loss, batch = 0.0, []
-        for micro in range(args.accum_iter):
-            imgs, targets = meter.wait_for(batches)
-            check_targets(targets, args.nb_classes)
+        for micro in range(config.accum_iter):
+            imgs, targets = meter.next_batch(batches)
+            check_targets(targets, state.model.num_classes)
             keys = run.step_keys(micro)
             seed_all(*keys)  # for random erasing, mixup and drop path
             batch.append({"imgs": imgs, "targets": targets, "keys": keys})
-            imgs = random_erasing(run.normalize(imgs.to(run.device, non_blocking=True)))
-            targets = targets.to(run.device, non_blocking=True)
-            if mixup is not None:
-                imgs, targets = mixup(imgs, targets)
+            imgs = run.normalize(imgs.to(run.device, non_blocking=True))
+            imgs, targets = augment(imgs, targets.to(run.device, non_blocking=True))
             with run.gradients_in_sync(micro):
-                with autocast(args.precision, run.device):
-                    micro_loss = criterion(run.model(imgs).float(), targets)
-                micro_loss = micro_loss / args.accum_iter
+                with autocast(config.precision, run.device):
+                    micro_loss = classification_loss(run.model(imgs).float(), targets, config.smoothing)
+                micro_loss = micro_loss / config.accum_iter
                 backward(micro_loss, state.scaler)
             loss = loss + micro_loss.detach()
         run.guard.check()  # of the step before, which a GPU has finished by now
-        grad_norm = clip_and_step(state.optimizer, state.scaler, state.model.parameters(), args.clip_grad)
+        grad_norm = clip_and_step(state.optimizer, state.scaler, state.model.parameters(), config.clip_grad)
         if state.model_ema is not None:
             state.model_ema.update(state.model)
         run.finish_step(meter, lr, loss, grad_norm, batch)

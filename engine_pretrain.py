@@ -11,26 +11,27 @@ def train_one_epoch(run: Run) -> float:
     Raises:
         NonFiniteError, Preempted: see `Run.finish_step`.
     """
-    args, state, progress = run.args, run.state, run.state.progress
+    config, state, progress = run.config, run.state, run.state.progress
     run.model.train()
-    lr = last_learning_rate(progress.epoch, run.steps_per_epoch, args)  # for an epoch that was resumed at its end
+    lr = last_learning_rate(progress.epoch, run.steps_per_epoch, config)  # for an epoch that was resumed at its end
     meter, batches = run.start_epoch()
     while progress.step_in_epoch < run.steps_per_epoch:
-        lr = adjust_learning_rate(state.optimizer, progress.fraction(run.steps_per_epoch), args)
+        lr = adjust_learning_rate(state.optimizer, progress.fraction(run.steps_per_epoch), config)
         loss, batch = 0.0, []
-        for micro in range(args.accum_iter):
-            imgs, _ = meter.wait_for(batches)
+        for micro in range(config.accum_iter):
+            imgs, _ = meter.next_batch(batches)
             keys = run.step_keys(micro)
-            mask = state.model.random_masking(args.mask_ratio, keyed_generator(*keys))
-            seed_all(*keys)  # for drop path
+            mask = state.model.random_masking(config.mask_ratio, keyed_generator(*keys))
+            keys = (*keys, "drop path")  # independent of the mask
+            seed_all(*keys)
             batch.append({"imgs": imgs, "mask": mask, "keys": keys})
             with run.gradients_in_sync(micro):
-                with autocast(args.precision, run.device):
+                with autocast(config.precision, run.device):
                     micro_loss, _, _ = run.model(run.normalize(imgs.to(run.device, non_blocking=True)), mask=mask)
-                micro_loss = micro_loss / args.accum_iter
+                micro_loss = micro_loss / config.accum_iter
                 backward(micro_loss, state.scaler)
             loss = loss + micro_loss.detach()
         run.guard.check()  # of the step before, which a GPU has finished by now
-        grad_norm = clip_and_step(state.optimizer, state.scaler, state.model.parameters(), args.clip_grad)
+        grad_norm = clip_and_step(state.optimizer, state.scaler, state.model.parameters(), config.clip_grad)
         run.finish_step(meter, lr, loss, grad_norm, batch)
     return lr

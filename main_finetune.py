@@ -18,279 +18,276 @@ import argparse
 import csv
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import timm
 import torch
-from timm.data.mixup import Mixup
-from timm.data.random_erasing import RandomErasing
 from timm.layers import trunc_normal_
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from engine_finetune import Evaluation, check_targets, evaluate, train_one_epoch
-from util.data.datasets import build_dataset, build_loader
+from models_swin import SwinTransformer
+from util.data.datasets import ImageDataset, build_dataset, build_loader
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
-from util.data.transforms import Normalize, eval_transform, train_transform
-from util.run import config as arguments
+from util.data.transforms import BatchAugmentation, Normalize, eval_transform, train_transform, uses_mixup
+from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
-from util.run.logger import describe_environment, setup_logging
-from util.run.optim import make_scaler, param_groups_layer_decay, resolve_precision
+from util.run.config import (
+    BELOW_1,
+    FREE,
+    NOT_NEGATIVE,
+    PROBABILITY,
+    Config,
+    TrainingConfig,
+    flag,
+    get_parser,
+    resolve,
+)
+from util.run.failures import user_errors
+from util.run.launch import Launch
+from util.run.logger import log_environment, setup_logging
+from util.run.metrics import count_work
+from util.run.optim import make_scaler, param_groups_layer_decay
 from util.run.preemption import Preemption
-from util.run.session import Run, count_work, ending, open_run
+from util.run.session import Run, Start, find_start, open_run, orderly_end
 from util.run.state import Progress, TrainingState
 from util.seeding import seed_all
 from util.weights.layouts import load_classifier, load_encoder
-from util.weights.source import read_weights
+from util.weights.settings import model_arguments, weight_settings
+from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_MODEL = "swin_base_w14"
 HEAD_INIT_STD = 2e-5  # of a fresh head on a pretrained encoder: it starts at equal probabilities
 
 
+@dataclass(frozen=True)
+class FinetuningFlags(Config):
+    TITLE: ClassVar[str] = "fine-tuning"
+
+    # FREE: a checkpoint of another number of classes does not fit the model.
+    nb_classes: int | None = flag(None, "classes (default: those of the data)", "N", on_resume=FREE)
+    layer_decay: float = flag(
+        0.7,
+        "factor of the learning rate from a layer to the one below",
+        "X",
+        (lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
+    )
+    freeze_encoder: bool = flag(False, "train the head alone (linear probe)")
+    reset_head: bool = flag(False, "draw the head anew even where the weights hold one that fits", on_resume=FREE)
+    smoothing: float = flag(0.1, "label smoothing", "X", BELOW_1)
+    model_ema: bool = flag(False, "average the weights, and evaluate the average too")
+    model_ema_decay: float = flag(0.9999, "decay of the average per step", "X", PROBABILITY)
+
+
+@dataclass(frozen=True)
+class AugmentationFlags(Config):
+    TITLE: ClassVar[str] = "augmentation"
+
+    aa: str = flag("rand-m9-mstd0.5-inc1", "timm's auto-augment; '' for none", "POLICY")
+    color_jitter: float | None = flag(None, "colour jitter, where --aa is '' (default: none)", "X", NOT_NEGATIVE)
+    reprob: float = flag(0.25, "probability of random erasing", "P", PROBABILITY)
+    remode: str = flag("pixel", "what erased areas become", choices=("const", "rand", "pixel"))
+    recount: int = flag(1, "most areas erased per image", "N")
+    resplit: bool = flag(False, "accepted, without effect, for the authors' command lines", on_resume=FREE)
+    mixup: float = flag(0.0, "mixup; 0: off", "ALPHA")
+    cutmix: float = flag(0.0, "cutmix; 0: off", "ALPHA")
+    cutmix_minmax: tuple[float, float] | None = flag(
+        None,
+        "least and greatest cutmix size, instead of alpha",
+        ("MIN", "MAX"),
+        (lambda value: 0 <= value[0] <= value[1] <= 1, "takes MIN and MAX, 0 <= MIN <= MAX <= 1"),
+    )
+    mixup_prob: float = flag(1.0, "probability of either, when on", "P", PROBABILITY)
+    mixup_switch_prob: float = flag(0.5, "probability of cutmix, when both are on", "P", PROBABILITY)
+    mixup_mode: str = flag("batch", "for whom one draw holds", choices=("batch", "pair", "elem"))
+
+
+@dataclass(frozen=True)
+class EvaluationFlags(Config):
+    TITLE: ClassVar[str] = "evaluation"
+
+    eval: bool = flag(False, "only evaluate the weights of --finetune or --resume", on_resume=FREE)
+    dist_eval: bool = flag(False, "accepted; evaluation always uses all ranks and is always exact", on_resume=FREE)
+    per_class: bool = flag(False, "with --eval: print top-1 per class", on_resume=FREE)
+    predictions: str = flag("", "with --eval: write the top-5 of every image", "FILE.csv", on_resume=FREE)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(FinetuningFlags, AugmentationFlags, EvaluationFlags, TrainingConfig):
+    DEFAULTS: ClassVar[dict] = dict(drop_path=0.1, epochs=100, blr=5e-4, min_lr=1e-6, warmup_epochs=5)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if uses_mixup(self) and self.batch_size % 2:
+            raise UserError(
+                f"mixup and cutmix pair the images of a batch: --batch_size must be even, got {self.batch_size} "
+                "(or use --mixup 0 --cutmix 0)"
+            )
+        if (self.per_class or self.predictions) and not self.eval:
+            raise UserError("--per_class and --predictions go with --eval")
+        if self.eval and self.weights_to_evaluate in ("", "auto"):
+            raise UserError("--eval needs the weights to evaluate: --finetune WEIGHTS (or --resume PATH)")
+        if self.freeze_encoder and not (self.finetune or self.resume):
+            logger.warning("--freeze_encoder without --finetune probes an encoder of random weights")
+
+    @property
+    def weights_to_evaluate(self) -> str:
+        return self.finetune or self.resume
+
+
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description="Fine-tune, linear-probe or evaluate a classifier.",
-        formatter_class=arguments.HelpFormatter,
-    )
-    arguments.add_model_arguments(parser, "swin_base_w14", arguments.CLASSIFIER_MODELS, drop_path=0.1)
-    group = parser.add_argument_group("fine-tuning")
-    group.add_argument("--nb_classes", type=int, metavar="N", help="classes (default: those of the data)")
-    group.add_argument(
-        "--layer_decay", type=float, default=0.7, metavar="X", help="learning rate from a layer to the next"
-    )
-    group.add_argument("--freeze_encoder", action="store_true", help="train the head alone (linear probe)")
-    group.add_argument("--smoothing", type=float, default=0.1, metavar="X", help="label smoothing")
-    group.add_argument("--model_ema", action="store_true", help="average the weights, and evaluate the average too")
-    group.add_argument(
-        "--model_ema_decay", type=float, default=0.9999, metavar="X", help="decay of the average per step"
-    )
-    group = parser.add_argument_group("augmentation")
-    group.add_argument(
-        "--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's auto-augment; '' for none"
-    )
-    group.add_argument(
-        "--color_jitter", type=float, metavar="X", help="colour jitter, where --aa is '' (default: none)"
-    )
-    group.add_argument("--reprob", type=float, default=0.25, metavar="P", help="probability of random erasing")
-    group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what erased areas become")
-    group.add_argument("--recount", type=int, default=1, metavar="N", help="most areas erased per image")
-    group.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="mixup; 0: off")
-    group.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA", help="cutmix; 0: off")
-    group.add_argument(
-        "--cutmix_minmax", type=float, nargs=2, metavar=("MIN", "MAX"), help="cutmix size range, over alpha"
-    )
-    group.add_argument("--mixup_prob", type=float, default=1.0, metavar="P", help="probability of either, when on")
-    group.add_argument("--mixup_switch_prob", type=float, default=0.5, metavar="P", help="of cutmix, when both are on")
-    group.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="one draw for whom")
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval", action="store_true", help="only evaluate the weights of --finetune or --resume")
-    group.add_argument(
-        "--dist_eval", action="store_true", help="accepted; evaluation always uses all ranks and is always exact"
-    )
-    group.add_argument("--per_class", action="store_true", help="with --eval: print top-1 per class")
-    group.add_argument(
-        "--predictions", default="", metavar="FILE.csv", help="with --eval: write the top-5 of every image"
-    )
-    arguments.add_optimizer_arguments(parser, batch_size=64, epochs=100, blr=5e-4, min_lr=1e-6, warmup_epochs=5)
-    arguments.add_data_arguments(parser)
-    arguments.add_run_arguments(parser)
-    return parser
+    return get_parser(FinetuneConfig, "Fine-tune, linear-probe or evaluate a classifier.")
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Check fine-tuning's own flags; raises ValueError."""
-    if not 0 <= args.smoothing < 1:
-        raise ValueError(f"--smoothing must be at least 0 and below 1, got {args.smoothing}")
-    if args.color_jitter is not None and args.color_jitter < 0:
-        raise ValueError(f"--color_jitter must not be negative, got {args.color_jitter}")
-    if args.cutmix_minmax is not None and not 0 <= args.cutmix_minmax[0] <= args.cutmix_minmax[1] <= 1:
-        raise ValueError(f"--cutmix_minmax takes MIN and MAX, 0 <= MIN <= MAX <= 1, got {args.cutmix_minmax}")
-    for name in ("reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name} must lie between 0 and 1, got {getattr(args, name)}")
-    if not 0 < args.layer_decay <= 1:
-        raise ValueError(f"--layer_decay must lie above 0 and not above 1, got {args.layer_decay}")
-    if uses_mixup(args) and args.batch_size % 2:
-        raise ValueError(
-            f"mixup and cutmix pair the images of a batch: --batch_size must be even, got {args.batch_size} "
-            "(or use --mixup 0 --cutmix 0)"
-        )
-    if (args.per_class or args.predictions) and not args.eval:
-        raise ValueError("--per_class and --predictions go with --eval")
-    if args.freeze_encoder and not (args.finetune or args.resume):
-        logger.warning("--freeze_encoder without --finetune probes an encoder of random weights")
-
-
-def uses_mixup(args: argparse.Namespace) -> bool:
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-def check_classes(args: argparse.Namespace, dataset) -> None:
-    """Make --nb_classes agree with the data set; raises ValueError when it cannot."""
-    found = len(dataset.classes) if dataset.classes else None
-    if args.nb_classes is None:
-        if found is None:
-            raise ValueError("the data set does not tell its number of classes: give --nb_classes")
-        args.nb_classes = found
-    elif found is not None and found != args.nb_classes:
-        raise ValueError(f"--nb_classes {args.nb_classes} contradicts the {found} classes in {args.data_path}")
-    if args.nb_classes < 2:
-        raise ValueError(f"classification needs at least 2 classes, found {args.nb_classes} in {args.data_path}")
-    if dataset.targets is not None:
-        check_targets(torch.as_tensor(dataset.targets), args.nb_classes)
-
-
-def build_validation(args: argparse.Namespace, launch: distributed.Launch) -> DataLoader:
-    dataset = build_dataset(args, "val", eval_transform(args))
-    check_classes(args, dataset)
-    return build_loader(dataset, EvalBatchSampler(len(dataset), args.batch_size, launch.rank, launch.world_size), args)
-
-
-def build_classifier(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    seed_all(args.seed, "weights")  # the same initial weights on every rank
-    model = timm.create_model(args.model, num_classes=args.nb_classes, **arguments.model_shape(args))
-    model.set_grad_checkpointing(args.grad_checkpointing)
-    return model.to(device)
-
-
-def resolve_model(args: argparse.Namespace, device: torch.device) -> None:
-    """Fill in the model's name and input size, which the transforms need before there is a model."""
-    args.model = arguments.resolve_model_name(
-        args.model, arguments.CLASSIFIER_MODELS, arguments.AUTHORS_CLASSIFIER_NAMES
-    )
-    args.precision = resolve_precision(args.precision, device)
-    if args.input_size is None:
-        args.input_size = tuple(timm.get_pretrained_cfg(args.model).input_size[1:])
-
-
-def prepare(args: argparse.Namespace, launch: distributed.Launch, preemption: Preemption) -> tuple[Run, DataLoader]:
-    """Everything before the first step: the run, and the validation images.
+def count_classes(config: FinetuneConfig, dataset: ImageDataset) -> int:
+    """The number of classes, which --nb_classes and the data set must agree on.
 
     Raises:
-        ValueError, OSError: for what the user can put right.
+        UserError: they do not, or neither tells.
     """
-    device = args.device
-    check_arguments(args)
-    dataset = build_dataset(args, "train", train_transform(args), require_labels=True)
-    check_classes(args, dataset)
-    sampler = TrainBatchSampler(
-        len(dataset), args.batch_size, args.accum_iter, launch.rank, launch.world_size, args.seed
+    found = len(dataset.classes) if dataset.classes else None
+    number = config.nb_classes or found
+    if number is None:
+        raise UserError("the data set does not tell its number of classes: give --nb_classes")
+    if found not in (None, number):
+        raise UserError(f"--nb_classes {number} contradicts the {found} classes in {config.data_path}")
+    if number < 2:
+        raise UserError(f"classification needs at least 2 classes, found {number} in {config.data_path}")
+    if dataset.targets is not None:
+        check_targets(torch.as_tensor(dataset.targets), number)
+    return number
+
+
+def build_validation(config: FinetuneConfig, launch: Launch) -> DataLoader:
+    dataset = build_dataset(config, "val", eval_transform(config))
+    sampler = EvalBatchSampler(len(dataset), config.batch_size, launch.rank, launch.world_size)
+    return build_loader(dataset, sampler, config, launch.device)
+
+
+def build_classifier(config: FinetuneConfig, num_classes: int) -> SwinTransformer:
+    seed_all(config.seed, "weights")  # the same initial weights on every rank
+    model: SwinTransformer = timm.create_model(
+        config.model, num_classes=num_classes, drop_path_rate=config.drop_path, **model_arguments(config)
     )
-    loader = build_loader(dataset, sampler, args)
-    validation = build_validation(args, launch)
-    model = build_classifier(args, device)
-    if args.freeze_encoder:
+    model.set_grad_checkpointing(config.grad_checkpointing)
+    if config.freeze_encoder:
         model.requires_grad_(False)
         model.head.requires_grad_(True)
+    return model
+
+
+def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Preemption) -> tuple[Run, DataLoader]:
+    """Everything before the first step: the run, and the validation images."""
+    dataset = build_dataset(config, "train", train_transform(config), require_labels=True)
+    num_classes = count_classes(config, dataset)
+    sampler = TrainBatchSampler(
+        len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
+    )
+    loader = build_loader(dataset, sampler, config, launch.device)
+    validation = build_validation(config, launch)
+    count_classes(config, validation.dataset)
+    model = build_classifier(config, num_classes).to(launch.device)
     if launch.rank == 0:
         parameters, multiply_adds = count_work(model, 1)
         logger.info(
             "%s at %dx%d, %d classes: %.1f M parameters, %.2f G multiply-adds per image, %s",
-            args.model, *model.img_size, args.nb_classes, parameters / 1e6, multiply_adds / 1e9, args.precision,
+            config.model, *model.img_size, num_classes, parameters / 1e6, multiply_adds / 1e9, config.precision,
         )  # fmt: skip
-    optimizer = torch.optim.AdamW(
-        param_groups_layer_decay(model, args.weight_decay, args.layer_decay), lr=args.lr, betas=(0.9, 0.999), fused=True
-    )
-    model_ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
-    if args.compile:
+    groups = param_groups_layer_decay(model, config.weight_decay, config.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
+    model_ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
+    if config.compile:
         model.compile_blocks()
-    state = TrainingState(model, optimizer, make_scaler(args.precision, device), args, Progress(), model_ema)
+    scaler = make_scaler(config.precision, launch.device)
+    state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress(), model_ema)
 
-    def load_start() -> None:
-        weights, source = read_weights(args.finetune)
+    def load_weights(weights: dict[str, Tensor], source: WeightsInfo) -> None:
+        if config.reset_head:
+            weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
         report = load_encoder(model, weights, source)
         logger.info("%s", report)
         if "head.weight" not in report.loaded:
-            seed_all(args.seed, "head")
+            seed_all(config.seed, "head")
             trunc_normal_(model.head.weight, std=HEAD_INIT_STD)
 
-    return open_run(args, device, state, loader, Normalize(args.mean, args.std), preemption, load_start), validation
-
-
-def build_criterion(args: argparse.Namespace) -> tuple[nn.Module, Mixup | None]:
-    """The loss, and mixup with it: mixed targets carry the label smoothing themselves."""
-    if uses_mixup(args):
-        mixup = Mixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=args.nb_classes,
-        )
-        return SoftTargetCrossEntropy(), mixup
-    return (LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()), None
+    normalize = Normalize(config.mean, config.std)
+    return open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights), validation
 
 
 def train(run: Run, validation: DataLoader) -> None:
     """All epochs, each followed by an evaluation."""
-    args, state, progress = run.args, run.state, run.state.progress
-    criterion, mixup = build_criterion(args)
-    erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=run.device)
+    config, state, progress = run.config, run.state, run.state.progress
+    augment = BatchAugmentation(config, state.model.num_classes, run.device)
     final = None  # result of the plain weights after the last epoch
-    while progress.epoch < args.epochs:
+    while progress.epoch < config.epochs:
         start = time.time()
-        lr = train_one_epoch(run, criterion, erasing, mixup)
-        final = result = evaluate(state.model, validation, run.normalize, args.precision, run.device)
+        lr = train_one_epoch(run, augment)
+        final = result = evaluate(state.model, validation, run.normalize, config.precision, run.device)
         record = {"train_lr": lr, "test_loss": result.loss, "test_acc1": result.acc1, "test_acc5": result.acc5}
         if state.model_ema is not None:
-            result = evaluate(state.model_ema.module, validation, run.normalize, args.precision, run.device)
+            result = evaluate(state.model_ema.module, validation, run.normalize, config.precision, run.device)
             record |= {"test_ema_loss": result.loss, "test_ema_acc1": result.acc1, "test_ema_acc5": result.acc5}
-        # By the averaged weights where there are any. The first epoch is the best so far whatever it gives.
-        best = result.acc1 > progress.best_acc1 or progress.epoch == args.start_epoch
-        progress.best_acc1 = max(progress.best_acc1, result.acc1)
+        # By the averaged weights where there are any. The first one known is the best so far whatever it gives.
+        best = progress.best_acc1 is None or result.acc1 > progress.best_acc1
+        progress.best_acc1 = result.acc1 if best else progress.best_acc1
         run.finish_epoch({**record, "best_acc1": progress.best_acc1, "seconds": time.time() - start}, best)
     if final is None:  # resumed when all was done
-        final = evaluate(state.model, validation, run.normalize, args.precision, run.device)
-    logger.info(describe_result(args, final, f"{args.output_dir}/checkpoint.pth"))
-    averaged = ": its averaged weights, --eval --model_ema" if args.model_ema else ""
-    logger.info("best top-1 of all epochs: %.3f %% (checkpoint-best.pth%s)", progress.best_acc1, averaged)
+        final = evaluate(state.model, validation, run.normalize, config.precision, run.device)
+    logger.info(describe_result(config, final, f"{config.output_dir}/checkpoint.pth"))
+    if progress.best_acc1 is not None:  # unknown in a finished run of the authors' program
+        averaged = ": its averaged weights, --eval --model_ema" if config.model_ema else ""
+        logger.info("best top-1 of all epochs: %.3f%% (checkpoint-best.pth%s)", progress.best_acc1, averaged)
 
 
-def describe_result(args: argparse.Namespace, result: Evaluation, checkpoint: str) -> str:
+def describe_result(config: FinetuneConfig, result: Evaluation, checkpoint: str) -> str:
     """One line that stands for itself."""
     return (
-        f"result: top-1 {result.acc1:.3f} %, top-5 {result.acc5:.3f} %, loss {result.loss:.4f} of {checkpoint} "
-        f"({args.model} at {args.input_size[0]}x{args.input_size[1]}) on {result.images} images of {args.data_path}"
+        f"result: top-1 {result.acc1:.3f}%, top-5 {result.acc5:.3f}%, loss {result.loss:.4f} of {checkpoint} "
+        f"({config.model} at {config.input_size[0]}x{config.input_size[1]}) on {result.images} images of "
+        f"{config.data_path}"
     )
 
 
-def evaluate_only(args: argparse.Namespace, launch: distributed.Launch) -> None:
+def evaluate_only(flags: argparse.Namespace, launch: Launch) -> None:
     """`--eval`: classify the validation images with the weights of --finetune or --resume."""
-    source = args.finetune or args.resume
-    with arguments.user_errors():
-        if not source or source == "auto":
-            raise ValueError("--eval needs the weights to evaluate: --finetune WEIGHTS (or --resume PATH)")
-        weights, info = read_weights(source, ema=args.model_ema)
-        validation = build_validation(args, launch)
-        model = build_classifier(args, args.device)
-        logger.info("%s", load_classifier(model, weights, info))
-        if args.predictions and distributed.is_main_process():  # while an evaluation is not yet lost
-            Path(args.predictions).parent.mkdir(parents=True, exist_ok=True)
-            open(args.predictions, "ab").close()
-        normalize = Normalize(args.mean, args.std).to(args.device)
-        result = evaluate(model, validation, normalize, args.precision, args.device, bool(args.predictions))
-        if not distributed.is_main_process():
-            return
-        if args.per_class:
-            for name, acc1 in zip(validation.dataset.classes or range(args.nb_classes), result.class_acc1):
-                logger.info("top-1 %6.2f %%  %s", acc1, name if str(name).isprintable() else repr(name))
-        if args.predictions:
-            write_predictions(args.predictions, result, validation.dataset)
-        logger.info(describe_result(args, result, str(source)))
+    source = flags.finetune or flags.resume
+    weights, info = read_weights(source, ema=flags.model_ema) if source not in ("", "auto") else ({}, None)
+    settings = weight_settings(info.args if info else {}, source, vars(flags), default_model=DEFAULT_MODEL)
+    config = resolve(FinetuneConfig, flags, launch, settings)
+    validation = build_validation(config, launch)
+    dataset, device = validation.dataset, launch.device
+    model = build_classifier(config, count_classes(config, dataset))
+    logger.info("%s", load_classifier(model, weights, info))
+    if config.predictions and launch.rank == 0:  # while an evaluation is not yet lost
+        with unreadable_is_user_error(f"--predictions {config.predictions} cannot be written"):
+            Path(config.predictions).parent.mkdir(parents=True, exist_ok=True)
+            open(config.predictions, "ab").close()
+    normalize = Normalize(config.mean, config.std).to(device)
+    result = evaluate(model.to(device), validation, normalize, config.precision, device, bool(config.predictions))
+    if launch.rank != 0:
+        return
+    if config.per_class:
+        for name, acc1 in zip(dataset.classes or range(model.num_classes), result.class_acc1):
+            logger.info("top-1 %6.2f%%  %s", acc1, name if str(name).isprintable() else repr(name))
+    if config.predictions:
+        write_predictions(config.predictions, result, dataset)
+    logger.info(describe_result(config, result, source))
 
 
-def write_predictions(path: str, result: Evaluation, dataset) -> None:
+def write_predictions(path: str, result: Evaluation, dataset: ImageDataset) -> None:
     """A CSV with one row per image: path, label, the top classes and their probabilities."""
     names = dataset.classes or [str(i) for i in range(len(result.class_acc1))]
     top = len(result.predictions[0][2])
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # names as on the disk
+    with (
+        unreadable_is_user_error(f"--predictions {path} cannot be written"),
+        open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,  # names as on the disk
+    ):
         writer = csv.writer(file)
         writer.writerow(["path", "label", *(f"top{i + 1}" for i in range(top)), *(f"score{i + 1}" for i in range(top))])
         for index, label, classes, scores in result.predictions:
@@ -299,24 +296,23 @@ def write_predictions(path: str, result: Evaluation, dataset) -> None:
     logger.info("wrote the predictions of %d images to %s", result.images, path)
 
 
-def main(args: argparse.Namespace) -> None:
-    with arguments.user_errors():
+def main(flags: argparse.Namespace) -> None:
+    with user_errors():
         setup_logging()
-        launch = distributed.init_distributed(args)
-        arguments.finish_arguments(args, launch)
-        resolve_model(args, args.device)
-    if args.eval:
-        evaluate_only(args, launch)
-    else:
-        with arguments.user_errors():
-            preemption = Preemption()
-            preemption.install()
-            for line in describe_environment():
-                logger.info(line)
-            run, validation = prepare(args, launch, preemption)
-        with ending(run):
-            train(run, validation)
-    distributed.shutdown()
+        launch = distributed.init_distributed(flags)
+        if flags.eval:
+            evaluate_only(flags, launch)
+            distributed.shutdown()
+            return
+        preemption = Preemption()
+        preemption.install()
+        log_environment(launch.device)
+        start = find_start(flags)
+        settings = start.settings(flags, pretraining=False, default_model=DEFAULT_MODEL)
+        config = resolve(FinetuneConfig, flags, launch, settings)
+        run, validation = prepare(config, launch, start, preemption)
+    with orderly_end(run):
+        train(run, validation)
 
 
 if __name__ == "__main__":

@@ -12,164 +12,163 @@ The paper's experiments, on Slurm or here:
 import argparse
 import logging
 import time
+from dataclasses import dataclass
+from typing import ClassVar
 
 import timm
 import torch
 from timm.optim import param_groups_weight_decay
+from torch import Tensor
 
 from engine_pretrain import train_one_epoch
 from models_mixmae import MixMAE
 from util.data.datasets import ImageDataset, build_dataset, build_loader
 from util.data.samplers import TrainBatchSampler
 from util.data.transforms import Normalize, pretrain_transform
+from util.errors import UserError
 from util.knn import NEIGHBOURS, knn_accuracy, labelled_datasets
-from util.run import config as arguments
 from util.run import distributed
-from util.run.logger import describe_environment, setup_logging
-from util.run.optim import autocast, make_scaler, resolve_precision
+from util.run.config import FREE, NOT_NEGATIVE, TrainingConfig, flag, get_parser, resolve
+from util.run.failures import user_errors
+from util.run.launch import Launch
+from util.run.logger import log_environment, setup_logging
+from util.run.metrics import count_work
+from util.run.optim import autocast, make_scaler
 from util.run.preemption import Preemption
-from util.run.session import Run, count_work, ending, open_run
+from util.run.session import Run, Start, find_start, open_run, orderly_end
 from util.run.state import Progress, TrainingState
 from util.seeding import keyed_generator, seed_all
 from util.visualize import reconstruction_figure
 from util.weights.layouts import load_pretraining
-from util.weights.source import read_weights
+from util.weights.settings import model_arguments
+from util.weights.source import WeightsInfo
 
 logger = logging.getLogger(__name__)
 
 PICTURE_IMAGES = 6
 
 
+@dataclass(frozen=True)
+class PretrainConfig(TrainingConfig):
+    TITLE: ClassVar[str] = "pretraining"
+    DEFAULTS: ClassVar[dict] = dict(epochs=400, blr=1.5e-4, warmup_epochs=40)
+
+    mask_ratio: float = flag(0.5, "share of cells that is replaced by the partner's", "SHARE")
+    range_mask_ratio: float = flag(0.0, "adds U(0, SHARE) to every step's mask ratio", "SHARE")
+    norm_pix_loss: bool = flag(False, "predict pixels normalised by their cell's mean and variance")
+    vis_every: int = flag(20, "epochs between pictures; 0: none", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
+    knn_every: int = flag(0, "epochs between kNN tests; 0: none", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size % 2:
+            raise UserError(f"--batch_size must be even, since images are mixed in pairs; got {self.batch_size}")
+
+
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="Pretrain MixMAE on unlabelled images.", formatter_class=arguments.HelpFormatter
+    return get_parser(PretrainConfig, "Pretrain MixMAE on unlabelled images.")
+
+
+def build_model(config: PretrainConfig) -> MixMAE:
+    seed_all(config.seed, "weights")  # the same initial weights on every rank
+    model: MixMAE = timm.create_model(
+        config.model,
+        norm_pix_loss=config.norm_pix_loss,
+        range_mask_ratio=config.range_mask_ratio,
+        drop_path_rate=config.drop_path,
+        **model_arguments(config),
     )
-    arguments.add_model_arguments(parser, "mixmae_base", arguments.PRETRAINING_MODELS)
-    group = parser.add_argument_group("pretraining")
-    group.add_argument(
-        "--mask_ratio", type=float, default=0.5, metavar="SHARE", help="share of cells that are mixed in"
-    )
-    group.add_argument(
-        "--range_mask_ratio",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="adds U(0, SHARE) to every step's mask ratio",
-    )
-    group.add_argument(
-        "--norm_pix_loss", action="store_true", help="predict pixels normalised by their cell's mean and variance"
-    )
-    group.add_argument("--vis_every", type=int, default=20, metavar="EPOCHS", help="epochs between pictures; 0: none")
-    group.add_argument("--knn_every", type=int, default=0, metavar="EPOCHS", help="epochs between kNN tests; 0: none")
-    arguments.add_optimizer_arguments(parser, batch_size=64, epochs=400, blr=1.5e-4, min_lr=0.0, warmup_epochs=40)
-    arguments.add_data_arguments(parser)
-    arguments.add_run_arguments(parser)
-    return parser
+    model.random_masking(config.mask_ratio, keyed_generator(0))  # complains now about a ratio that hides nothing
+    model.set_grad_checkpointing(config.grad_checkpointing)
+    return model
 
 
 def prepare(
-    args: argparse.Namespace, launch: distributed.Launch, preemption: Preemption
+    config: PretrainConfig, launch: Launch, start: Start, preemption: Preemption
 ) -> tuple[Run, tuple[ImageDataset, ImageDataset] | None]:
-    """Everything before the first step: the run, and the labelled images of --knn_every.
-
-    Raises:
-        ValueError, OSError: for what the user can put right.
-    """
-    device = args.device
-    arguments.finish_arguments(args, launch)
-    args.model = arguments.resolve_model_name(
-        args.model, arguments.PRETRAINING_MODELS, arguments.AUTHORS_PRETRAINING_NAMES
-    )
-    args.precision = resolve_precision(args.precision, device)
-    if args.batch_size % 2:
-        raise ValueError(f"--batch_size must be even, since images are mixed in pairs; got {args.batch_size}")
-
-    seed_all(args.seed, "weights")  # the same initial weights on every rank
-    model: MixMAE = timm.create_model(
-        args.model,
-        norm_pix_loss=args.norm_pix_loss,
-        range_mask_ratio=args.range_mask_ratio,
-        **arguments.model_shape(args),
-    )
-    args.input_size = model.img_size
-    model.random_masking(args.mask_ratio, keyed_generator(0))  # complains now about a ratio that hides nothing
-    model.to(device)
-    model.set_grad_checkpointing(args.grad_checkpointing)
-
-    dataset = build_dataset(args, "train", pretrain_transform(args))
+    """Everything before the first step: the run, and the labelled images of --knn_every."""
+    model = build_model(config).to(launch.device)
+    dataset = build_dataset(config, "train", pretrain_transform(config))
     sampler = TrainBatchSampler(
-        len(dataset), args.batch_size, args.accum_iter, launch.rank, launch.world_size, args.seed
+        len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
     )
-    loader = build_loader(dataset, sampler, args)
+    loader = build_loader(dataset, sampler, config, launch.device)
     if launch.rank == 0:
-        parameters, multiply_adds = count_work(model, 2, mask_ratio=args.mask_ratio)
+        parameters, multiply_adds = count_work(model, 2, mask_ratio=config.mask_ratio)
         logger.info(
             "%s at %dx%d: %.1f M parameters, %.2f G multiply-adds per image, %s",
-            args.model, *model.img_size, parameters / 1e6, multiply_adds / 1e9, args.precision,
+            config.model, *model.img_size, parameters / 1e6, multiply_adds / 1e9, config.precision,
         )  # fmt: skip
     optimizer = torch.optim.AdamW(
-        param_groups_weight_decay(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95), fused=True
+        param_groups_weight_decay(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95), fused=True
     )
-    if args.compile:
+    if config.compile:
         model.compile_blocks()
-    state = TrainingState(model, optimizer, make_scaler(args.precision, device), args, Progress())
-    labelled = labelled_datasets(args, NEIGHBOURS) if args.knn_every else None
+    scaler = make_scaler(config.precision, launch.device)
+    state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress())
+    labelled = labelled_datasets(config, NEIGHBOURS) if config.knn_every else None
 
-    def load_start() -> None:
-        weights, source = read_weights(args.finetune)
+    def load_weights(weights: dict[str, Tensor], source: WeightsInfo) -> None:
         logger.info("%s", load_pretraining(model, weights, source))
 
-    run = open_run(args, device, state, loader, Normalize(args.mean, args.std), preemption, load_start)
-    return run, labelled
+    normalize = Normalize(config.mean, config.std)
+    return open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights), labelled
 
 
 def due(every: int, run: Run) -> bool:
     """Whether something that happens every so many epochs, and after the last one, is due at the end of this one."""
     finished = run.state.progress.epoch + 1
-    return every > 0 and (finished % every == 0 or finished == run.args.epochs)
+    return every > 0 and (finished % every == 0 or finished == run.config.epochs)
 
 
 def save_picture(run: Run) -> None:
     """Write reconstructions of training images from all over the data set to the output folder and TensorBoard."""
     if not distributed.is_main_process():
         return
-    args, model = run.args, run.state.model
+    config, model = run.config, run.state.model
     dataset = run.loader.dataset
     number = min(PICTURE_IMAGES, len(dataset)) // 2 * 2
     imgs = torch.stack([dataset[(0, index)][0] for index in range(0, len(dataset), len(dataset) // number)][:number])
-    mask = model.random_masking(args.mask_ratio, keyed_generator(args.seed, "picture"))
-    with autocast(args.precision, run.device):
-        picture = reconstruction_figure(model, run.normalize(imgs.to(run.device)), mask, args.mean, args.std)
+    mask = model.random_masking(config.mask_ratio, keyed_generator(config.seed, "picture"))
+    with autocast(config.precision, run.device):
+        picture = reconstruction_figure(model, run.normalize(imgs.to(run.device)), mask, config.mean, config.std)
     name = f"epoch{run.state.progress.epoch + 1:04d}.png"
     run.log.picture("reconstructions", picture, name, run.epoch_1000x)
 
 
-def main(args: argparse.Namespace) -> None:
-    with arguments.user_errors():
+def train(run: Run, labelled: tuple[ImageDataset, ImageDataset] | None) -> None:
+    """All epochs, each followed by the pictures and kNN tests that are due."""
+    config, progress = run.config, run.state.progress
+    if progress.epoch >= config.epochs:
+        logger.info("all %d epochs were done already", config.epochs)
+    start = time.time()
+    while progress.epoch < config.epochs:
+        epoch_start = time.time()
+        lr = train_one_epoch(run)
+        if due(config.vis_every, run):
+            save_picture(run)
+        record = {"train_lr": lr}
+        if labelled is not None and due(config.knn_every, run):
+            accuracy = knn_accuracy(run.state.model, *labelled, run.normalize, config)
+            record |= {f"knn_acc1_k{k}": value for k, value in accuracy.items()}
+        run.finish_epoch({**record, "seconds": time.time() - epoch_start})
+    minutes = (time.time() - start) / 60
+    logger.info("pretraining took %.1f minutes; checkpoint: %s/checkpoint.pth", minutes, config.output_dir)
+
+
+def main(flags: argparse.Namespace) -> None:
+    with user_errors():
         setup_logging()
-        launch = distributed.init_distributed(args)
+        launch = distributed.init_distributed(flags)
         preemption = Preemption()
         preemption.install()
-        for line in describe_environment():
-            logger.info(line)
-        run, labelled = prepare(args, launch, preemption)
-    start = time.time()
-    if run.state.progress.epoch >= args.epochs:
-        logger.info("all %d epochs were done already", args.epochs)
-    with ending(run):
-        while run.state.progress.epoch < args.epochs:
-            epoch_start = time.time()
-            lr = train_one_epoch(run)
-            if due(args.vis_every, run):
-                save_picture(run)
-            record = {"train_lr": lr}
-            if labelled is not None and due(args.knn_every, run):
-                accuracy = knn_accuracy(run.state.model, *labelled, run.normalize, args)
-                record |= {f"knn_acc1_k{k}": value for k, value in accuracy.items()}
-            run.finish_epoch({**record, "seconds": time.time() - epoch_start})
-    minutes = (time.time() - start) / 60
-    logger.info("pretraining took %.1f minutes; checkpoint: %s/checkpoint.pth", minutes, args.output_dir)
-    distributed.shutdown()
+        log_environment(launch.device)
+        start = find_start(flags)
+        settings = start.settings(flags, pretraining=True, default_model="mixmae_base")
+        config = resolve(PretrainConfig, flags, launch, settings)
+        run, labelled = prepare(config, launch, start, preemption)
+    with orderly_end(run):
+        train(run, labelled)
 
 
 if __name__ == "__main__":

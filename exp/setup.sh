@@ -1,6 +1,6 @@
 #!/bin/sh
-# Make .venv at the repository's root with requirements.txt installed, unless it is up to date already.
-#     sh exp/setup.sh [further packages]        (PYTHON: the interpreter to make it with, default python3)
+# Create .venv in the repository's root and install requirements.txt into it; does nothing if it is up to date.
+#     sh exp/setup.sh [further packages]        (PYTHON: the interpreter to create it with, default python3)
 set -eu
 
 root=$(cd -- "$(dirname -- "$0")/.." && pwd)
@@ -12,10 +12,10 @@ stamp=$root/.venv/installed-$(echo "$@" | cat "$root/requirements.txt" - | cksum
     echo "$python is too old or missing: Python 3.10 or newer is needed (set PYTHON to choose another)" >&2
     exit 1
 }
-if ! "$root/.venv/bin/python" -m pip --version >/dev/null 2>&1; then # none yet, or one that was left half made
-    echo "making $root/.venv" >&2
+if ! "$root/.venv/bin/python" -m pip --version >/dev/null 2>&1; then # missing or incomplete
+    echo "creating $root/.venv" >&2
     "$python" -m venv --clear "$root/.venv" || {
-        echo "$python cannot make virtual environments (on Debian and Ubuntu: apt-get install python3-venv)" >&2
+        echo "$python cannot create virtual environments (on Debian and Ubuntu: apt-get install python3-venv)" >&2
         exit 1
     }
 fi

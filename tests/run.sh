@@ -1,10 +1,10 @@
 #!/bin/sh
-# Make the environment if it is missing and run all tests; arguments go to pytest.
+# Run all tests, after creating .venv if it is missing or out of date; arguments are passed to pytest.
 #     sh tests/run.sh [-x] [-k NAME] [tests/test_...py]
-# MIXMAE_REQUIRE_SLURM=1 makes tests fail, not skip, where Slurm, root or shellcheck is missing.
+# MIXMAE_REQUIRE_SLURM=1 lets tests fail instead of skip where Slurm, root, shellcheck or dash is missing.
 set -eu
 
 root=$(cd -- "$(dirname -- "$0")/.." && pwd)
-sh "$root/exp/setup.sh" pytest ruff
+sh "$root/exp/setup.sh" pytest ruff setuptools wheel
 cd -- "$root"
 exec .venv/bin/python -m pytest "$@"

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Prove the promises of reliability at scale, and print a table of them; fails when one does not hold.
-#     sh tests/stress.sh                          # everything: 4 minutes on two idle cores; mounting needs root
+# Test the promises of reliability at scale and print a table of the results; fails when one does not hold.
+#     sh tests/stress.sh                          # all of them: 4 minutes on two idle cores; mounting needs root
 #     sh tests/stress.sh --kills 5 --flips 20     # fewer trials
-#     sh tests/stress.sh --only kills nan         # some promises
+#     sh tests/stress.sh --only kills nan         # only these
 #     sh tests/stress.sh --help
-# PYTHON names another interpreter than that of .venv.
+# PYTHON: the interpreter (default: that of .venv)
 set -eu
 
 root=$(cd -- "$(dirname -- "$0")/.." && pwd)

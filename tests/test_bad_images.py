@@ -1,6 +1,6 @@
 """Unusual, damaged and hostile images: each behaves as util/decoding.py documents, alone and in a data set.
 
-MIXMAE_STRESS=1 counts 1 % bad images among 10,000 instead of 1,000.
+MIXMAE_STRESS=1 counts 1% bad images among 10,000 instead of 1,000.
 """
 
 import io

@@ -2,11 +2,15 @@
 
 import argparse
 import errno
+import hashlib
 import os
 import pathlib
 import pickle
 import random
 import resource
+import struct
+import sys
+import types
 import zipfile
 from collections import OrderedDict
 
@@ -16,6 +20,7 @@ import torch
 from torch import nn
 
 import util.weights.file
+from util.errors import UserError
 from util.weights.file import CheckpointError, read_checkpoint, saved_at, temporary_path, write_checkpoint
 
 
@@ -85,7 +90,7 @@ def test_round_trip_and_open_to_every_tool(tmp_path):
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
 
 
-def test_a_tensor_smaller_than_the_held_back_end(tmp_path):
+def test_a_tensor_of_a_few_bytes(tmp_path):
     write_checkpoint(tmp_path / "a.pth", {"w": torch.ones(1)})
     assert read_checkpoint(tmp_path / "a.pth")["w"].item() == 1
 
@@ -149,7 +154,7 @@ def test_a_disk_that_gives_back_other_bytes_is_noticed(tmp_path, monkeypatch):
         temporary.write_bytes(data)
         return real_hash(temporary, **kwargs)
 
-    monkeypatch.setattr(util.checkpoint, "file_hash", hash_of_damaged)
+    monkeypatch.setattr(util.weights.file, "file_hash", hash_of_damaged)
     with pytest.raises(OSError, match="other bytes"):
         write_checkpoint(path, small_checkpoint(2.0))
     monkeypatch.undo()
@@ -173,6 +178,27 @@ def test_the_moment_of_saving_survives_copying_and_a_clock_set_back(tmp_path):
     assert saved_at(path) == 2**62 + 1
     torch.save({}, copied)
     assert saved_at(copied) == copied.stat().st_mtime_ns
+
+
+def sealed(data: bytes, moment: int) -> bytes:
+    """The bytes of a `torch.save` archive with a seal, as files of every version of this project carry it."""
+    comment = b"mixmae seal time=%020d sha256=" % moment
+    data = data[:-2] + struct.pack("<H", len(comment) + 64) + comment
+    return data + hashlib.sha256(data).hexdigest().encode()
+
+
+def test_the_format_of_the_seal_is_fixed(tmp_path):
+    """What was sealed by any version can be read by every other one."""
+    path = tmp_path / "checkpoint.pth"
+    torch.save(small_checkpoint(), path)
+    plain = path.read_bytes()
+    path.write_bytes(sealed(plain, 123))
+    assert_equal(read_checkpoint(path), small_checkpoint())
+    assert saved_at(path) == 123
+    write_checkpoint(path, small_checkpoint())
+    written = path.read_bytes()
+    length = len(zipfile.ZipFile(path).comment)
+    assert length > 64 and written == sealed(written[: -length - 2] + b"\0\0", saved_at(path))
 
 
 # -- Damage ----------------------------------------------------------------------------------------------------
@@ -265,6 +291,28 @@ def test_a_namespace_cannot_smuggle_a_call(tmp_path):
     assert not marker.exists()
 
 
+def test_a_training_checkpoint_of_mmengine_says_how_to_make_plain_weights_of_it(tmp_path, monkeypatch):
+    """A Runner's epoch_N.pth holds its logs as objects of mmengine."""
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    module.HistoryBuffer = type("HistoryBuffer", (), {"__module__": module.__name__})
+    with monkeypatch.context() as patch:
+        for name in ("mmengine", "mmengine.logging", module.__name__):
+            patch.setitem(sys.modules, name, module)
+        logs = {"log_scalars": OrderedDict(loss=module.HistoryBuffer())}
+        torch.save({"state_dict": {"w": torch.ones(1)}, "message_hub": logs}, tmp_path / "epoch_3.pth")
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(tmp_path / "epoch_3.pth")
+    message = str(caught.value)
+    assert "epoch_3.pth is refused" in message and "mmengine.logging.history_buffer.HistoryBuffer" in message
+    assert "nothing was run" in message and "tools/model_converters/publish_model.py" in message
+    assert "save its 'state_dict' alone with torch.save" in message
+
+
+def test_every_error_is_one_for_the_user(tmp_path):
+    with pytest.raises(UserError):
+        read_checkpoint(tmp_path / "absent.pth")
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -318,6 +366,14 @@ def test_safetensors(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
         read_checkpoint(path)
+
+
+def test_a_checkpoint_that_contains_itself(tmp_path):
+    endless = {}
+    endless["model"] = endless
+    torch.save(endless, tmp_path / "endless.pth")
+    with pytest.raises(CheckpointError, match=r"damaged or not a checkpoint: .*recursion"):
+        read_checkpoint(tmp_path / "endless.pth")
 
 
 def test_ordered_dicts_and_parameters_are_plain(tmp_path):

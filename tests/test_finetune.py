@@ -81,11 +81,11 @@ def test_pretrain_finetune_evaluate(data, pretrained, tmp_path, capfd):
     for name, acc1 in (("checkpoint.pth", records[-1]["test_acc1"]), ("checkpoint-best.pth", records[-1]["best_acc1"])):
         run(main_finetune, *evaluate, "--finetune", out / name, "--data_path", data)
         (line,) = result_lines(capfd.readouterr().out)
-        assert line.startswith(f"top-1 {acc1:.3f} %, top-5 100.000 %, loss ")
+        assert line.startswith(f"top-1 {acc1:.3f}%, top-5 100.000%, loss ")
         assert line.endswith(f"of {out / name} (swin_quickstart at 16x16) on 11 images of {data}")
     (line,) = result_lines(said)
     loss = records[-1]["test_loss"]
-    assert line.startswith(f"top-1 {records[-1]['test_acc1']:.3f} %, top-5 100.000 %, loss {loss:.4f} of {out}/check")
+    assert line.startswith(f"top-1 {records[-1]['test_acc1']:.3f}%, top-5 100.000%, loss {loss:.4f} of {out}/check")
 
 
 def test_it_learns_what_can_be_learned(data, tmp_path):
@@ -279,7 +279,7 @@ def test_the_best_checkpoint_survives_a_resume(data, tmp_path):
 
     resume = [*flags, "--resume", "auto"]
     said = Trial(tmp_path, *resume, sabotage=scripted(70, 80, 80), main=main_finetune).finish()
-    assert "best top-1 of all epochs: 80.000 % (checkpoint-best.pth)" in said
+    assert "best top-1 of all epochs: 80.000% (checkpoint-best.pth)" in said
     assert state_of(tmp_path)["best_acc1"] == 80
     assert state_of(tmp_path, "checkpoint-best.pth")["step"] == 6  # still that of the second epoch
     assert [record["best_acc1"] for record in epochs_of(tmp_path)] == [50, 80, 80, 80, 80]

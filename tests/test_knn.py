@@ -127,7 +127,7 @@ def test_result_names_everything(checkpoint, images, tmp_path, capfd):
     run(knn, *flags, "--out", tmp_path / "new" / "result.json")
     line = capfd.readouterr().out.splitlines()[-1]
     record = json.loads((tmp_path / "new" / "result.json").read_text())
-    assert f"kNN top-1: k=5 {record['accuracy']['5']:.3f} % of {checkpoint} after epoch 4 (swin_quickstart at" in line
+    assert f"kNN top-1: k=5 {record['accuracy']['5']:.3f}% of {checkpoint} after epoch 4 (swin_quickstart at" in line
     assert "16x16, mean of the last stage, 128 channels, temperature 0.07, fp32) on 21 images of" in line
     assert record["mean"] == [0.4] and record["model"] == "swin_quickstart" and not record["random_weights"]
 

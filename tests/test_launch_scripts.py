@@ -72,8 +72,9 @@ def test_print_gives_the_main_and_its_flags(data, tmp_path):
 @pytest.mark.parametrize("script", EXPERIMENTS)
 def test_every_experiment_states_its_numbers_once_and_says_where_they_are_from(script, data):
     text = (ROOT / script).read_text()
-    header = text.split("\nset -eu")[0]
-    for entry in ("# GPUs ", "# Result ", "# Origin "):
+    header = text[: text.index("\nhere=")]
+    assert all(line.startswith("#") for line in header.splitlines())
+    for entry in ("# GPUs ", "# Start ", "# Result ", "# Origin "):
         assert entry in header
     if not script.endswith("eval.sh"):
         assert "# Effective batch " in header
@@ -82,7 +83,11 @@ def test_every_experiment_states_its_numbers_once_and_says_where_they_are_from(s
     lines = run(script, "print", "8", data).stdout.splitlines()
     flags = [line for line in lines if line.startswith("--")]
     assert len(flags) == len(set(flags))
+    assert "--ignore_exif" in flags
     if not script.endswith("eval.sh"):
+        assert f" x {value_of('--batch_size', lines)} images" in header
+        epochs, warmup = value_of("--epochs", lines), value_of("--warmup_epochs", lines)
+        assert f"# Epochs           {epochs}, the first {warmup} of them warm-up" in header
         effective = int(value_of("--accum_iter", lines)) * 8 * int(value_of("--batch_size", lines))
         assert f"# Effective batch  {effective}," in header
         learning_rate = float(value_of("--blr", lines)) * effective / 256
@@ -112,9 +117,19 @@ def test_the_published_recipe(data):
 @pytest.mark.parametrize(("gpus", "flags", "accum_iter"), [
     ("1", [], "16"), ("8", [], "2"), ("16", ["--batch_size", "32"], "4"), ("4", ["--batch_size=512"], "1"),
     ("3", ["--accum_iter", "5"], "5"), ("2", ["--batch_size", "7", "--batch_size", "64"], "16"),
+    ("4", ["--batch_size=64", "--epochs", "3"], "8"), ("2", ["--batch_size=7", "--batch_size", "64"], "16"),
 ])  # fmt: skip
 def test_effective_batch_stays_the_recipes(gpus, flags, accum_iter, data):
     assert value_of("--accum_iter", run(PRETRAIN, "print", gpus, data, *flags).stdout.splitlines()) == accum_iter
+
+
+def test_effective_batch_of_the_environment_overrides_the_recipes(data):
+    lines = run(PRETRAIN, "print", "8", data, EFFECTIVE_BATCH="4096").stdout.splitlines()
+    assert value_of("--accum_iter", lines) == "4"
+    result = run(PRETRAIN, "print", "8", data, EFFECTIVE_BATCH="many")
+    assert result.returncode == 2 and "EFFECTIVE_BATCH must be a positive number, not 'many'" in result.stderr
+    evaluation = run("exp/base_600ep/eval.sh", "print", "3", data, EFFECTIVE_BATCH="4096")
+    assert evaluation.returncode == 0 and "--accum_iter" not in evaluation.stdout
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -128,19 +143,26 @@ def test_effective_batch_stays_the_recipes(gpus, flags, accum_iter, data):
     (["nosuch", "2", "DATA"], "Slurm knows no partition 'nosuch', only: gpu"),
     (["local", "3", "DATA"], "2048 is not a multiple of 3 GPUs x --batch_size 128: take a number of GPUs that divides"),
     (["local", "32", "DATA"], "2048 is not a multiple of 32 GPUs x --batch_size 128: --batch_size 64 works"),
-    (["local", "2", "DATA", "--batch_size", "many"], "--batch_size 'many'"),
+    (["local", "2", "DATA", "--batch_size", "many"], "--batch_size must be a positive number, not 'many'"),
     (["local", "2", "DATA", "--batch_size", "0"], "--batch_size must be a positive number, not '0'"),
 ])  # fmt: skip
 @pytest.mark.parametrize("shell", ["sh", "bash"])
 def test_what_is_wrong_is_said_with_the_usage(arguments, message, shell, data, fake_commands):
     result = run(PRETRAIN, *[data if argument == "DATA" else argument for argument in arguments], shell=shell)
     assert result.returncode == 2 and result.stdout == ""
-    assert message in result.stderr
+    assert f"{ROOT / PRETRAIN}: " in result.stderr and message in result.stderr
     assert "usage: sh" in result.stderr and "PARTITION|local|print GPUS DATA" in result.stderr
 
 
-def test_a_named_dataset_needs_no_folder():
-    assert run(PRETRAIN, "print", "2", "somewhere", "--dataset", "hfds/food101").returncode == 0
+def test_a_named_dataset_needs_no_folder(fake_commands):
+    for flags in (["--dataset", "hfds/food101"], ["--dataset=hfds/food101", "--epochs", "2"]):
+        result = run(PRETRAIN, "local", "2", "somewhere", *flags)
+        assert result.returncode == 0 and value_of("--data_path", result.stdout.splitlines()) == "somewhere"
+
+
+def test_print_needs_no_data():
+    lines = run(PRETRAIN, "print", "2", "/not/on/this/machine").stdout.splitlines()
+    assert value_of("--data_path", lines) == "/not/on/this/machine"
 
 
 def test_local_is_torchrun_and_one_process_needs_none(data, fake_commands):
@@ -183,7 +205,7 @@ def require(command):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shellcheck(script):
     require("shellcheck")
-    result = subprocess.run(["shellcheck", "--external-sources", script], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(["shellcheck", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 

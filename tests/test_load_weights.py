@@ -5,7 +5,9 @@ import io
 import json
 import math
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from models_mixmae import MixMAE
 from models_swin import PatchMerging, SwinTransformer
 from util.weights.file import CheckpointError, write_checkpoint
 from util.weights.layouts import load_classifier, load_encoder, load_pretraining, normalise_state_dict
-from util.weights.published import PUBLISHED, Published, cache_folder
+from util.weights.published import PUBLISHED, Published, cache_folder, locate
 from util.weights.source import read_weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -180,9 +182,24 @@ def test_an_mmpretrain_checkpoint_classifies_alike(tmp_path):
     state_dict, info = read_weights(tmp_path / "mixmim.pth")
     other = classifier()
     report = load_classifier(other, state_dict, info.source)
-    assert info.layout == "mmpretrain" and report.unexpected == [] and report.missing == []
+    assert info.layout == "mmpretrain" and report.missing == []
+    assert report.unexpected == ["neck.decoder_embed.weight"]  # and nothing else was left out
     imgs = torch.randn(2, 3, 64, 64)
     assert torch.equal(other.eval()(imgs), model.eval()(imgs))
+
+
+def test_the_decoder_of_an_mmpretrain_checkpoint_is_not_denied(tmp_path):
+    encoder = classifier(num_classes=0)
+    torch.save({"state_dict": to_mmpretrain(encoder.state_dict())}, tmp_path / "mixmim.pth")
+    state_dict, info = read_weights(tmp_path / "mixmim.pth")
+    message = refusal(load_pretraining, pretraining(), state_dict)
+    assert "mmpretrain's decoder, which is not converted" in message and "has no decoder" not in message
+    assert "can be fine-tuned (main_finetune.py --finetune)" in message and "main_pretrain.py" in message
+    message = refusal(load_classifier, classifier(), state_dict)
+    assert "holds a pretraining model without a classification head" in message
+    model = classifier(num_classes=0)
+    load_encoder(model, state_dict, info)
+    assert_loaded(model, encoder.state_dict(), encoder.state_dict())
 
 
 # -- Files ------------------------------------------------------------------------------------------------------
@@ -209,6 +226,17 @@ def test_every_layout_of_a_file_gives_the_same_weights(tmp_path):
     torch.save({"epoch": 3, "args": {}}, tmp_path / "no_weights.pth")
     with pytest.raises(CheckpointError, match=r"holds no weights.*found 'epoch', 'args'"):
         read_weights(tmp_path / "no_weights.pth")
+
+
+@pytest.mark.parametrize("plain, averaged", [("model", "model_ema"), ("state_dict", "state_dict_ema")])
+def test_averaged_weights_are_found_in_our_files_and_in_timms(tmp_path, plain, averaged):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({plain: {"w": torch.zeros(2)}, averaged: {"w": torch.ones(2)}}, path)
+    assert read_weights(path)[0]["w"].tolist() == [0, 0]
+    assert read_weights(path, ema=True)[0]["w"].tolist() == [1, 1]
+    torch.save({plain: {"w": torch.zeros(2)}, averaged: None}, path)
+    with pytest.raises(CheckpointError, match="holds no averaged weights: leave out --model_ema"):
+        read_weights(path, ema=True)
 
 
 # -- Into a model -----------------------------------------------------------------------------------------------
@@ -375,7 +403,7 @@ def test_a_published_file_put_by_hand_is_used(cache):
 def test_the_cache_may_be_read_only(cache, monkeypatch):
     cache.mkdir(parents=True)
     torch.save({"model": classifier().state_dict()}, cache / "mixmae_large_600ep_ft.pth")
-    monkeypatch.setattr(util.pretrained, "_one_process_at_a_time", lambda path: pytest.fail("wants to write"))
+    monkeypatch.setattr(util.weights.published, "FileLock", lambda path: pytest.fail("wants to write"))
     read_weights("large_600ep_ft")
 
 
@@ -425,6 +453,31 @@ def test_a_link_is_downloaded_once_and_only_with_the_right_hash(cache, monkeypat
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="no longer has the hash"):
         read_weights(link)
+
+
+def test_one_download_serves_all_who_ask_for_it_at_once(cache, monkeypatch):
+    content = file_bytes({"model": classifier().state_dict()})
+    asked = []
+
+    def slow_download(address, target, **kwargs):
+        asked.append(address)
+        time.sleep(0.3)
+        Path(target).write_bytes(content)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", slow_download)
+    link = f"https://example.org/a.pth#sha256={hashlib.sha256(content).hexdigest()}"
+    with ThreadPoolExecutor(4) as pool:  # a lock of files excludes threads as it does processes
+        paths = list(pool.map(locate, [link] * 4))
+    assert asked == ["https://example.org/a.pth"]
+    assert len(set(paths)) == 1 and paths[0].read_bytes() == content
+
+
+def test_a_cache_that_cannot_be_made_says_where_to_put_the_file(cache, tmp_path, monkeypatch):
+    (tmp_path / "hub").write_text("a file where the folder should be")
+    pretend_gdown(monkeypatch, b"")
+    for source in ("base_600ep", "https://example.org/a.pth#sha256=" + "0" * 64):
+        with pytest.raises(CheckpointError, match=f"could not be downloaded.*put (the file|it) at {cache}"):
+            read_weights(source)
 
 
 def test_the_table_of_published_checkpoints():

@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -198,7 +197,7 @@ def test_an_optimizers_settings_are_those_of_the_run_and_its_moments_those_of_th
     def state(**settings) -> TrainingState:
         model = torch.nn.Linear(3, 2)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **settings)
-        return TrainingState(model, optimizer, make_scaler("fp32", torch.device("cpu")), Namespace(), Progress())
+        return TrainingState(model, optimizer, make_scaler("fp32", torch.device("cpu")), {}, Progress())
 
     theirs, ours = state(weight_decay=0.01), state(weight_decay=0.5, fused=True)
     for some in (theirs, ours):

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import util.run.checkpoint_folder
-from util.run.checkpoint_folder import TOLERATED_FAILURES, CheckpointFolder, compare_recipes
+from main_pretrain import PretrainConfig
+from util.run.checkpoint_folder import TOLERATED_FAILURES, CheckpointFolder
+from util.run.config import compare_recipes
 from util.weights.file import CheckpointError, read_checkpoint, saved_at
 
 
@@ -285,27 +287,31 @@ def test_killed_at_any_moment_nothing_is_lost(tmp_path):
 # -- Recipes ---------------------------------------------------------------------------------------------------
 
 
+def compare(saved: dict, now: dict) -> tuple[list[str], list[str]]:
+    return compare_recipes(saved, now, PretrainConfig)
+
+
 def test_recipes_are_compared():
     saved = dict(model="mixmae_base", mask_ratio=0.5, input_size=(224, 224), batch_size=64, num_workers=8, seed=0)
-    assert compare_recipes(saved, dict(saved, num_workers=2, output_dir="/b", input_size=[224, 224])) == ([], [])
-    errors, warnings = compare_recipes(saved, dict(saved, model="mixmae_large", mask_ratio=0.75))
+    assert compare(saved, dict(saved, num_workers=2, output_dir="/b", input_size=[224, 224])) == ([], [])
+    errors, warnings = compare(saved, dict(saved, model="mixmae_large", mask_ratio=0.75))
     assert errors == ["mask_ratio: 0.5 -> 0.75", "model: mixmae_base -> mixmae_large"] and warnings == []
-    errors, warnings = compare_recipes(saved, dict(saved, batch_size=32))
+    errors, warnings = compare(saved, dict(saved, batch_size=32))
     assert errors == [] and len(warnings) == 1 and warnings[0].startswith("batch_size: 64 -> 32 (")
 
 
 def test_the_way_of_launching_is_no_part_of_the_recipe():
-    assert compare_recipes(dict(dist_on_itp=True, local_rank=1), dict(dist_on_itp=False, local_rank=-1)) == ([], [])
+    assert compare(dict(dist_on_itp=True, local_rank=1), dict(dist_on_itp=False, local_rank=-1)) == ([], [])
 
 
 def test_a_learning_rate_that_follows_the_batch_size_is_no_error():
-    saved = dict(blr=1e-3, lr=4e-3, world_size=4, eff_batch_size=1024)
-    errors, warnings = compare_recipes(saved, dict(blr=1e-3, lr=2e-3, world_size=2, eff_batch_size=512))
+    saved = dict(blr=1e-3, lr=4e-3, world_size=4, batch_size=256, accum_iter=1)
+    errors, warnings = compare(saved, dict(saved, lr=2e-3, world_size=2))
     assert errors == [] and any(warning.startswith("lr: 0.004 -> 0.002") for warning in warnings)
-    errors, _ = compare_recipes(saved, dict(saved, lr=2e-3))  # given by hand
+    errors, _ = compare(saved, dict(saved, lr=2e-3))  # given by hand
     assert errors == ["lr: 0.004 -> 0.002"]
 
 
 def test_settings_of_another_version_are_named():
-    errors, warnings = compare_recipes(dict(model="a", old_flag=1), dict(model="a", new_flag=2))
+    errors, warnings = compare(dict(model="a", old_flag=1), dict(model="a", new_flag=2))
     assert errors == [] and len(warnings) == 1 and "new_flag, old_flag" in warnings[0]

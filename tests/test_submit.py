@@ -1,11 +1,11 @@
 """What `python -m util.submit` would start; that it does start is tested on a real Slurm in test_slurm.py."""
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import sys
-import types
 
 import pytest
 
@@ -17,8 +17,8 @@ def test_recipe_is_the_experiments_script(tmp_path):
     main, flags = recipe("base_600ep", "pretrain", 16, str(tmp_path), ["--epochs", "3", "--aa", ""])
     script = ["sh", str(ROOT / "exp/base_600ep/pretrain.sh"), "print", "16", str(tmp_path), "--epochs", "3", "--aa", ""]
     printed = subprocess.run(script, capture_output=True, text=True).stdout
-    assert [f"{main}.py", *flags] == printed[:-1].split("\n")
-    assert main == "main_pretrain" and flags[-4:] == ["--epochs", "3", "--aa", ""]
+    assert [main, *flags] == printed[:-1].split("\n")
+    assert main == "main_pretrain.py" and flags[-4:] == ["--epochs", "3", "--aa", ""]
     assert flags[flags.index("--accum_iter") + 1] == "1"
 
 
@@ -33,6 +33,7 @@ def test_recipe_passes_on_what_the_script_rejects(tmp_path):
     (["eval"], "eval is a script of an experiment: add --exp"),
     (["pretrain", "--nodes", "0"], "--nodes 0 and --ngpus 8 must be positive"),
     (["pretrain", "--exp", "base_600ep", "--data_path", "/no/such"], "'/no/such' does not exist"),
+    (["pretrain", "--data_path", "/no/such"], "'/no/such' does not exist"),
 ])  # fmt: skip
 def test_wrong_arguments_end_with_one_line_and_code_2(arguments, message, tmp_path, capsys):
     defaults = ["--partition", "gpu", "--data_path", str(tmp_path)]
@@ -65,30 +66,35 @@ def test_what_slurm_refuses_is_said_in_one_line(tmp_path, capsys, monkeypatch):
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
-    """A main that only remembers its arguments."""
+def stand_in(tmp_path, monkeypatch):
+    """A main that only writes down its arguments: its script, and a function that reads those of every start."""
+    script, log = tmp_path / "stand_in_main.py", tmp_path / "started.jsonl"
+    script.write_text(
+        f"import json, sys\nwith open({str(log)!r}, 'a') as log: print(json.dumps(sys.argv[1:]), file=log)"
+    )
     parser = argparse.ArgumentParser()
     for flag in ("--output_dir", "--log_dir", "--resume", "--dist_url", "--model"):
         parser.add_argument(flag)
-    started = []
-    module = types.SimpleNamespace(get_args_parser=lambda: parser, main=started.append)
-    monkeypatch.setitem(sys.modules, "stand_in_main", module)
+    monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    return started
+    return str(script), lambda: [parser.parse_args(json.loads(line)) for line in log.read_text().splitlines()]
 
 
 def test_a_job_resumes_and_meets_anew_after_every_restart(stand_in, monkeypatch):
-    training = Training("stand_in_main", ["--model", "m"], "/jobs/%j")
+    script, started = stand_in
+    training = Training(script, ["--model", "m"], "/jobs/%j")
     training()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     training.checkpoint().function()
-    first, second = stand_in
+    first, second = started()
     assert (first.output_dir, first.resume, first.model) == ("/jobs/17", "auto", "m")
     assert first.log_dir is None  # which the mains take as output_dir, whatever that is
     assert (first.dist_url, second.dist_url) == ("file:///jobs/17/meeting-17-0", "file:///jobs/17/meeting-17-1")
 
 
-def test_given_flags_win_over_the_jobs_own(stand_in):
-    Training("stand_in_main", ["--output_dir", "elsewhere", "--resume", ""], "/jobs/%j")()
-    assert (stand_in[0].output_dir, stand_in[0].resume) == ("elsewhere", "")
+def test_given_flags_override_the_jobs_own(stand_in):
+    script, started = stand_in
+    Training(script, ["--output_dir", "elsewhere", "--resume", ""], "/jobs/%j")()
+    (only,) = started()
+    assert (only.output_dir, only.resume) == ("elsewhere", "")

@@ -13,7 +13,9 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import timm
 import torch
@@ -24,12 +26,26 @@ from models_swin import SwinTransformer
 from util.data.datasets import ImageDataset, build_dataset, build_loader
 from util.data.samplers import EvalBatchSampler
 from util.data.transforms import Normalize, eval_transform
-from util.run import config as arguments
+from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
+from util.run.config import (
+    AT_LEAST_1,
+    Config,
+    DataFlags,
+    DeviceFlags,
+    ProcessFlags,
+    WeightFlags,
+    flag,
+    get_parser,
+    resolve,
+)
+from util.run.failures import user_errors
+from util.run.launch import Launch
 from util.run.logger import setup_logging
-from util.run.optim import autocast, resolve_precision
+from util.run.optim import autocast
 from util.seeding import seed_all
 from util.weights.layouts import load_encoder
+from util.weights.settings import model_arguments, weight_settings
 from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
@@ -38,27 +54,22 @@ NEIGHBOURS = (10, 20)
 TEMPERATURE = 0.07
 CHUNK_ELEMENTS = 2**26  # similarities held at a time: 256 MB
 
-# The encoder inside every pretraining model, under its classifier's name.
-ENCODERS = {
-    name: next(encoder for encoder in arguments.CLASSIFIER_MODELS if encoder.startswith(name.replace("mixmae", "swin")))
-    for name in arguments.PRETRAINING_MODELS
-}
-AUTHORS_NAMES = {theirs: ENCODERS[ours] for theirs, ours in arguments.AUTHORS_PRETRAINING_NAMES.items()}
 
-
-def labelled_datasets(args: argparse.Namespace, neighbours: Sequence[int]) -> tuple[ImageDataset, ImageDataset]:
+def labelled_datasets(config: Config, neighbours: Sequence[int]) -> tuple[ImageDataset, ImageDataset]:
     """The training and validation images, both as evaluation sees them.
 
     Args:
-        args: what `build_dataset` takes, and `input_size`.
+        config: what `build_dataset` takes, and `input_size`.
         neighbours: the values of k.
 
     Raises:
-        ValueError, OSError: no labels, no validation images, or fewer training images than a k.
+        UserError: no labels, no validation images, or fewer training images than a k.
     """
-    train, val = (build_dataset(args, split, eval_transform(args), require_labels=True) for split in ("train", "val"))
+    train, val = (
+        build_dataset(config, split, eval_transform(config), require_labels=True) for split in ("train", "val")
+    )
     if min(neighbours) < 1 or max(neighbours) > len(train):
-        raise ValueError(f"k must lie between 1 and the {len(train)} training images, got {list(neighbours)}")
+        raise UserError(f"k must lie between 1 and the {len(train)} training images, got {list(neighbours)}")
     return train, val
 
 
@@ -67,7 +78,7 @@ def knn_accuracy(
     train: ImageDataset,
     val: ImageDataset,
     normalize: Normalize,
-    args: argparse.Namespace,
+    config: Config,
     neighbours: Sequence[int] = NEIGHBOURS,
     temperature: float = TEMPERATURE,
 ) -> dict[int, float]:
@@ -77,12 +88,12 @@ def knn_accuracy(
         model: a classifier or pretraining model, not wrapped; left in the mode that it was in.
         train, val: of `labelled_datasets`.
         normalize: on the model's device.
-        args: `batch_size`, `precision`, `device`, and what `build_loader` takes.
+        config: `batch_size`, `precision`, and what `build_loader` takes.
         neighbours: the values of k.
         temperature: of the votes.
     """
-    features, labels = own_features(model, train, normalize, args)
-    queries, targets = own_features(model, val, normalize, args)
+    features, labels = own_features(model, train, normalize, config)
+    queries, targets = own_features(model, val, normalize, config)
     queries, targets = gather_all(queries, len(val)), gather_all(targets, len(val))
     num_classes = 1 + int(max(gather_all(labels, len(train)).max(), targets.max()))
     correct = dict.fromkeys(neighbours, 0)
@@ -98,23 +109,24 @@ def knn_accuracy(
 
 @torch.inference_mode()
 def own_features(
-    model: SwinTransformer, dataset: ImageDataset, normalize: Normalize, args: argparse.Namespace
+    model: SwinTransformer, dataset: ImageDataset, normalize: Normalize, config: Config
 ) -> tuple[Tensor, Tensor]:
     """Features (n, num_features) of length 1 and labels (n,) of this rank's images: `rank`, `rank + world_size`, ..."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    loader = build_loader(dataset, EvalBatchSampler(len(dataset), args.batch_size, rank, world_size), args)
-    features = [torch.zeros(0, model.num_features, device=args.device)]
+    device = next(model.parameters()).device
+    loader = build_loader(dataset, EvalBatchSampler(len(dataset), config.batch_size, rank, world_size), config, device)
+    features = [torch.zeros(0, model.num_features, device=device)]
     labels = [torch.zeros(0, dtype=torch.long)]
     was_training = model.training
     model.eval()
     for imgs, targets in loader:
-        with autocast(args.precision, args.device):
-            tokens = model.forward_features(normalize(imgs.to(args.device, non_blocking=True)))
+        with autocast(config.precision, device):
+            tokens = model.forward_features(normalize(imgs.to(device, non_blocking=True)))
         pooled = model.forward_head(tokens.float(), pre_logits=True)
         features.append(F.normalize(pooled, dim=1))
         labels.append(targets)
     model.train(was_training)
-    return torch.cat(features), torch.cat(labels).to(args.device)
+    return torch.cat(features), torch.cat(labels).to(device)
 
 
 def gather_all(own: Tensor, total: int) -> Tensor:
@@ -149,97 +161,74 @@ def nearest(query: Tensor, features: Tensor, labels: Tensor, k: int) -> tuple[Te
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class KnnFlags(Config):
+    TITLE: ClassVar[str] = "kNN"
+
+    checkpoint: str = flag("", "a path, https URL#sha256=..., or a published name such as base_600ep", "WEIGHTS")
+    k: tuple[int, ...] = flag(
+        NEIGHBOURS, "how many neighbours vote", "K", (lambda value: min(value) >= 1, "must be at least 1")
+    )
+    temperature: float = flag(TEMPERATURE, "of the votes", "T", (lambda value: value > 0, "must be positive"))
+    random_weights: bool = flag(False, "the checkpoint's architecture untrained, for comparison")
+    model_ema: bool = flag(False, "the averaged weights in the checkpoint")
+    batch_size: int = flag(64, "images per rank at a time", "N", AT_LEAST_1)
+    out: str = flag("", "write the result with all its settings", "FILE.json")
+
+
+@dataclass(frozen=True)
+class KnnConfig(KnnFlags, WeightFlags, DataFlags, DeviceFlags, ProcessFlags):
+    pass
+
+
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog="python -m util.knn",
-        description="Classify validation images by their nearest training images in an encoder's feature space.",
-        formatter_class=arguments.HelpFormatter,
-    )
-    group = parser.add_argument_group("kNN")
-    group.add_argument(
-        "--checkpoint", required=True, metavar="WEIGHTS", help="a path, https URL#sha256=..., or base_600ep, ..."
-    )
-    group.add_argument("--k", type=int, nargs="+", default=NEIGHBOURS, metavar="K", help="how many neighbours vote")
-    group.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help="of the votes")
-    group.add_argument(
-        "--random_weights", action="store_true", help="the checkpoint's architecture untrained, for comparison"
-    )
-    group.add_argument("--model_ema", action="store_true", help="the averaged weights in the checkpoint")
-    group.add_argument("--model", metavar="NAME", help="for weights that do not record which model they are")
-    group.add_argument(
-        "--input_size", type=int, nargs="+", metavar="PIXELS", help="one side, or height and width (default: recorded)"
-    )
-    group.add_argument("--batch_size", type=int, default=64, metavar="N", help="images per rank at a time")
-    group.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: as in training")
-    group.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of --random_weights")
-    group.add_argument("--out", default="", metavar="FILE.json", help="write the result with all its settings")
-    arguments.add_data_arguments(parser)
-    parser.set_defaults(in_chans=None)  # recorded
-    arguments.add_distributed_arguments(parser)
-    return parser
+    description = "Classify validation images by their nearest training images in an encoder's feature space."
+    return get_parser(KnnConfig, description, "python -m util.knn")
 
 
-def load_model(args: argparse.Namespace) -> tuple[SwinTransformer, WeightsInfo]:
-    """The encoder of `--checkpoint`, shaped as its recorded arguments say; fills in what `args` leaves to them.
+def load_model(flags: argparse.Namespace, launch: Launch) -> tuple[SwinTransformer, KnnConfig, WeightsInfo]:
+    """The encoder of `--checkpoint` on its device, and the configuration, completed by what is recorded with it.
 
     Raises:
-        ValueError: the weights cannot be used, or do not say which model they are.
+        UserError: the weights cannot be used, or do not say which model they are.
     """
-    weights, info = read_weights(args.checkpoint, ema=args.model_ema)
-    recorded = {"in_chans": 3, "patch_size": None, "window_size": None, "input_size": None} | info.args
-    arguments.check_recorded(recorded, args.checkpoint)
-    name = args.model or recorded.get("model")
-    if name is None:
-        raise ValueError(f"{args.checkpoint} does not record which model it is: give --model")
-    args.model = arguments.resolve_model_name(
-        name, arguments.CLASSIFIER_MODELS, AUTHORS_NAMES | arguments.AUTHORS_CLASSIFIER_NAMES | ENCODERS
-    )
-    if args.in_chans is None:
-        args.in_chans = recorded["in_chans"]
-    if args.input_size is not None:
-        recorded["input_size"] = args.input_size[0], args.input_size[-1]
-    shape = argparse.Namespace(**recorded | {"in_chans": args.in_chans, "drop_path": 0.0})
-    seed_all(args.seed, "weights")
-    model = timm.create_model(args.model, num_classes=0, **arguments.model_shape(shape))
-    args.input_size = model.img_size
-    if not args.random_weights:
+    if not flags.checkpoint:
+        raise UserError("--checkpoint is missing: give a file of weights, or a published name such as base_600ep")
+    weights, info = read_weights(flags.checkpoint, ema=flags.model_ema)
+    settings = weight_settings(info.args, flags.checkpoint, vars(flags))
+    config = resolve(KnnConfig, flags, launch, settings)
+    seed_all(config.seed, "weights")
+    model = timm.create_model(config.model, num_classes=0, **model_arguments(settings))
+    if not config.random_weights:
         logger.info("%s", load_encoder(model, weights, info))
-    photos = args.in_chans == len(arguments.IMAGENET_MEAN)  # the authors' files record no statistics
-    default_mean = arguments.IMAGENET_MEAN if photos else (0.5,) * args.in_chans
-    default_std = arguments.IMAGENET_STD if photos else (0.25,) * args.in_chans
-    args.mean = tuple(args.mean or recorded.get("mean") or default_mean)
-    args.std = tuple(args.std or recorded.get("std") or default_std)
-    return model.to(args.device), info
+    return model.to(launch.device), config, info
 
 
-def evaluate(args: argparse.Namespace) -> dict:
-    """The result with all its settings. Raises ValueError or OSError for what the user can put right."""
-    if args.temperature <= 0 or args.batch_size < 1:
-        raise ValueError(
-            f"--temperature and --batch_size must be positive, got {args.temperature:g} and {args.batch_size}"
-        )
-    args.precision = resolve_precision(args.precision, args.device)
-    model, info = load_model(args)
-    normalize = Normalize(args.mean, args.std).to(args.device)
-    train, val = labelled_datasets(args, args.k)
-    accuracy = knn_accuracy(model, train, val, normalize, args, args.k, args.temperature)
+def evaluate(flags: argparse.Namespace, launch: Launch) -> dict:
+    """The result with all its settings.
+
+    Raises:
+        UserError: for what the user can put right.
+    """
+    model, config, info = load_model(flags, launch)
+    normalize = Normalize(config.mean, config.std).to(launch.device)
+    train, val = labelled_datasets(config, config.k)
+    accuracy = knn_accuracy(model, train, val, normalize, config, config.k, config.temperature)
     return {
         "accuracy": {str(k): value for k, value in accuracy.items()},  # k -> top-1 in percent
-        "temperature": args.temperature,
-        "checkpoint": args.checkpoint,
+        "temperature": config.temperature,
+        "checkpoint": config.checkpoint,
         "epoch": info.epoch,
-        "model_ema": args.model_ema,
-        "random_weights": args.random_weights,
-        "seed": args.seed,
-        "model": args.model,
+        "model_ema": config.model_ema,
+        "random_weights": config.random_weights,
+        "seed": config.seed,
+        "model": config.model,
         "features": f"mean of the last stage, {model.num_features} channels",
         "input_size": list(model.img_size),
-        "mean": list(args.mean),
-        "std": list(args.std),
-        "precision": args.precision,
-        "data": args.data_path,
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "precision": config.precision,
+        "data": config.data_path,
         "train_images": len(train),
         "val_images": len(val),
     }
@@ -247,7 +236,7 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 def describe(result: dict) -> str:
     """One line that stands for itself."""
-    accuracy = ", ".join(f"k={k} {value:.3f} %" for k, value in result["accuracy"].items())
+    accuracy = ", ".join(f"k={k} {value:.3f}%" for k, value in result["accuracy"].items())
     weights = result["checkpoint"] + (f" after epoch {result['epoch']}" if result["epoch"] is not None else "")
     if result["model_ema"]:
         weights += " (averaged weights)"
@@ -261,18 +250,20 @@ def describe(result: dict) -> str:
     )
 
 
-def main(args: argparse.Namespace) -> None:
-    with arguments.user_errors():
+def main(flags: argparse.Namespace) -> None:
+    with user_errors():
         setup_logging()
-        distributed.init_distributed(args)
-        if distributed.is_main_process() and args.out:  # while an evaluation is not yet lost
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            open(args.out, "ab").close()
-        result = evaluate(args)
+        launch = distributed.init_distributed(flags)
+        if launch.rank == 0 and flags.out:  # while an evaluation is not yet lost
+            with unreadable_is_user_error(f"--out {flags.out} cannot be written"):
+                Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
+                open(flags.out, "ab").close()
+        result = evaluate(flags, launch)
         logger.info("%s", describe(result))
-        if distributed.is_main_process() and args.out:
-            Path(args.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    distributed.shutdown()
+        if launch.rank == 0 and flags.out:
+            with unreadable_is_user_error(f"--out {flags.out} cannot be written"):
+                Path(flags.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        distributed.shutdown()
 
 
 if __name__ == "__main__":

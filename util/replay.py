@@ -15,17 +15,18 @@ from typing import Any
 
 import timm
 import torch
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
-import main_finetune
-from util.data.transforms import Normalize
-from util.run import config as arguments
+from models_swin import classification_loss
+from util.data.transforms import BatchAugmentation, Normalize
+from util.run.config import HelpFormatter
+from util.run.failures import user_errors
 from util.run.logger import setup_logging
 from util.run.optim import autocast, make_scaler, resolve_precision
 from util.seeding import seed_all
 from util.weights.file import CheckpointError, read_checkpoint
 from util.weights.layouts import load_classifier, load_pretraining
+from util.weights.settings import model_arguments, weight_settings
 
 logger = logging.getLogger(__name__)
 
@@ -94,29 +95,30 @@ def describe_inputs(imgs: Tensor) -> Iterator[str]:
 
 
 def build_step(
-    args: argparse.Namespace, weights: dict[str, Tensor], device: torch.device
+    settings: argparse.Namespace, weights: dict[str, Tensor], device: torch.device
 ) -> tuple[nn.Module, Callable[[Tensor, dict[str, Any]], Tensor]]:
     """The model in training mode with its weights, and the loss of (normalised images, micro-batch of a dump)."""
-    if "mask_ratio" in vars(args):
-        model = timm.create_model(args.model, norm_pix_loss=args.norm_pix_loss, **arguments.model_shape(args))
+    pretraining = hasattr(settings, "mask_ratio")
+    arguments = model_arguments(weight_settings(vars(settings), "the dump", pretraining=pretraining))
+    arguments["drop_path_rate"] = settings.drop_path
+    if pretraining:
+        model = timm.create_model(settings.model, norm_pix_loss=settings.norm_pix_loss, **arguments)
         load_pretraining(model, weights, "the dump")
         return model.to(device).train(), lambda imgs, micro: model(imgs, mask=micro["mask"])[0]
 
-    model = main_finetune.build_classifier(args, device)
+    num_classes = len(weights["head.weight"])
+    model = timm.create_model(settings.model, num_classes=num_classes, **arguments)
     load_classifier(model, weights, "the dump")
-    if args.freeze_encoder:
+    if settings.freeze_encoder:
         model.requires_grad_(False)
         model.head.requires_grad_(True)
-    criterion, mixup = main_finetune.build_criterion(args)
-    erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
+    augment = BatchAugmentation(settings, num_classes, device)
 
     def loss(imgs: Tensor, micro: dict[str, Any]) -> Tensor:
-        imgs, targets = erasing(imgs), micro["targets"].to(device)
-        if mixup is not None:
-            imgs, targets = mixup(imgs, targets)
-        return criterion(model(imgs).float(), targets)
+        imgs, targets = augment(imgs, micro["targets"].to(device))
+        return classification_loss(model(imgs).float(), targets, settings.smoothing)
 
-    return model.train(not args.freeze_encoder), loss
+    return model.to(device).train(not settings.freeze_encoder), loss
 
 
 def replay(dump: dict[str, Any], device: torch.device, precision: str | None = None) -> Iterator[str]:
@@ -128,18 +130,18 @@ def replay(dump: dict[str, Any], device: torch.device, precision: str | None = N
         precision: instead of the run's.
 
     Raises:
-        ValueError: the run's precision does not work on this device.
+        UserError: the run's precision does not work on this device.
     """
     checkpoint = dump["checkpoint"]
-    args = argparse.Namespace(**checkpoint["args"])
-    args.precision = resolve_precision(precision or args.precision, device)
-    yield f"{args.model} at {dump['where']}, in {args.precision} on {device}"
+    settings = argparse.Namespace(**checkpoint["args"])
+    precision = resolve_precision(precision or settings.precision, device)
+    yield f"{settings.model} at {dump['where']}, in {precision} on {device}"
     bad_weights = [name for name, tensor in checkpoint["model"].items() if not tensor.isfinite().all()]
     if bad_weights:
         yield f"weights before the step that are not finite: {first_names(bad_weights)}"
-    model, loss_of = build_step(args, checkpoint["model"], device)
-    normalize = Normalize(args.mean, args.std).to(device)
-    scaler = make_scaler(args.precision, device)
+    model, loss_of = build_step(settings, checkpoint["model"], device)
+    normalize = Normalize(settings.mean, settings.std).to(device)
+    scaler = make_scaler(precision, device)
     if checkpoint["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(checkpoint["scaler"])
 
@@ -149,9 +151,9 @@ def replay(dump: dict[str, Any], device: torch.device, precision: str | None = N
             yield f"micro-batch {number}, {line}"
         model.zero_grad()
         seed_all(*micro["keys"])
-        with FirstBadOutput(model) as forward, autocast(args.precision, device):
+        with FirstBadOutput(model) as forward, autocast(precision, device):
             loss = loss_of(imgs, micro)
-        scaler.scale(loss / args.accum_iter).backward()
+        scaler.scale(loss / settings.accum_iter).backward()
         finite = "finite" if loss.isfinite() else "NOT FINITE"
         yield f"micro-batch {number}: {len(imgs)} images, loss {loss.item():.6g} ({finite})"
         if forward.found:
@@ -175,7 +177,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         prog="python -m util.replay",
         description="Rerun the step in a dump of --nan_dump and say where it goes wrong.",
-        formatter_class=arguments.HelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--dump", required=True, metavar="FILE", help="output_dir/nan_dump_rank<n>.pth")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="instead of the run's")
@@ -183,11 +185,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    with arguments.user_errors():
+def main(flags: argparse.Namespace) -> None:
+    with user_errors():
         setup_logging()
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        for line in replay(read_dump(args.dump), device, args.precision):
+        device = torch.device(flags.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        for line in replay(read_dump(flags.dump), device, flags.precision):
             logger.info("%s", line)
 
 

@@ -4,46 +4,41 @@
     python -m util.submit finetune --partition P --data_path DIR -- --model swin_base_w14 --finetune base_600ep
 
 With `--exp` the recipe is what `sh exp/<exp>/<task>.sh print ...` prints, so it stands in one place; flags after `--`
-go to the main and win. Logs and the pickled job lie in the job folder; so does the output, unless a flag or the recipe
-says otherwise.
+are passed to the script and override the recipe. Logs and the pickled job lie in the job folder; so does the output,
+unless a flag or the recipe says otherwise.
 """
 
 import argparse
-import importlib
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("pretrain", "finetune", "finetune_384", "linear", "eval")
 
 
 class Training:
-    """What every task of the job runs: one of the mains with its flags.
+    """What every task of the job runs: the script of a main, with its flags.
 
     `folder` is the job folder, with submitit's `%j` for the job id. It is pickled, started once per GPU by submitit,
     and started again as it is after a requeue: `--resume auto` finds the checkpoint.
     """
 
-    def __init__(self, main: str, flags: list[str], folder: str):
-        self.main, self.flags, self.folder = main, flags, folder
+    def __init__(self, script: str, flags: list[str], folder: str):
+        self.script, self.flags, self.folder = script, flags, folder
 
     def __call__(self) -> None:
-        sys.path.insert(0, str(ROOT))
         folder = Path(self.folder.replace("%j", os.environ["SLURM_JOB_ID"]))
         # One file per job and attempt: the file of an earlier one would list ranks that are gone.
         meeting = folder / f"meeting-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-        defaults = [
-            "--output_dir",
-            str(folder),
-            "--resume",
-            "auto",
-            "--dist_url",
-            f"file://{meeting}",
-        ]
-        module = importlib.import_module(self.main)
-        module.main(module.get_args_parser().parse_args([*defaults, *self.flags]))
+        defaults = ["--output_dir", str(folder), "--resume", "auto", "--dist_url", f"file://{meeting}"]
+        script = str(ROOT / self.script)
+        sys.argv = [script, *defaults, *self.flags]
+        runpy.run_path(script, run_name="__main__")
 
     def checkpoint(self):
         """What submitit queues after a preemption; called when the run has saved and stopped."""
@@ -53,20 +48,20 @@ class Training:
 
 
 def recipe(exp: str, task: str, gpus: int, data_path: str, flags: list[str]) -> tuple[str, list[str]]:
-    """The main (a module name) and all its flags for an experiment, from the experiment's own script.
+    """The main (a script) and all its flags for an experiment, from the experiment's own script.
 
     Raises:
-        ValueError: there is no such experiment, or its script rejects the arguments; carries the script's message.
+        UserError: there is no such experiment, or its script rejects the arguments; carries the script's message.
     """
     script = ROOT / "exp" / exp / f"{task}.sh"
     if not script.is_file():
         known = sorted(str(path.relative_to(ROOT / "exp").with_suffix("")) for path in ROOT.glob(f"exp/*/{task}.sh"))
-        raise ValueError(f"--exp {exp} has no {task}.sh; these experiments have: {', '.join(known)}")
+        raise UserError(f"--exp {exp} has no {task}.sh; these experiments have: {', '.join(known)}")
     result = subprocess.run(["sh", str(script), "print", str(gpus), data_path, *flags], capture_output=True, text=True)
     if result.returncode:
-        raise ValueError(result.stderr.strip())
+        raise UserError(result.stderr.strip())
     main, *lines = result.stdout.removesuffix("\n").split("\n")
-    return main.removesuffix(".py"), lines
+    return main, lines
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -74,7 +69,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         prog="python -m util.submit",
         description="Submit a run to Slurm; it is queued again after preemption and at its time limit.",
-        epilog="Flags after -- go to the main and win over the recipe's.",
+        epilog="Flags after -- are passed to the script and override the recipe.",
     )
     parser.add_argument("task", choices=TASKS, help="script of the experiment, or (without --exp) pretrain or finetune")
     parser.add_argument("--exp", default="", help="experiment whose recipe to take, such as base_600ep (default: none)")
@@ -106,23 +101,25 @@ def submit(args: argparse.Namespace, flags: list[str]):
     """Submit the job and return submitit's `Job`.
 
     Raises:
-        ValueError: contradictory arguments, or no Slurm or submitit here.
+        UserError: contradictory arguments, or no Slurm or submitit here.
     """
     try:
         import submitit
     except ImportError as error:
-        raise ValueError("submitit is not installed: pip install submitit") from error
+        raise UserError("submitit is not installed: pip install submitit") from error
 
     if args.nodes < 1 or args.ngpus < 1:
-        raise ValueError(f"--nodes {args.nodes} and --ngpus {args.ngpus} must be positive")
+        raise UserError(f"--nodes {args.nodes} and --ngpus {args.ngpus} must be positive")
     if args.exp:
         main, flags = recipe(args.exp, args.task, args.nodes * args.ngpus, args.data_path, flags)
     elif args.task in ("pretrain", "finetune"):
-        main, flags = f"main_{args.task}", ["--data_path", args.data_path, *flags]
+        main, flags = f"main_{args.task}.py", ["--data_path", args.data_path, *flags]
     else:
-        raise ValueError(f"{args.task} is a script of an experiment: add --exp, such as --exp base_600ep")
+        raise UserError(f"{args.task} is a script of an experiment: add --exp, such as --exp base_600ep")
     # Parse the flags here, where the user sees what is wrong with them.
-    importlib.import_module(main).get_args_parser().parse_args(flags)
+    given = runpy.run_path(str(ROOT / main))["get_args_parser"]().parse_args(flags)
+    if not given.dataset and not Path(given.data_path).exists():
+        raise UserError(f"the data folder (or list of images) '{given.data_path}' does not exist")
     options = {}
     for option in args.slurm:
         key, separator, value = option.partition("=")
@@ -132,7 +129,7 @@ def submit(args: argparse.Namespace, flags: list[str]):
     try:
         executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=args.requeue_limit)
     except RuntimeError as error:
-        raise ValueError(f"Slurm's srun is not installed here ({error}): submit from a login node") from error
+        raise UserError(f"Slurm's srun is not installed here ({error}): submit from a login node") from error
     executor.update_parameters(
         name=f"{args.exp or 'mixmae'}-{args.task}",
         nodes=args.nodes,
@@ -149,7 +146,7 @@ def submit(args: argparse.Namespace, flags: list[str]):
     try:
         return executor.submit(Training(main, flags, folder))
     except submitit.core.utils.FailedJobError as error:
-        raise ValueError(f"Slurm did not take the job: {error}") from error
+        raise UserError(f"Slurm did not take the job: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -159,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(own)
     try:
         job = submit(args, flags)
-    except ValueError as error:
+    except UserError as error:
         parser.exit(2, f"error: {error}\n")
     print(f"submitted job {job.job_id}; its log is {job.paths.stdout}")
 

@@ -9,6 +9,7 @@ predicted as a whole. Rows come in pairs, since images are mixed in pairs.
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +23,14 @@ from util.data.datasets import build_dataset
 from util.data.decoding import BadImageError, decode
 from util.data.image_index import IMAGE_EXTENSIONS
 from util.data.transforms import Normalize, ResizeAndCentreCrop
-from util.run import config as arguments
+from util.errors import UserError, unreadable_is_user_error
+from util.run.config import HelpFormatter
+from util.run.failures import user_errors
 from util.run.logger import setup_logging
 from util.seeding import keyed_generator
 from util.weights.file import CheckpointError
 from util.weights.layouts import load_pretraining
+from util.weights.settings import WeightSettings, model_arguments, weight_settings
 from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
@@ -110,7 +114,7 @@ def shown_channels(in_chans: int, channels: Sequence[int] | None = None) -> tupl
     if channels is None:
         channels = (0, 1, 2) if in_chans >= 3 else (0,)
     if len(channels) not in (1, 3) or not all(0 <= channel < in_chans for channel in channels):
-        raise ValueError(
+        raise UserError(
             f"one channel can be shown as grey or three as red, green and blue, numbered from 0 to {in_chans - 1}; "
             f"got {' '.join(map(str, channels))}"
         )
@@ -334,7 +338,7 @@ def wrap(text: str, size: int, width: int) -> list[str]:
 # --- The command --------------------------------------------------------------------------------------------
 
 
-def load_model(checkpoint: str) -> tuple[MixMAE, WeightsInfo]:
+def load_model(checkpoint: str) -> tuple[MixMAE, WeightSettings, WeightsInfo]:
     """The pretraining model of a checkpoint, as its recorded arguments describe it, and where it came from.
 
     Raises:
@@ -346,41 +350,44 @@ def load_model(checkpoint: str) -> tuple[MixMAE, WeightsInfo]:
             f"{checkpoint} has no decoder, so it cannot reconstruct images (it was fine-tuned, or is an encoder "
             "alone): give a checkpoint of main_pretrain.py"
         )
-    if "model" not in info.args:
-        raise CheckpointError(f"{checkpoint} does not record which model it is: give a checkpoint of main_pretrain.py")
-    # The authors' files record fewer arguments than ours.
-    absent = {"in_chans": 3, "patch_size": None, "window_size": None, "input_size": None, "norm_pix_loss": False}
-    recorded = argparse.Namespace(**absent | info.args | {"drop_path": 0.0})
-    arguments.check_recorded(vars(recorded), checkpoint)
-    name = arguments.resolve_model_name(
-        recorded.model, arguments.PRETRAINING_MODELS, arguments.AUTHORS_PRETRAINING_NAMES
-    )
-    model = timm.create_model(name, norm_pix_loss=recorded.norm_pix_loss, **arguments.model_shape(recorded))
+    settings = weight_settings(info.args, checkpoint, pretraining=True)
+    norm_pix_loss = bool(info.args.get("norm_pix_loss", False))
+    model = timm.create_model(settings.model, norm_pix_loss=norm_pix_loss, **model_arguments(settings))
     logger.info("%s", load_pretraining(model, weights, checkpoint))
-    return model.eval(), info
+    return model.eval(), settings, info
+
+
+@dataclass(frozen=True)
+class FolderOfImages:
+    """The images of one folder or list, as `build_dataset` takes them."""
+
+    data_path: str
+    in_chans: int
+    seed: int
+    dataset: str = ""
+    bad_images: str = "error"
+    max_bad_images: float = 0.0
+    ignore_exif: bool = False
 
 
 def load_images(paths: list[str], num_images: int, in_chans: int, seed: int) -> tuple[list[Tensor], list[str]]:
     """Images (in_chans, h, w) and their paths: the files in `paths`, or `num_images` drawn from a folder or list.
 
     Raises:
-        ValueError: nothing there, unreadable, or of another number of channels.
+        UserError: nothing there, unreadable, or of another number of channels.
     """
     for path in paths:
         if not Path(path).exists():
-            raise ValueError(f"--images {path} does not exist: give image files, a folder of images or a list of them")
+            raise UserError(f"--images {path} does not exist: give image files, a folder of images or a list of them")
     if len(paths) == 1 and not paths[0].lower().endswith(IMAGE_EXTENSIONS):
-        args = argparse.Namespace(
-            data_path=paths[0], dataset="", in_chans=in_chans, seed=seed, bad_images="error", max_bad_images=0.0
-        )
-        dataset = build_dataset(args, "train", transform=lambda image: image)
+        dataset = build_dataset(FolderOfImages(paths[0], in_chans, seed), "train", transform=lambda image: image)
         chosen = torch.randperm(len(dataset), generator=keyed_generator(seed, "images"))[:num_images].tolist()
         return [dataset[(0, index)][0] for index in chosen], [dataset.path_of(index) for index in chosen]
     images = []
     for path in paths:
         try:
             images.append(decode(Path(path).read_bytes(), in_chans))
-        except BadImageError as error:
+        except (BadImageError, OSError) as error:
             raise BadImageError(f"{path}: {error}") from error
     return images, paths
 
@@ -390,7 +397,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         prog="python -m util.visualize",
         description="Draw a picture of how a pretraining checkpoint mixes and reconstructs images.",
-        formatter_class=arguments.HelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint of main_pretrain.py")
     parser.add_argument(
@@ -405,34 +412,38 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def visualize(args: argparse.Namespace) -> None:
-    """Write the picture. Raises ValueError or OSError for what the user can put right."""
+    """Write the picture.
+
+    Raises:
+        UserError: for what the user can put right.
+    """
     out = Path(args.out)
     if out.suffix.lower() not in OUTPUT_EXTENSIONS:
-        raise ValueError(f"--out {out} must end in one of {', '.join(OUTPUT_EXTENSIONS)}")
+        raise UserError(f"--out {out} must end in one of {', '.join(OUTPUT_EXTENSIONS)}")
     if args.num_images < 2:
-        raise ValueError(f"--num_images must be at least 2, since images are mixed in pairs; got {args.num_images}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    model, info = load_model(args.checkpoint)
+        raise UserError(f"--num_images must be at least 2, since images are mixed in pairs; got {args.num_images}")
+    model, settings, info = load_model(args.checkpoint)
     mask = model.random_masking(args.mask_ratio, keyed_generator(args.seed, "mask"))
     channels = shown_channels(model.in_chans, args.channels)
     images, paths = load_images(args.images, args.num_images, model.in_chans, args.seed)
     if len(images) < 2:
-        raise ValueError(f"images are mixed in pairs: at least 2 are needed, --images gives {len(images)}")
+        raise UserError(f"images are mixed in pairs: at least 2 are needed, --images gives {len(images)}")
     if len(images) % 2:
         logger.warning("images are mixed in pairs: the last of the %d, %s, is left out", len(images), paths.pop())
         images.pop()
-    default_mean, default_std = arguments.IMAGENET_MEAN, arguments.IMAGENET_STD  # the authors' files record none
-    mean, std = info.args.get("mean") or default_mean, info.args.get("std") or default_std
+    mean, std = settings.mean, settings.std
     crop, normalize = ResizeAndCentreCrop(model.img_size, crop_ratio=1.0), Normalize(mean, std)
     imgs = torch.stack([normalize(crop(image)) for image in images])
-    source = f"{info.args['model']}, {info.path.parent.name}/{info.path.name}"
+    source = f"{info.args.get('model', settings.model)}, {info.path.parent.name}/{info.path.name}"
     if info.epoch is not None:
         source += f", after {info.epoch + 1} epochs"
-    reconstruction_figure(model, imgs, mask, mean, std, channels, source).save(out)
+    with unreadable_is_user_error(f"--out {out} cannot be written"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        reconstruction_figure(model, imgs, mask, mean, std, channels, source).save(out)
     logger.info("wrote %s", out)
 
 
 if __name__ == "__main__":
-    with arguments.user_errors():
+    with user_errors():
         setup_logging()
         visualize(get_args_parser().parse_args())

@@ -1,16 +1,17 @@
 #!/bin/sh
-# MixMAE large, top-1 and top-5 of the fine-tuned model on the ImageNet-1K validation set at 224 x 224.
+# MixMAE large: top-1 and top-5 of the fine-tuned classifier on ImageNet-1K's validation set at 224 x 224.
 #     sh exp/large_600ep/eval.sh PARTITION|local|print GPUS DATA [further flags of main_finetune.py]
 #
-# GPUs             any number; every image counts once whatever it is
-# Checkpoint       exp/large_600ep/ckpt_finetune/checkpoint.pth, as finetune.sh leaves it; another one: --finetune PATH
-# Result           the paper reports 85.9 top-1 (the paper's number)
-# Origin           resize to 256 (bicubic) and centre crop of 224: the authors' script
-set -eu
-here=$(cd -- "$(dirname -- "$0")" && pwd)
-[ -f "$here/../launch.sh" ] || here=$PWD/exp/large_600ep # sbatch runs a copy, in the folder it was called from
-EFFECTIVE_BATCH="" exec sh "$here/../launch.sh" "$0" main_finetune.py \
-    --model swin_large_w14 --input_size 224 --nb_classes 1000 \
+# GPUs             any number, 128 images each at a time; every image counts exactly once
+# Start            exp/large_600ep/ckpt_finetune/checkpoint.pth, which finetune.sh writes
+#                  (--finetune large_600ep_ft: the authors' published weights; --finetune PATH: another file)
+# Result           85.9% top-1 in the paper
+# Origin           resize to 256 (bicubic), centre crop of 224, --ignore_exif: the authors' code.
+#                  Only the precision is not theirs: bf16 by default, theirs fp16 (--precision fp16)
+here=$(dirname -- "$0") && [ -f "$here/../launch.sh" ] || here=exp/large_600ep # sbatch runs a copy of this file
+. "$here/../launch.sh" # takes PARTITION, GPUS and DATA
+launch main_finetune.py \
+    --model swin_large_w14 --input_size 224 --nb_classes 1000 --ignore_exif \
     --finetune "$here/ckpt_finetune/checkpoint.pth" \
     --eval --batch_size 128 \
-    -- "$@"
+    "$@"

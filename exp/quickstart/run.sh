@@ -1,10 +1,10 @@
 #!/bin/sh
-# Try MixMAE on real images: pretrain without labels, look at reconstructions, then see what the encoder is worth.
+# Try MixMAE on real images: pretrain without labels, draw reconstructions, and measure what the encoder learned.
 #     sh exp/quickstart/run.sh [--seed N] [output folder, default exp/quickstart/result]
 #
-# Data      10,000 images of Fashion-MNIST that come with the repository (exp/quickstart/README.md)
-# Time      under 5 minutes on 2 CPU cores, after installing into .venv, which the first run does
-# Started again with the same folder, it continues where it was stopped.
+# Data      10,000 images of Fashion-MNIST, included in the repository (exp/quickstart/README.md)
+# Time      under 5 minutes on 2 CPU cores; the first run also installs the requirements into .venv
+# Resuming  with the same output folder, a run that was stopped continues
 set -eu
 
 seed=0 output=''
@@ -30,7 +30,7 @@ output=$(cd -- "$output" && pwd)
 cd -- "$here/../.."
 sh exp/setup.sh
 python=.venv/bin/python
-# The model is so small that more threads do not help; and idle ones must not spin where others need the CPU.
+# The model is too small for more threads to help, and idle threads should not spin while others need the CPU.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 data=exp/quickstart/data
 
@@ -41,28 +41,22 @@ if [ ! -e $data/500_labels/val ]; then
     step "Unpacking the images"
     rm -rf $data
     $python -m tarfile -e exp/quickstart/fashion_mnist.tar.xz $data
-    for class in "$data"/train/*; do # the first 50 images of each class
-        few=$data/500_labels/train/${class##*/}
-        mkdir -p "$few"
-        count=0
-        for image in "$class"/*; do
-            cp "$image" "$few"
-            count=$((count + 1))
-            [ $count -lt 50 ] || break
-        done
+    for class in "$data"/train/*; do
+        mkdir -p "$data/500_labels/train/${class##*/}"
+        find "$class" -name '*.png' | sort | head -n 50 | xargs -I{} cp {} "$data/500_labels/train/${class##*/}"
     done
     ln -s ../val $data/500_labels/val
 fi
 
-# Mean and standard deviation are those of the training images.
+# What both mains are given; mean and standard deviation are those of the training images.
 run() {
     main=$1 folder=$2
     shift 2
     $python "$main" --output_dir "$output/$folder" --seed "$seed" --resume auto --in_chans 1 --mean 0.219 --std 0.332 \
         --num_workers 1 --keep_checkpoints 1 --print_freq 50 "$@"
 }
-# The same numbers for both. The budget is short, which is where pretraining helps most: with twice the steps (batch 25)
-# the encoder without it came within 4 points, 62.8 against 66.4 % over 3 seeds.
+# The same budget with and without pretraining. It is short, which is where pretraining helps most: with twice the steps
+# (batch 25), training from scratch came within 4 points, 62.8% against 66.4% on average over 3 seeds.
 finetune() {
     run main_finetune.py "$@" --data_path $data/500_labels --model swin_quickstart \
         --batch_size 50 --epochs 15 --warmup_epochs 1 --lr 2e-3 --layer_decay 1 --drop_path 0 --aa '' --reprob 0
@@ -74,19 +68,19 @@ knn() {
         --out "$output/$name.json" "$@"
 }
 
-step "Pretraining on 8,000 images, without their labels"
+step "Pretraining on 8,000 images without labels"
 run main_pretrain.py pretrain --data_path $data --model mixmae_quickstart \
     --batch_size 32 --epochs 4 --warmup_epochs 0.5 --lr 2e-3 --mask_ratio 0.5 --norm_pix_loss --vis_every 1
 checkpoint=$output/pretrain/checkpoint.pth
 
-step "Drawing reconstructions of images that were not trained on"
+step "Drawing reconstructions of validation images"
 $python -m util.visualize --checkpoint "$checkpoint" --images $data/val --out "$output/reconstructions.png" --num_images 6
 
-step "Classifying by nearest neighbours: the pretrained encoder, and the same with random weights"
+step "Classifying by nearest neighbours: with the pretrained encoder, then with random weights"
 knn knn_pretrained
 knn knn_random --random_weights
 
-step "Fine-tuning with 500 labels: from the pretrained encoder, and from scratch"
+step "Fine-tuning with 500 labels: from the pretrained encoder, then from scratch"
 finetune finetune --finetune "$checkpoint"
 finetune scratch
 
@@ -99,7 +93,7 @@ knn = [json.loads((folder / f"knn_{name}.json").read_text())["accuracy"]["20"] f
 logs = [(folder / name / "log.txt").read_text().splitlines() for name in ("finetune", "scratch")]
 tuned = [json.loads(lines[-1])["test_acc1"] for lines in logs]
 print("                             pretrained   not pretrained")
-print("20 nearest neighbours        {:8.1f} %   {:12.1f} %".format(*knn))
-print("fine-tuned with 500 labels   {:8.1f} %   {:12.1f} %".format(*tuned))
+print("20 nearest neighbours        {:9.1f}%   {:13.1f}%".format(*knn))
+print("fine-tuned with 500 labels   {:9.1f}%   {:13.1f}%".format(*tuned))
 print(f"\nLook at {folder}/reconstructions.png. Logs and checkpoints are in {folder}.")
 END

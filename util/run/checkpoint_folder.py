@@ -46,7 +46,7 @@ POSITION = (
     ("step", (int,), 0),
     ("step_in_epoch", (int,), 0),
     ("epoch_loss", (int, float), float("-inf")),
-    ("best_acc1", (int, float), 0),
+    ("best_acc1", (int, float, type(None)), 0),
 )
 
 STEP_NAME = re.compile(r"checkpoint-\d+\.pth")
@@ -241,7 +241,7 @@ def read_run_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         )
     for key, kinds, lowest in POSITION:
         value = checkpoint.get(key, 0)
-        if type(value) not in kinds or not value >= lowest:
+        if type(value) not in kinds or not (value is None or value >= lowest):
             raise CheckpointError(f"{path} holds no run to resume: its {key} is {str(value)[:100]!r}")
     if not isinstance(checkpoint.get("args", {}), dict):
         raise CheckpointError(f"{path} holds no run to resume: its args are a {type(checkpoint['args']).__name__}")
@@ -296,67 +296,3 @@ def _may_be_in_use(path: Path, host: str, pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-# -- The recipe that a checkpoint was made with ------------------------------------------------------------------------
-
-# Settings that a resumed run may change freely: where things are, how fast they go, what is reported and kept.
-FREE = frozenset(
-    "output_dir log_dir num_workers pin_mem print_freq vis_every knn_every nan_dump max_bad_images "
-    "resume resume_force start_epoch save_every save_steps keep_checkpoints keep_every eval dist_eval predictions "
-    "eff_batch_size rank local_rank distributed dist_url dist_on_itp port dist_timeout".split()
-)
-# Settings that keep the recipe but not the bits, each with what changes; eff_batch_size, above, follows from them.
-BATCHES = "steps are made of other images, or averaged in another order"
-ROUNDING = "the same computation, rounded otherwise"
-CHANGES_BITS = {
-    "world_size": BATCHES,
-    "batch_size": BATCHES,
-    "accum_iter": BATCHES,
-    "precision": ROUNDING,
-    "device": ROUNDING,
-    "compile": ROUNDING,
-    "grad_checkpointing": ROUNDING,
-    "data_path": "identical only if it holds the same images in the same order",
-    "bad_images": "other samples wherever an image cannot be read",
-}
-
-
-def compare_recipes(saved_args: dict[str, Any], args: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What differs between the settings a checkpoint was made with and those of the run that resumes it.
-
-    Args:
-        saved_args: the checkpoint's 'args'.
-        args: `vars(args)` of the run.
-
-    Returns:
-        errors: 'name: saved -> now' for every difference in model or recipe.
-        warnings: differences after which the run goes on, but no longer identically to an uninterrupted one.
-    """
-    errors, warnings = [], []
-    for name in sorted((saved_args.keys() & args.keys()) - FREE):
-        saved, now = _comparable(saved_args[name]), _comparable(args[name])
-        difference = f"{name}: {saved} -> {now}"
-        if saved == now:
-            continue
-        if name in CHANGES_BITS:
-            warnings.append(f"{difference} ({CHANGES_BITS[name]})")
-        elif name == "lr" and _follows_batch_size(saved_args) and _follows_batch_size(args):
-            warnings.append(f"{difference} (it follows the effective batch size)")
-        else:
-            errors.append(difference)
-    unknown = sorted((saved_args.keys() ^ args.keys()) - FREE)
-    if unknown:
-        warnings.append(f"only in the checkpoint or only in this version, so not compared: {', '.join(unknown)}")
-    return errors, warnings
-
-
-def _follows_batch_size(args: dict[str, Any]) -> bool:
-    """Whether the learning rate is the one derived from the base learning rate, rather than given."""
-    return args.get("blr") is not None and args["lr"] == args["blr"] * args.get("eff_batch_size", 0) / 256
-
-
-def _comparable(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return tuple(_comparable(item) for item in value)
-    return os.fspath(value) if isinstance(value, os.PathLike) else value

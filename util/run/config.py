@@ -1,43 +1,303 @@
-"""Command-line flags that both mains share, their defaults, and what is derived from them.
+"""The configuration of a run: every flag is declared once, all are resolved once, and then they are only read.
+
+A flag is a field of one of the classes below (a main or command adds its own): its annotation is its type, and `flag`
+gives its default, its help, its check, and what a change of it means for a run that is resumed. `get_parser` makes the
+command line of a configuration class, and `resolve` an object of it, which cannot be written to.
 
 The flags of the authors' scripts keep their names and meanings.
 """
 
 import argparse
-import contextlib
+import dataclasses
 import logging
 import os
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
-import models_mixmae
-import models_swin
-from util.data.decoding import BadImageError
-from util.run import distributed
-from util.weights.file import CheckpointError
-from util.weights.source import read_weights
+from util.errors import UserError
+from util.run.launch import Launch
+from util.run.optim import resolve_precision
+from util.weights.settings import (
+    CLASSIFIER_MODELS,
+    PRETRAINING_MODELS,
+    WeightSettings,
+    encoder_of,
+)
 
 logger = logging.getLogger(__name__)
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+C = TypeVar("C", bound="Config")
 
-PRETRAINING_MODELS = [name.removesuffix(".") for name in models_mixmae.default_cfgs]
-CLASSIFIER_MODELS = [name.removesuffix(".") for name in models_swin.default_cfgs]
-AUTHORS_PRETRAINING_NAMES = {name.replace("mixmae_", "mixmim_"): name for name in PRETRAINING_MODELS}
-AUTHORS_CLASSIFIER_NAMES = {
-    "mixmim_base": "swin_base_w14",
-    "mixmim_base_384": "swin_base_w16_384",
-    "mixmim_large": "swin_large_w14",
-    "mixmim_large_384": "swin_large_w16_384",
-    "mixmim_huge": "swin_huge_w14",
-}
+# --- Declaring flags ---
 
 
-def available_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@dataclass(frozen=True)
+class Change:
+    """What changing a flag means for a run that is resumed: whether it may, and what is then no longer identical."""
+
+    allowed: bool
+    difference: str = ""
+
+
+RECIPE = Change(allowed=False)  # another experiment
+FREE = Change(allowed=True)  # where things are, how fast they go, what is reported and kept
+
+
+def other_bits(difference: str) -> Change:
+    """The same recipe, but not the same bits."""
+    return Change(allowed=True, difference=difference)
+
+
+BATCHES = other_bits("steps are made of other images, or averaged in another order")
+ROUNDING = other_bits("the same computation, rounded differently")
+
+Check = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and the rule in words
+AT_LEAST_1: Check = (lambda value: value >= 1, "must be at least 1")
+NOT_NEGATIVE: Check = (lambda value: value >= 0, "must not be negative")
+PROBABILITY: Check = (lambda value: 0 <= value <= 1, "must be between 0 and 1")
+BELOW_1: Check = (lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+
+
+def flag(
+    default: Any,
+    help: str,
+    metavar: str | None = None,
+    check: Check | None = None,
+    on_resume: Change = RECIPE,
+    choices: Sequence[str] | None = None,
+    aliases: Sequence[str] = (),
+) -> Any:
+    """A field of a configuration class that is a flag.
+
+    Args:
+        default: its value where it is not given; None means that `resolve` or the data decide.
+        help: what `--help` says.
+        metavar: what `--help` calls the value.
+        check: what values are allowed (None, where it is the default, always is).
+        on_resume: what changing it means for a run that is resumed.
+        choices: the allowed words.
+        aliases: other spellings, with their dashes.
+    """
+    metadata = dict(help=help, metavar=metavar, check=check, on_resume=on_resume, choices=choices, aliases=aliases)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# --- The flags that mains and commands share ---
+
+
+@dataclass(frozen=True)
+class Config:
+    """What all configurations can do. Writing to one is a `dataclasses.FrozenInstanceError`.
+
+    Raises:
+        UserError: on construction, for a value that is not allowed; says which flag, what was given, what is allowed.
+    """
+
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}  # of flags whose default depends on the main or command
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, check = getattr(self, field.name), field.metadata["check"]
+            if check is not None and value is not None and not check[0](value):
+                raise UserError(f"--{field.name} {check[1]}, got {value}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """All values by name, plain ones, as checkpoints store them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True)
+class WeightFlags(Config):
+    """What belongs to weights: `util.weights.settings` fills in what is not given."""
+
+    TITLE: ClassVar[str] = "model and images"
+
+    model: str | None = flag(
+        None,
+        f"{', '.join(PRETRAINING_MODELS)} to pretrain; {', '.join(CLASSIFIER_MODELS)} to fine-tune; or the authors' "
+        "mixmim_* names (default: the one that the weights record, else Base)",
+        "NAME",
+    )
+    in_chans: int | None = flag(
+        None, "channels of the images (default: those the weights were trained with, else 3)", "N", AT_LEAST_1
+    )
+    input_size: tuple[int, ...] | None = flag(
+        None, "one side, or height and width (default: that of the weights, else the model's)", "PIXELS"
+    )
+    mean: tuple[float, ...] | None = flag(
+        None,
+        "mean of each channel, in 0..1 for 8-bit images, else in the images' own units (default: that of the weights, "
+        "else ImageNet's for 3 channels and 0.5 for others)",
+        "X",
+    )
+    std: tuple[float, ...] | None = flag(
+        None,
+        "standard deviation of each channel, likewise (default: that of the weights, else ImageNet's, or 0.25)",
+        "X",
+    )
+
+
+@dataclass(frozen=True)
+class ModelFlags(Config):
+    TITLE: ClassVar[str] = "model"
+
+    patch_size: int | None = flag(None, "side of a patch (default: that of the weights, else the model's)", "PIXELS")
+    window_size: tuple[int, int, int, int] | None = flag(
+        None, "window side of each stage (default: those of the weights, else the model's)", "TOKENS"
+    )
+    drop_path: float = flag(0.0, "stochastic depth of the last block", "RATE", BELOW_1)
+    grad_checkpointing: bool = flag(
+        False, "store less and compute blocks twice: slower, less memory", on_resume=ROUNDING
+    )
+    compile: bool = flag(False, "compile the encoder's stages with torch.compile", on_resume=ROUNDING)
+
+
+@dataclass(frozen=True)
+class DataFlags(Config):
+    TITLE: ClassVar[str] = "data"
+
+    data_path: str = flag(
+        "",
+        "folder with train/ (and val/), folder of images, list file, tar, or the folder of --dataset",
+        "PATH",
+        on_resume=other_bits("identical only if it holds the same images in the same order"),
+    )
+    dataset: str = flag("", "a timm.data.create_dataset name instead of files, under --data_path", "NAME")
+    ignore_exif: bool = flag(
+        False, "do not rotate photographs as their EXIF orientation says (the authors' code does not)"
+    )
+    bad_images: str = flag(
+        "error",
+        "stop at an unreadable image, or replace it",
+        choices=("error", "skip"),
+        on_resume=other_bits("other samples wherever an image cannot be read"),
+    )
+    max_bad_images: float = flag(
+        0.01, "with --bad_images skip: stop above this share of images", "SHARE", PROBABILITY, on_resume=FREE
+    )
+    num_workers: int = flag(
+        min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
+        "data-loading processes per rank, here at most one per CPU",
+        "N",
+        NOT_NEGATIVE,
+        on_resume=FREE,
+    )
+    pin_mem: bool = flag(True, "page-locked memory for copies to a GPU", aliases=("--no_pin_mem",), on_resume=FREE)
+
+
+@dataclass(frozen=True)
+class OptimizerFlags(Config):
+    TITLE: ClassVar[str] = "optimisation"
+
+    batch_size: int = flag(64, "images per rank and micro-batch", "N", AT_LEAST_1, on_resume=BATCHES)
+    epochs: int = flag(100, "epochs of the whole schedule", "N", AT_LEAST_1)
+    accum_iter: int = flag(1, "micro-batches accumulated into one optimizer step", "N", AT_LEAST_1, on_resume=BATCHES)
+    clip_grad: float | None = flag(
+        None, "clip the gradient norm (default: no clipping)", "NORM", (lambda value: value > 0, "is a positive norm")
+    )
+    weight_decay: float = flag(0.05, "AdamW's weight decay", "X", NOT_NEGATIVE)
+    lr: float | None = flag(None, "learning rate (default: blr * effective batch / 256)", "X", NOT_NEGATIVE)
+    blr: float = flag(1e-4, "base learning rate, for 256 images", "X", NOT_NEGATIVE)
+    min_lr: float = flag(0.0, "learning rate at the end", "X", NOT_NEGATIVE)
+    warmup_epochs: float = flag(5, "epochs of linear warm-up", "N", NOT_NEGATIVE)
+
+
+@dataclass(frozen=True)
+class DeviceFlags(Config):
+    TITLE: ClassVar[str] = "device"
+
+    device: str = flag("auto", "auto, cuda, cuda:N or cpu", on_resume=ROUNDING)
+    precision: str | None = flag(
+        None,
+        "default: bf16 where a GPU has it, else fp16; on a CPU fp32",
+        choices=("fp32", "bf16", "fp16"),
+        on_resume=ROUNDING,
+    )
+    seed: int = flag(0, "all randomness follows from it", "N")
+
+
+@dataclass(frozen=True)
+class RunFlags(Config):
+    TITLE: ClassVar[str] = "run"
+
+    output_dir: str = flag("./output_dir", "checkpoints, logs and pictures", "DIR", on_resume=FREE)
+    log_dir: str | None = flag(None, "TensorBoard files (default: output_dir)", "DIR", on_resume=FREE)
+    finetune: str = flag(
+        "",
+        "start from weights: a path, https URL#sha256=..., or a published name such as base_600ep",
+        "WEIGHTS",
+        on_resume=other_bits("a resumed run goes on from its own checkpoint, so these weights are not read"),
+    )
+    resume: str = flag(
+        "", "continue a run: from the newest intact checkpoint in output_dir, or from a file", "auto|PATH",
+        on_resume=FREE,
+    )  # fmt: skip
+    resume_force: bool = flag(
+        False, "continue even though the model or recipe differs from the checkpoint's", on_resume=FREE
+    )
+    start_epoch: int = flag(0, "first epoch when nothing is resumed", "N", NOT_NEGATIVE, on_resume=FREE)
+    print_freq: int = flag(20, "optimizer steps between log lines", "STEPS", AT_LEAST_1, on_resume=FREE)
+    save_every: int = flag(1, "epochs between checkpoints", "EPOCHS", AT_LEAST_1, on_resume=FREE)
+    save_steps: int = flag(
+        0, "optimizer steps between checkpoints; 0: epochs only", "STEPS", NOT_NEGATIVE, on_resume=FREE
+    )
+    keep_checkpoints: int = flag(3, "how many of the last checkpoints to keep", "K", AT_LEAST_1, on_resume=FREE)
+    keep_every: int = flag(
+        100, "epochs between checkpoints kept permanently; 0: none", "EPOCHS", NOT_NEGATIVE, on_resume=FREE
+    )
+    nan_dump: bool = flag(False, "on a non-finite loss, write the batch and the state into output_dir", on_resume=FREE)
+
+
+@dataclass(frozen=True)
+class ProcessFlags(Config):
+    TITLE: ClassVar[str] = "distributed run"
+    DESCRIPTION: ClassVar[str] = "Detected from torchrun, srun or (with --dist_on_itp) MPI; normally nothing to set."
+
+    world_size: int | None = flag(
+        None, "number of processes; must agree with the launcher (default: the launcher's)", "N", on_resume=BATCHES
+    )
+    local_rank: int = flag(
+        -1,
+        "index of this process on its node; must agree with the launcher (default: the launcher's)",
+        "I",
+        on_resume=FREE,
+        aliases=("--local-rank",),
+    )
+    dist_on_itp: bool = flag(False, "take rank and world size from Open MPI's variables", on_resume=FREE)
+    dist_url: str = flag(
+        "env://", "where processes meet: env://, tcp://HOST:PORT or file:///SHARED/NEW_FILE", "URL", on_resume=FREE
+    )
+    port: int | None = flag(
+        None, "TCP port on which rank 0 is met under srun and MPI (default: derived from the job id)", "P",
+        on_resume=FREE,
+    )  # fmt: skip
+    dist_timeout: float = flag(
+        1800.0, "a rank that keeps the others waiting for longer than this many seconds ends the run", "SECONDS",
+        on_resume=FREE,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingConfig(WeightFlags, ModelFlags, OptimizerFlags, DataFlags, DeviceFlags, RunFlags, ProcessFlags):
+    """What both mains share."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start_epoch >= self.epochs:
+            raise UserError(f"--start_epoch {self.start_epoch} leaves nothing to train: --epochs is {self.epochs}")
+        if self.warmup_epochs > self.epochs:
+            raise UserError(f"--warmup_epochs {self.warmup_epochs:g} is longer than the run: --epochs {self.epochs}")
+
+    @property
+    def eff_batch_size(self) -> int:
+        """Images of one optimizer step over all ranks."""
+        return self.batch_size * self.accum_iter * self.world_size
+
+
+# --- The command line ---
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -48,306 +308,132 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if hidden or "default" in action.help else super()._get_help_string(action)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, model: str, names: list[str], drop_path: float = 0.0) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", default=model, metavar="NAME", help=f"one of {', '.join(names)}, or the authors' mixmim_* names"
+def get_parser(config_class: type[Config], description: str, prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line of a configuration class: one argument group for each class of flags that it is made of."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, prog=prog, description=description, formatter_class=HelpFormatter
     )
-    group.add_argument(
-        "--input_size",
-        type=int,
-        nargs="+",
-        metavar="PIXELS",
-        help="one side, or height and width (default: the model's)",
-    )
-    group.add_argument("--patch_size", type=int, metavar="PIXELS", help="side of a patch (default: the model's)")
-    group.add_argument(
-        "--window_size", type=int, nargs=4, metavar="TOKENS", help="window side of each stage (default: the model's)"
-    )
-    group.add_argument(
-        "--drop_path", type=float, default=drop_path, metavar="RATE", help="stochastic depth of the last block"
-    )
-    group.add_argument(
-        "--grad_checkpointing", action="store_true", help="store less and compute blocks twice: slower, less memory"
-    )
-    group.add_argument("--compile", action="store_true", help="compile the encoder's stages with torch.compile")
+    kinds = typing.get_type_hints(config_class)
+    by_name = {field.name: field for field in dataclasses.fields(config_class)}
+    for flags in config_class.__mro__:
+        if "TITLE" not in vars(flags):
+            continue
+        group = parser.add_argument_group(flags.TITLE, vars(flags).get("DESCRIPTION"))
+        for name in vars(flags).get("__annotations__", {}):
+            if name in by_name:
+                _add_flag(group, by_name[name], kinds[name], config_class.DEFAULTS)
+    return parser
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data_path", default="", metavar="PATH", help="folder with train/ (and val/), folder of images, or list file"
-    )
-    group.add_argument(
-        "--dataset",
-        default="",
-        metavar="NAME",
-        help="a timm.data.create_dataset name instead of files, under data_path",
-    )
-    group.add_argument("--in_chans", type=int, default=3, metavar="N", help="image channels")
-    group.add_argument(
-        "--mean",
-        type=float,
-        nargs="+",
-        metavar="X",
-        help="per channel, of values in 0..1 (default: ImageNet's, else 0.5)",
-    )
-    group.add_argument(
-        "--std",
-        type=float,
-        nargs="+",
-        metavar="X",
-        help="per channel, of values in 0..1 (default: ImageNet's, else 0.25)",
-    )
-    group.add_argument(
-        "--bad_images", choices=("error", "skip"), default="error", help="stop at an unreadable image, or replace it"
-    )
-    group.add_argument(
-        "--max_bad_images", type=float, default=0.01, metavar="SHARE", help="with skip: stop above this share of images"
-    )
-    group.add_argument(
-        "--num_workers",
-        type=int,
-        default=min(10, available_cpus()),
-        metavar="N",
-        help="data-loading processes per rank, here at most one per CPU",
-    )
-    group.add_argument(
-        "--pin_mem", action=argparse.BooleanOptionalAction, default=True, help="page-locked memory for copies to a GPU"
-    )
-    group.add_argument(
-        "--no_pin_mem", action="store_false", dest="pin_mem", default=argparse.SUPPRESS, help="the opposite"
-    )
-
-
-def add_optimizer_arguments(
-    parser: argparse.ArgumentParser, batch_size: int, epochs: int, blr: float, min_lr: float, warmup_epochs: float
-) -> None:
-    group = parser.add_argument_group("optimisation")
-    group.add_argument(
-        "--batch_size", type=int, default=batch_size, metavar="N", help="images per rank and micro-batch"
-    )
-    group.add_argument("--epochs", type=int, default=epochs, metavar="N", help="epochs of the whole schedule")
-    group.add_argument(
-        "--accum_iter", type=int, default=1, metavar="N", help="micro-batches accumulated into one optimizer step"
-    )
-    group.add_argument("--clip_grad", type=float, metavar="NORM", help="clip the gradient norm (default: no clipping)")
-    group.add_argument("--weight_decay", type=float, default=0.05, metavar="X", help="AdamW's weight decay")
-    group.add_argument("--lr", type=float, metavar="X", help="learning rate (default: blr * effective batch / 256)")
-    group.add_argument("--blr", type=float, default=blr, metavar="X", help="base learning rate, for 256 images")
-    group.add_argument("--min_lr", type=float, default=min_lr, metavar="X", help="learning rate at the end")
-    group.add_argument(
-        "--warmup_epochs", type=float, default=warmup_epochs, metavar="N", help="epochs of linear warm-up"
-    )
-    group.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 where a GPU has it, else fp16; CPU: fp32"
-    )
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default="./output_dir", metavar="DIR", help="checkpoints, logs and pictures")
-    group.add_argument("--log_dir", metavar="DIR", help="TensorBoard files (default: output_dir)")
-    group.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="all randomness of the run follows from it")
-    group.add_argument(
-        "--resume",
-        default="",
-        metavar="auto|PATH",
-        help="continue a run: from output_dir's newest intact checkpoint, or this",
-    )
-    group.add_argument(
-        "--resume_force",
-        action="store_true",
-        help="continue even though the model or recipe differs from the checkpoint's",
-    )
-    group.add_argument(
-        "--finetune",
-        default="",
-        metavar="WEIGHTS",
-        help="start from weights: a path, https URL#sha256=..., or base_600ep, ...",
-    )
-    group.add_argument("--start_epoch", type=int, default=0, metavar="N", help="first epoch when nothing is resumed")
-    group.add_argument("--print_freq", type=int, default=20, metavar="STEPS", help="optimizer steps between log lines")
-    group.add_argument("--save_every", type=int, default=1, metavar="EPOCHS", help="epochs between checkpoints")
-    group.add_argument(
-        "--save_steps", type=int, default=0, metavar="STEPS", help="optimizer steps between checkpoints; 0: epochs only"
-    )
-    group.add_argument("--keep_checkpoints", type=int, default=3, metavar="K", help="how many of the last to keep")
-    group.add_argument(
-        "--keep_every",
-        type=int,
-        default=100,
-        metavar="EPOCHS",
-        help="epochs between checkpoints kept for ever; 0: none",
-    )
-    group.add_argument(
-        "--nan_dump", action="store_true", help="on a non-finite loss, write the batch and the state into output_dir"
-    )
-    add_distributed_arguments(parser)
-
-
-def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how the processes of a run find each other."""
-    group = parser.add_argument_group(
-        "distributed run", "Normally detected from torchrun, srun or (with --dist_on_itp) MPI; nothing to set."
-    )
-    group.add_argument(
-        "--world_size", type=int, default=None, metavar="N",
-        help="number of processes; must agree with the launcher (default: the launcher's)",
-    )  # fmt: skip
-    group.add_argument(
-        "--local_rank", "--local-rank", type=int, default=-1, metavar="I",
-        help="index of this process on its node; must agree with the launcher (default: -1, the launcher's)",
-    )  # fmt: skip
-    group.add_argument(
-        "--dist_on_itp", action="store_true", help="take rank and world size from Open MPI's variables (default: off)"
-    )
-    group.add_argument(
-        "--dist_url", default="env://", metavar="URL",
-        help="where processes meet: env://, tcp://HOST:PORT or file:///SHARED/NEW_FILE (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--port", type=int, default=None, metavar="P",
-        help="TCP port on which rank 0 is met under srun and MPI (default: derived from the job id)",
-    )  # fmt: skip
-    group.add_argument(
-        "--dist_timeout", type=float, default=1800.0, metavar="SECONDS",
-        help="a rank that keeps the others waiting longer than this ends the run (default: %(default)g seconds)",
-    )  # fmt: skip
-
-
-def resolve_model_name(name: str, names: list[str], aliases: dict[str, str]) -> str:
-    """Our name of a model given by our name or the authors'.
-
-    Raises:
-        ValueError: for an unknown name; lists the known ones.
-    """
-    name = aliases.get(name, name)
-    if name not in names:
-        raise ValueError(f"--model {name} is not known: choose one of {', '.join([*names, *aliases])}")
-    return name
-
-
-def model_shape(args: argparse.Namespace) -> dict:
-    """Arguments of the model's constructor that the flags set; the others stay the model's own."""
-    shape = {"in_chans": args.in_chans, "patch_size": args.patch_size, "window_size": args.window_size}
-    shape |= {"img_size": args.input_size, "drop_path_rate": args.drop_path}
-    return {name: value for name, value in shape.items() if value is not None}
-
-
-def check_recorded(recorded: dict, source: str) -> None:
-    """Raise a ValueError unless what the checkpoint `source` records of model and data has the types of the flags."""
-
-    def is_list_of(kinds: tuple[type, ...], value: object) -> bool:
-        return isinstance(value, (list, tuple)) and all(type(item) in kinds for item in value)
-
-    for name in ("in_chans", "patch_size", "window_size", "input_size", "mean", "std"):
-        value = recorded.get(name)
-        kinds = (int, float) if name in ("mean", "std") else (int,)
-        single = name in ("in_chans", "patch_size", "input_size") and type(value) is int
-        if not (value is None or single or is_list_of(kinds, value)):
-            raise ValueError(f"{source} records {name}={value!r}, which is no value of --{name}")
-
-
-def recorded_statistics(args: argparse.Namespace) -> dict:
-    """`mean` and `std` of the images that the weights to start from, or to evaluate, were trained with.
-
-    Empty where they are not recorded, or for another number of channels. Differing flags are a warning.
-    """
-    source = args.finetune or (args.resume if getattr(args, "eval", False) and args.resume != "auto" else "")
-    try:
-        recorded = read_weights(source)[1].args if source else {}
-    except CheckpointError:  # said where the weights are needed, which a resumed run does not
-        return {}
-    check_recorded(recorded, source)
-    found = {name: list(recorded[name]) for name in ("mean", "std") if recorded.get(name)}
-    if any(len(values) != args.in_chans for values in found.values()):
-        return {}
-    for name, values in found.items():
-        if getattr(args, name) and list(getattr(args, name)) != values:
-            logger.warning("--%s %s, but %s was trained with %s", name, getattr(args, name), source, values)
-    return found
-
-
-def finish_arguments(args: argparse.Namespace, launch: distributed.Launch) -> None:
-    """Check the shared flags and fill in what follows from them, in place.
-
-    Raises:
-        ValueError: naming the flag, what was given and what is legal.
-    """
-    positive = ("batch_size", "epochs", "accum_iter", "in_chans", "print_freq", "save_every", "keep_checkpoints")
-    for name in positive:
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for name in ("num_workers", "save_steps", "keep_every", "start_epoch", "warmup_epochs", "weight_decay", "min_lr"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name} must not be negative, got {getattr(args, name)}")
-    if args.start_epoch >= args.epochs:
-        raise ValueError(f"--start_epoch {args.start_epoch} leaves nothing to train: --epochs is {args.epochs}")
-    if args.warmup_epochs > args.epochs:
-        raise ValueError(f"--warmup_epochs {args.warmup_epochs:g} is longer than the run: --epochs {args.epochs}")
-    if not 0 <= args.drop_path < 1:
-        raise ValueError(f"--drop_path is a probability below 1, got {args.drop_path}")
-    if args.clip_grad is not None and args.clip_grad <= 0:
-        raise ValueError(f"--clip_grad is a positive norm (leave it out for no clipping), got {args.clip_grad}")
-    if args.input_size is not None:
-        if len(args.input_size) > 2:
-            raise ValueError(f"--input_size takes one side, or height and width, got {args.input_size}")
-        args.input_size = (args.input_size[0], args.input_size[-1])
-    if not args.data_path:
-        raise ValueError("--data_path is missing: give a folder with train/ in it, a folder of images or a list file")
-    default_mean, default_std = IMAGENET_MEAN, IMAGENET_STD
-    if args.in_chans != 3:
-        default_mean, default_std = (0.5,) * args.in_chans, (0.25,) * args.in_chans
-    recorded = recorded_statistics(args)
-    args.mean = tuple(args.mean or recorded.get("mean") or default_mean)
-    args.std = tuple(args.std or recorded.get("std") or default_std)
-    logger.info("images are normalised with mean %s and std %s", args.mean, args.std)
-    for name in ("mean", "std"):
-        if len(getattr(args, name)) != args.in_chans:
-            raise ValueError(
-                f"--{name} needs one value for each of {args.in_chans} channels, got {getattr(args, name)}"
+def _add_flag(group: Any, field: dataclasses.Field, kind: Any, defaults: Mapping[str, Any]) -> None:
+    name, metadata = f"--{field.name}", field.metadata
+    default = defaults.get(field.name, field.default)
+    optional = isinstance(kind, types.UnionType)  # X | None
+    kind = typing.get_args(kind)[0] if optional else kind
+    if kind is bool:
+        action = argparse.BooleanOptionalAction if default else "store_true"
+        group.add_argument(name, action=action, default=default, help=metadata["help"])
+        for alias in metadata["aliases"]:  # of one that is on by default
+            group.add_argument(
+                alias, action="store_false", dest=field.name, default=argparse.SUPPRESS, help="the opposite"
             )
-    if min(args.std) <= 0:
-        raise ValueError(f"--std must be positive, got {args.std}")
-    args.log_dir = args.log_dir or args.output_dir
-    args.eff_batch_size = args.batch_size * args.accum_iter * launch.world_size
-    if args.lr is None:
-        args.lr = args.blr * args.eff_batch_size / 256
+        return
+    options = {key: metadata[key] for key in ("help", "metavar", "choices") if metadata[key] is not None}
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        options["nargs"], kind = "+" if items[-1] is Ellipsis else len(items), items[0]
+    group.add_argument(name, *metadata["aliases"], type=kind, default=default, **options)
 
 
-def plain_arguments(args: argparse.Namespace) -> dict:
-    """The arguments as plain values, for a checkpoint."""
-    return {name: value if is_plain(value) else str(value) for name, value in vars(args).items()}
+def resolve(config_class: type[C], flags: argparse.Namespace, launch: Launch, settings: WeightSettings) -> C:
+    """The configuration: what was given, and what follows from it. Nothing is written to it afterwards.
+
+    Args:
+        config_class: which configuration.
+        flags: as parsed by `get_parser(config_class)`.
+        launch: the processes of the run.
+        settings: what belongs to the weights (`util.weights.settings.weight_settings`), for what was not given.
+
+    Raises:
+        UserError: naming the flag, what was given and what is allowed.
+    """
+    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(config_class)}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values |= {name: value for name, value in settings.values().items() if name in values}
+    values |= {"world_size": launch.world_size, "device": launch.device.type}
+    values["precision"] = resolve_precision(values["precision"], launch.device)
+    if not values["data_path"]:
+        raise UserError(
+            f"--data_path is missing: give the folder in which --dataset {values['dataset']} lies, or is downloaded to"
+            if values["dataset"]
+            else "--data_path is missing: give a folder with train/ in it, a folder of images, or a list file"
+        )
+    if "log_dir" in values:
+        values["log_dir"] = values["log_dir"] or values["output_dir"]
+    if values.get("lr", 0.0) is None:
+        values["lr"] = values["blr"] * effective_batch(values) / 256
+    config = config_class(**values)
+    logger.info("configuration: %s", " ".join(f"{name}={value!r}" for name, value in config.as_dict().items()))
+    return config
 
 
-def is_plain(value: object) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+# --- Resuming with other settings ---
+
+OBSOLETE = frozenset(("eff_batch_size", "rank", "distributed"))  # what older versions recorded; follows from the rest
 
 
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Around all but training: what a user can put right ends in one line and exit code 2, no traceback."""
-    try:
-        with distributed.explain_collective_failures():
-            yield
-    except (ValueError, OSError, distributed.CollectiveError) as error:
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-        of_this_rank = isinstance(error, (BadImageError, distributed.CollectiveError))
-        if of_this_rank or local_rank == "0":  # others once per node: another node may lack what this one has
-            prefix = "" if rank == "0" else f"[rank {rank}] "
-            print(f"{prefix}{Path(sys.argv[0]).name}: error: {in_one_line(error)}", file=sys.stderr, flush=True)
-        if distributed.get_world_size() > 1:
-            os._exit(2)  # at once: Python's shutdown would wait for ranks that may hang
-        sys.exit(2)
+def compare_recipes(
+    saved: Mapping[str, Any], now: Mapping[str, Any], config_class: type[Config]
+) -> tuple[list[str], list[str]]:
+    """What differs between the settings that a checkpoint was made with and those of the run that resumes it.
+
+    Args:
+        saved: the checkpoint's 'args', of this program or the authors', whose names and meanings are the same.
+        now: the settings of the run that resumes.
+        config_class: says what a change of each means.
+
+    Returns:
+        errors: 'name: saved -> now' for every difference in model or recipe.
+        warnings: differences after which the run goes on, but no longer identically to an uninterrupted one.
+    """
+    changes = {field.name: field.metadata["on_resume"] for field in dataclasses.fields(config_class)}
+    free = {name for name, change in changes.items() if change is FREE} | OBSOLETE
+    errors, warnings = [], []
+    for name in sorted((saved.keys() & now.keys()) - free):
+        before, after, change = _comparable(name, saved[name]), _comparable(name, now[name]), changes[name]
+        difference = f"{name}: {before} -> {after}"
+        if before == after:
+            continue
+        if change.allowed:
+            warnings.append(f"{difference} ({change.difference})")
+        elif name == "lr" and _follows_batch_size(saved) and _follows_batch_size(now):
+            warnings.append(f"{difference} (it follows the effective batch size)")
+        else:
+            errors.append(difference)
+    unknown = sorted((saved.keys() ^ now.keys()) - free)
+    if unknown:
+        warnings.append(f"only in the checkpoint or only in this version, so not compared: {', '.join(unknown)}")
+    return errors, warnings
 
 
-def in_one_line(error: Exception) -> str:
-    """The message of an error; one that comes from a data-loading process has a traceback before it."""
-    name = f"{type(error).__module__}.{type(error).__name__}: "
-    message = str(error).rstrip()
-    return message.rpartition(name)[2] if name in message else message
+def effective_batch(settings: Mapping[str, Any]) -> int | None:
+    """The effective batch size that recorded settings give, or None where they do not say."""
+    factors = [settings.get(name) for name in ("batch_size", "accum_iter", "world_size")]
+    return None if any(type(factor) is not int for factor in factors) else factors[0] * factors[1] * factors[2]
+
+
+def _follows_batch_size(settings: Mapping[str, Any]) -> bool:
+    """Whether the learning rate is the one derived from the base learning rate, rather than given."""
+    size = effective_batch(settings)
+    return None not in (size, settings.get("blr")) and settings["lr"] == settings["blr"] * size / 256
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """A setting in a form in which equal ones of all versions, and of the authors' program, are equal."""
+    if name == "input_size" and isinstance(value, int):
+        return (value, value)
+    if name == "device":
+        return str(value).partition(":")[0]
+    if name == "model":
+        return encoder_of(value)
+    return tuple(value) if isinstance(value, list) else value

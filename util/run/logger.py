@@ -46,15 +46,27 @@ def setup_logging() -> None:
     logging.captureWarnings(True)
 
 
-def describe_environment() -> list[str]:
-    """Versions, commit and command line: what is needed to repeat the run."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
-    return [
-        f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
-        f"timm {timm.__version__}, numpy {np.__version__}, {device}",
-        f"commit {git_commit()}",
-        f"command: {shlex.join(sys.argv)}",
-    ]
+def describe_environment(device: torch.device) -> dict[str, str]:
+    """Versions, machine, commit and command line: what is needed to repeat the run."""
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        machine = f"CPU ({torch.get_num_threads()} threads)"
+    modules = {"torch": torch, "torchvision": torchvision, "timm": timm, "numpy": np}
+    versions = [f"{name} {module.__version__}" for name, module in modules.items()]
+    return {
+        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
+        "device": machine,
+        "commit": git_commit(),
+        "command": shlex.join(sys.argv),
+    }
+
+
+def log_environment(device: torch.device) -> None:
+    environment = describe_environment(device)
+    logger.info("%s, %s", environment["versions"], environment["device"])
+    logger.info("commit %s", environment["commit"])
+    logger.info("command: %s", environment["command"])
 
 
 def git_commit() -> str:

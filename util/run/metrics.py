@@ -1,4 +1,4 @@
-"""Measuring a run without slowing it: losses stay on the device until a log line is due."""
+"""Measuring a run without slowing it (losses stay on the device until a log line is due), and a model's size."""
 
 import datetime
 import logging
@@ -6,9 +6,13 @@ import resource
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from util.run import distributed
 
@@ -48,8 +52,8 @@ class StepMeter:
         self.waited = 0.0
         self.window_start = time.perf_counter()
 
-    def wait_for(self, batches):
-        """The next batch, with the time spent waiting for it noted."""
+    def next_batch(self, batches: Iterator) -> Any:
+        """The next one of `batches`; the time spent waiting for it is noted."""
         start = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - start
@@ -121,3 +125,27 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def count_work(model: nn.Module, batch_size: int, **forward: float) -> tuple[int, float]:
+    """Parameters (frozen ones included) and multiply-adds of one image's forward pass.
+
+    Counted are the products of matrices and convolutions, those of attention included, all pairs of a window.
+
+    Args:
+        model: a `SwinTransformer` or `MixMAE`.
+        batch_size: of the forward pass that is counted; even for a `MixMAE`.
+        **forward: further arguments of the model's forward, as `mask_ratio`.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    device = next(model.parameters()).device
+    imgs = torch.zeros(batch_size, model.in_chans, *model.img_size, device=device)
+    was_training = model.training
+    model.eval()
+    # The counter does not know all fused attentions (not a CPU's); the plain one is made of products that it knows.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        one_layout_shape, model.one_layout_shape = model.one_layout_shape, True  # a number that no mask changes
+        model(imgs, **forward)
+        model.one_layout_shape = one_layout_shape
+    model.train(was_training)
+    return parameters, counter.get_total_flops() / 2 / batch_size

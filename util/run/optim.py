@@ -1,14 +1,15 @@
 """The optimizer step: parameter groups, learning rate, numeric precision, clipping."""
 
-import argparse
 import math
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from models_swin import SwinTransformer
+from util.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,6 +55,7 @@ def param_groups_layer_decay(model: SwinTransformer, weight_decay: float, layer_
         group = groups.setdefault(
             (layer_id, decays),
             {
+                "name": f"layer {layer_id}, {'weight decay' if decays else 'no weight decay'}",
                 "params": [],
                 "lr_scale": layer_decay ** (num_blocks + 1 - layer_id),
                 "weight_decay": weight_decay if decays else 0.0,
@@ -66,23 +68,34 @@ def param_groups_layer_decay(model: SwinTransformer, weight_decay: float, layer_
 # --- Learning rate ---
 
 
+class Schedule(Protocol):
+    """The settings of the learning rate, as a configuration has them."""
+
+    lr: float
+    min_lr: float
+    warmup_epochs: float
+    epochs: int
+
+
 def learning_rate(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
-    """The rate at a fractional epoch: 0 at the start, `lr` after `warmup_epochs`, `min_lr` at `epochs`."""
+    """The rate at a fractional epoch (MixMAE, section 4.1): linear warm-up, then half a cosine.
+
+    It is 0 at the start, `lr` after `warmup_epochs`, `min_lr` at `epochs`."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def last_learning_rate(epoch: int, steps_per_epoch: int, args: argparse.Namespace) -> float:
+def last_learning_rate(epoch: int, steps_per_epoch: int, config: Schedule) -> float:
     """The rate of an epoch's last step."""
     last = epoch + (steps_per_epoch - 1) / steps_per_epoch
-    return learning_rate(last, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
+    return learning_rate(last, config.lr, config.min_lr, config.warmup_epochs, config.epochs)
 
 
-def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: argparse.Namespace) -> float:
+def adjust_learning_rate(optimizer: Optimizer, epoch: float, config: Schedule) -> float:
     """Set the rate of every parameter group, scaled by its `lr_scale` (layer decay); returns the unscaled rate."""
-    lr = learning_rate(epoch, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
+    lr = learning_rate(epoch, config.lr, config.min_lr, config.warmup_epochs, config.epochs)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
@@ -95,11 +108,11 @@ def resolve_precision(name: str | None, device: torch.device) -> str:
     """The precision to train in: `name`, or by default bf16 where a GPU supports it, fp16 on older ones, fp32 on CPUs.
 
     Raises:
-        ValueError: for fp16 on a CPU, which has no fast fp16 arithmetic.
+        UserError: for fp16 on a CPU, which has no fast fp16 arithmetic.
     """
     if device.type == "cpu":
         if name == "fp16":
-            raise ValueError("--precision fp16 needs a GPU: on a CPU use fp32 or bf16")
+            raise UserError("--precision fp16 needs a GPU: on a CPU use fp32 or bf16")
         return name or "fp32"
     return name or ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
 

@@ -1,7 +1,7 @@
-"""What both mains do around their training loops: setting a run up, and ending its steps and epochs."""
+"""One training run from its start to its end: what it goes on from, its steps and epochs, and how it ends."""
 
-import argparse
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -9,28 +9,115 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
-from util.data.datasets import BadImageError
+from util.data.decoding import BadImageError
 from util.data.transforms import Normalize
-from util.run import config as arguments
+from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
 from util.run.allocator import keep_freed_memory
 from util.run.checkpoint_folder import CheckpointFolder, SaveError
-from util.run.logger import RunLog
+from util.run.config import TrainingConfig, compare_recipes
+from util.run.failures import CollectiveError, explain_collective_failures, in_one_line
+from util.run.logger import RunLog, describe_environment
 from util.run.metrics import SPIKE_HISTORY, StepMeter
 from util.run.nonfinite import NonFiniteError, NonFiniteGuard
 from util.run.preemption import Preemption
-from util.run.state import TrainingState, find_checkpoint
+from util.run.state import TrainingState
+from util.weights.file import CheckpointError, read_checkpoint
+from util.weights.settings import WeightSettings, weight_settings
+from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
+
+# --- What a run goes on from ---
+
+
+@dataclass
+class Start:
+    """What a run goes on from: its own checkpoint (--resume), other weights (--finetune), or nothing."""
+
+    folder: CheckpointFolder | None  # rank 0 alone
+    checkpoint: dict[str, Any] | None = None
+    weights: tuple[dict[str, Tensor], WeightsInfo] | None = None
+
+    def settings(self, flags: Any, pretraining: bool, default_model: str) -> WeightSettings:
+        """What belongs to the weights: given by flags, else recorded in the checkpoint or with the weights."""
+        if self.checkpoint is not None:
+            recorded, source = self.checkpoint.get("args", {}), "the checkpoint to resume"
+        else:
+            recorded, source = (self.weights[1].args, self.weights[1].source) if self.weights else ({}, "")
+        if self.checkpoint is None:
+            for name in ("mean", "std"):
+                given, known = getattr(flags, name), recorded.get(name)
+                if given and known and list(given) != list(known):
+                    logger.warning("--%s %s, but %s was trained with %s", name, given, source, known)
+        return weight_settings(recorded, source, vars(flags), pretraining, default_model)
+
+
+def find_start(flags: Any) -> Start:
+    """Open the output folder, and find what --resume or else --finetune names; the same on all ranks.
+
+    Rank 0 looks for the checkpoint to resume; the others read the file that it found. A resumed run reads nothing of
+    --finetune.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of another kind.
+        UserError: the folder cannot be written to, or holds a run that this one would replace.
+    """
+    folder, found, error = None, None, None
+    if distributed.is_main_process():
+        try:
+            folder = CheckpointFolder(flags.output_dir, flags.keep_checkpoints)
+            refuse_to_replace_a_run(folder, flags.resume)
+            found = folder.resume(flags.resume)
+        except UserError as caught:
+            error = str(caught)
+    path, error = distributed.gather_objects((found and os.fspath(found[0]), error))[0]
+    if error:
+        raise UserError(error)
+    if path is not None:
+        return Start(folder, checkpoint=found[1] if found is not None else read_checkpoint(path))
+    return Start(folder, weights=read_weights(flags.finetune) if flags.finetune else None)
+
+
+def refuse_to_replace_a_run(folder: CheckpointFolder, resume: str) -> None:
+    """Raise a UserError where a run starts in a folder that holds another one."""
+    continues = resume == "auto" or (resume and Path(resume).parent.resolve() == folder.folder.resolve())
+    if not continues and any(folder.folder.glob("checkpoint*.pth")):
+        raise UserError(
+            f"{folder.folder} holds a run already, which this one would replace: continue it by --resume auto, or give "
+            "another --output_dir"
+        )
+
+
+def check_recipe(checkpoint: dict[str, Any], config: TrainingConfig) -> None:
+    """Compare the settings of a checkpoint with the run's: warn of lost identity, refuse another recipe.
+
+    Raises:
+        CheckpointError: the checkpoint was made with another model or recipe.
+    """
+    if "format" not in checkpoint:
+        logger.warning("the checkpoint is not of this program: only settings that both programs know are compared")
+    errors, warnings = compare_recipes(checkpoint.get("args", {}), config.as_dict(), type(config))
+    for warning in warnings:
+        logger.warning("resuming with another setting: %s", warning)
+    if errors and not config.resume_force:
+        raise CheckpointError(
+            f"--resume {config.resume}: the checkpoint was made with another model or recipe: {'; '.join(errors)}. "
+            "Use the same settings, another --output_dir, or --resume_force"
+        )
+    for error in errors:
+        logger.warning("resuming by --resume_force with another recipe: %s", error)
+
+
+# --- The run ---
 
 
 class Preempted(Exception):
@@ -41,7 +128,7 @@ class Preempted(Exception):
 class Run:
     """A run in progress: what a training loop works with."""
 
-    args: argparse.Namespace
+    config: TrainingConfig
     device: torch.device
     model: nn.Module  # what is called: the state's model, or its DistributedDataParallel wrapper
     state: TrainingState
@@ -60,7 +147,7 @@ class Run:
     @property
     def saves_at_this_step(self) -> bool:
         """Whether `--save_steps` asks for a checkpoint after the step that was done last."""
-        return self.args.save_steps > 0 and self.state.progress.step % self.args.save_steps == 0
+        return self.config.save_steps > 0 and self.state.progress.step % self.config.save_steps == 0
 
     @property
     def epoch_1000x(self) -> int:
@@ -72,9 +159,9 @@ class Run:
         progress = self.state.progress
         meter = StepMeter(
             progress.epoch,
-            self.args.epochs,
+            self.config.epochs,
             self.steps_per_epoch,
-            self.args.eff_batch_size,
+            self.config.eff_batch_size,
             self.device,
             self.usual_losses,
         )
@@ -87,11 +174,11 @@ class Run:
         """Keys of all randomness of one micro-batch: the same for a piece of the effective batch, whichever rank or
         accumulation step it falls to."""
         piece = micro * distributed.get_world_size() + distributed.get_rank()
-        return self.args.seed, "step", self.state.progress.step, piece
+        return self.config.seed, "step", self.state.progress.step, piece
 
     def gradients_in_sync(self, micro: int) -> contextlib.AbstractContextManager:
         """Around forward and backward of a micro-batch: ranks reduce their gradients with the last one only."""
-        if micro < self.args.accum_iter - 1 and isinstance(self.model, DistributedDataParallel):
+        if micro < self.config.accum_iter - 1 and isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
         return contextlib.nullcontext()
 
@@ -102,15 +189,15 @@ class Run:
             NonFiniteError: on all ranks, when the loss or gradient was not finite.
             Preempted: on all ranks, when any was asked to stop; the state is saved.
         """
-        args, progress = self.args, self.state.progress
+        config, progress = self.config, self.state.progress
         this_step = f"epoch {progress.epoch} step {progress.step_in_epoch + 1} (optimizer step {progress.step + 1})"
-        self.guard.watch(this_step, loss, grad_norm, batch if args.nan_dump else [])
+        self.guard.watch(this_step, loss, grad_norm, batch if config.nan_dump else [])
         progress.next_step()
         meter.add(progress.step, lr, loss, grad_norm)
         stop = self.preemption.requested_on_any_rank()
         last = progress.step_in_epoch == self.steps_per_epoch
         save = stop or (self.saves_at_this_step and not last)  # after the last step, the epoch's end saves
-        if save or last or progress.step % args.print_freq == 0:
+        if save or last or progress.step % config.print_freq == 0:
             self.report(meter)
         if save:
             self.save()
@@ -141,13 +228,13 @@ class Run:
 
         The line comes before the checkpoint: a run that resumes before it drops the line and writes it again.
         """
-        args, progress = self.args, self.state.progress
+        config, progress = self.config, self.state.progress
         epoch = progress.epoch
         record = {"epoch": epoch, "step": progress.step, "train_loss": progress.next_epoch(), **record}
-        last = progress.epoch == args.epochs
-        milestone = bool(args.keep_every) and progress.epoch % args.keep_every == 0
+        last = progress.epoch == config.epochs
+        milestone = bool(config.keep_every) and progress.epoch % config.keep_every == 0
         self.log.epoch(record, self.epoch_1000x)
-        if last or milestone or best or progress.epoch % args.save_every == 0 or self.saves_at_this_step:
+        if last or milestone or best or progress.epoch % config.save_every == 0 or self.saves_at_this_step:
             self.save(milestone, best)
         logger.info("epoch %d done: %s", epoch, ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
 
@@ -160,53 +247,74 @@ class Run:
 
 
 def open_run(
-    args: argparse.Namespace,
-    device: torch.device,
+    config: TrainingConfig,
+    start: Start,
     state: TrainingState,
+    device: torch.device,
     loader: DataLoader,
     normalize: Normalize,
     preemption: Preemption,
-    load_start: Callable[[], None],
+    load_weights: Callable[[dict[str, Tensor], WeightsInfo], None],
 ) -> Run:
-    """Restore what `--resume` names, or else `load_start` the weights of `--finetune`; then open the run's files and
-    wrap the model for several ranks. On a CPU the process keeps the memory that it frees from here on.
+    """Restore the checkpoint of `start`, or call `load_weights` with its weights; then open the run's files.
+
+    The model is wrapped for several ranks. On a CPU the process keeps the memory that it frees from here on.
 
     Raises:
-        CheckpointError: the output folder or the checkpoint to resume from cannot be used.
+        CheckpointError: the checkpoint or the weights are not of this model or recipe.
+        UserError: the run's files cannot be written.
     """
     if device.type == "cpu":
         keep_freed_memory()
     steps_per_epoch = loader.batch_sampler.steps_per_epoch
-    folder = open_folder(args)
-    checkpoint = find_checkpoint(folder, args)
-    state.progress.epoch = args.start_epoch
-    if checkpoint is not None:
-        state.restore(checkpoint, steps_per_epoch)
-        logger.info("resumed at %s", state.progress)
-    elif args.finetune:
-        load_start()
+    progress = state.progress
+    progress.epoch = config.start_epoch
+    if start.checkpoint is not None:
+        check_recipe(start.checkpoint, config)
+        state.restore(start.checkpoint, steps_per_epoch)
+        start.checkpoint = None  # its memory is wanted
+        logger.info("resumed at %s", progress)
+    elif start.weights is not None:
+        load_weights(*start.weights)
         if state.model_ema is not None:
             state.model_ema.set(state.model)
-    progress = state.progress
-    log = RunLog(
-        args.output_dir,
-        args.log_dir,
-        progress.step,
-        progress.epoch,
-        int(progress.fraction(steps_per_epoch) * 1000),
-    )
-    guard = NonFiniteGuard(device, state, Path(args.output_dir) if args.nan_dump else None)
-    model = state.model
-    if distributed.get_world_size() > 1:
-        # Without device_ids, inputs are left where they are: masks belong on the CPU.
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        if device.type == "cpu" and distributed.get_world_size() > 2:
-            model.register_comm_hook(None, average_in_rank_order)
+    with unreadable_is_user_error(f"{config.output_dir} or {config.log_dir} cannot be written to"):
+        write_configuration(config)
+        log = RunLog(
+            config.output_dir,
+            config.log_dir,
+            progress.step,
+            progress.epoch,
+            int(progress.fraction(steps_per_epoch) * 1000),
+        )
+    guard = NonFiniteGuard(device, state, Path(config.output_dir) if config.nan_dump else None)
     logger.info(
         "effective batch %d = %d images x %d micro-batches x %d ranks; learning rate %.3g; %d steps per epoch",
-        args.eff_batch_size, args.batch_size, args.accum_iter, distributed.get_world_size(), args.lr, steps_per_epoch,
+        config.eff_batch_size, config.batch_size, config.accum_iter, config.world_size, config.lr, steps_per_epoch,
     )  # fmt: skip
-    return Run(args, device, model, state, loader, normalize.to(device), folder, log, guard, preemption)
+    model = wrap_model(state.model, device)
+    return Run(config, device, model, state, loader, normalize.to(device), start.folder, log, guard, preemption)
+
+
+def write_configuration(config: TrainingConfig) -> None:
+    """Store the configuration and the environment in the run's folder as config.json (rank 0)."""
+    if distributed.is_main_process():
+        path = Path(config.output_dir) / "config.json"
+        temporary = path.with_name(".config.json.tmp")
+        content = {"config": config.as_dict(), "environment": describe_environment(torch.device(config.device))}
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", errors="surrogateescape")
+        os.replace(temporary, path)
+
+
+def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as it is called: in DistributedDataParallel where there are several ranks."""
+    if distributed.get_world_size() == 1:
+        return model
+    # Without device_ids, inputs are left where they are: masks belong on the CPU. Buffers are constants.
+    model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    if device.type == "cpu" and distributed.get_world_size() > 2:
+        model.register_comm_hook(None, average_in_rank_order)
+    return model
 
 
 def average_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -226,74 +334,30 @@ def average_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Fut
     return dist.all_gather(gradients, bucket.buffer(), async_op=True).get_future().then(average)
 
 
-def open_folder(args: argparse.Namespace) -> CheckpointFolder | None:
-    """The run's folder on rank 0; an error there is an error on all ranks."""
-    folder, error = None, None
-    if distributed.is_main_process():
-        try:
-            folder = CheckpointFolder(args.output_dir, args.keep_checkpoints)
-            continues = args.resume == "auto" or (
-                args.resume and Path(args.resume).parent.resolve() == folder.folder.resolve()
-            )
-            if not continues and any(folder.folder.glob("checkpoint*.pth")):
-                raise ValueError(
-                    f"{args.output_dir} holds a run already, which this one would replace: continue it by --resume "
-                    "auto, or give another --output_dir"
-                )
-        except ValueError as caught:
-            error = str(caught)
-    error = distributed.gather_objects(error)[0]
-    if error:
-        raise ValueError(error)
-    return folder
-
-
 @contextlib.contextmanager
-def ending(run: Run) -> Iterator[None]:
+def orderly_end(run: Run) -> Iterator[None]:
     """Around training: ends the process in the way that fits how training ended, with the last checkpoint written.
 
-    Exit codes: 1 for a failure that is explained in one line, `util.preemption.EXIT_REQUEUE` after a request to stop.
+    Exit codes: 1 for a failure that is explained in one line, `util.run.preemption.EXIT_REQUEUE` after a request to
+    stop.
     """
     try:
         try:
-            with distributed.explain_collective_failures():
+            with explain_collective_failures():
                 yield
-            run.close()
+                run.close()
+                distributed.shutdown()
         except Preempted as stopped:
             logger.warning("%s", stopped)
             if run.folder is not None:
                 run.folder.wait(final=True)
             run.preemption.exit_for_requeue()
-    except (NonFiniteError, BadImageError, distributed.CollectiveError, SaveError) as error:
+    except (NonFiniteError, BadImageError, CollectiveError, SaveError) as error:
         if distributed.is_main_process() or not isinstance(error, NonFiniteError):
-            logger.error("%s", arguments.in_one_line(error))
+            logger.error("%s", in_one_line(error))
         if run.folder is not None:
             with contextlib.suppress(SaveError):  # of the checkpoint under way, after the error that ends the run
                 run.folder.wait()
         sys.stdout.flush()
         # At once, without Python's shutdown: a rank that hangs must not keep this one waiting for its goodbye.
         os._exit(1)
-
-
-def count_work(model: nn.Module, batch_size: int, **forward: float) -> tuple[int, float]:
-    """Parameters (frozen ones included) and multiply-adds of one image's forward pass.
-
-    Counted are the products of matrices and convolutions, those of attention included, all pairs of a window.
-
-    Args:
-        model: a `SwinTransformer` or `MixMAE`.
-        batch_size: of the forward pass that is counted; even for a `MixMAE`.
-        **forward: further arguments of the model's forward, as `mask_ratio`.
-    """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    device = next(model.parameters()).device
-    imgs = torch.zeros(batch_size, model.in_chans, *model.img_size, device=device)
-    was_training = model.training
-    model.eval()
-    # The counter does not know all fused attentions (not a CPU's); the plain one is made of products that it knows.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        one_layout_shape, model.one_layout_shape = model.one_layout_shape, True  # a number that no mask changes
-        model(imgs, **forward)
-        model.one_layout_shape = one_layout_shape
-    model.train(was_training)
-    return parameters, counter.get_total_flops() / 2 / batch_size

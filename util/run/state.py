@@ -1,20 +1,16 @@
-"""Everything that a run is at one moment, into a checkpoint and back."""
+"""Everything that training changes, into a checkpoint and back."""
 
-import argparse
 import logging
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from util.run import distributed
-from util.run.checkpoint_folder import CheckpointFolder, compare_recipes
-from util.run.config import plain_arguments
-from util.weights.file import CheckpointError, read_checkpoint
+from util.run.config import effective_batch
+from util.weights.file import FORMAT, CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +23,7 @@ class Progress:
     step_in_epoch: int = 0
     step: int = 0  # optimizer steps done since the start of the run
     epoch_loss: float = 0.0  # sum of the losses of this epoch's steps so far, averaged over ranks
-    best_acc1: float = 0.0  # fine-tuning: best top-1 so far, in percent
+    best_acc1: float | None = None  # fine-tuning: best top-1 so far in percent, where one is known
 
     def fraction(self, steps_per_epoch: int) -> float:
         """The fractional epoch."""
@@ -49,12 +45,12 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """The parts of a run that training changes."""
+    """The parts of a run that training changes, and the settings that are stored with them."""
 
     model: nn.Module  # not wrapped
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    args: argparse.Namespace
+    settings: Mapping[str, Any]  # of the run's configuration; plain values
     progress: Progress
     model_ema: ModelEmaV3 | None = None
 
@@ -62,7 +58,7 @@ class TrainingState:
         """The state as plain data, in the authors' layout: 'epoch' is the last complete one."""
         progress = self.progress
         checkpoint = {
-            "format": 1,
+            "format": FORMAT,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -71,11 +67,37 @@ class TrainingState:
             "step": progress.step,
             "epoch_loss": progress.epoch_loss,
             "best_acc1": progress.best_acc1,
-            "args": plain_arguments(self.args),
+            "args": dict(self.settings),
         }
         if self.model_ema is not None:
             checkpoint["model_ema"] = self.model_ema.module.state_dict()
         return checkpoint
+
+    def restore(self, checkpoint: dict[str, Any], steps_per_epoch: int) -> None:
+        """Take over a checkpoint of this run, or of one with other batches (the position is then rounded down).
+
+        Raises:
+            CheckpointError: its weights or its optimizer are not this run's.
+        """
+        try:
+            self.load(checkpoint)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            why = " ".join(str(error).split())[:1000]
+            raise CheckpointError(
+                f"--resume: the checkpoint does not fit this model or optimizer: {why}. To start from the weights that "
+                "do fit, use --finetune"
+            ) from error
+        progress = self.progress
+        progress.epoch = checkpoint["epoch"] + 1
+        progress.step_in_epoch = checkpoint.get("step_in_epoch", 0)
+        progress.step = checkpoint.get("step", progress.epoch * steps_per_epoch)
+        progress.epoch_loss = checkpoint.get("epoch_loss", 0.0)
+        progress.best_acc1 = checkpoint.get("best_acc1")
+        before, now = effective_batch(checkpoint.get("args", {})), effective_batch(self.settings)
+        if progress.step_in_epoch and None not in (before, now) and before != now:
+            mean_loss = progress.epoch_loss / progress.step_in_epoch
+            progress.step_in_epoch = min(progress.step_in_epoch * before // now, steps_per_epoch)
+            progress.epoch_loss = mean_loss * progress.step_in_epoch
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Take over weights, optimizer, scaler and average."""
@@ -87,7 +109,7 @@ class TrainingState:
         saved = checkpoint["optimizer"]
         groups = [
             group | {name: value for name, value in own.items() if name != "params"}
-            for group, own in zip(saved["param_groups"], self.optimizer.param_groups, strict=True)
+            for group, own in zip(match_groups(saved, self.optimizer.param_groups), self.optimizer.param_groups)
         ]
         self.optimizer.load_state_dict(saved | {"param_groups": groups})
         if checkpoint.get("scaler"):
@@ -95,70 +117,40 @@ class TrainingState:
         if self.model_ema is not None:
             self.model_ema.module.load_state_dict(checkpoint.get("model_ema") or checkpoint["model"])
 
-    def restore(self, checkpoint: dict[str, Any], steps_per_epoch: int) -> None:
-        """Take over a checkpoint of this run, or of one with other batches (the position is then rounded down).
 
-        Raises:
-            CheckpointError: its weights are not this model's.
-        """
-        try:
-            self.load(checkpoint)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            why = " ".join(str(error).split())[:1000]
-            raise CheckpointError(
-                f"--resume {self.args.resume}: the checkpoint does not fit this model or optimizer: {why}. To start "
-                "from the weights that do fit, use --finetune"
-            ) from error
-        progress = self.progress
-        progress.epoch = checkpoint["epoch"] + 1
-        progress.step_in_epoch = checkpoint.get("step_in_epoch", 0)
-        progress.step = checkpoint.get("step", progress.epoch * steps_per_epoch)
-        progress.epoch_loss = checkpoint.get("epoch_loss", 0.0)
-        progress.best_acc1 = checkpoint.get("best_acc1", 0.0)
-        saved = checkpoint.get("args", {})
-        if progress.step_in_epoch and saved.get("eff_batch_size", self.args.eff_batch_size) != self.args.eff_batch_size:
-            done = progress.step_in_epoch * saved["eff_batch_size"] // self.args.eff_batch_size
-            mean_loss = progress.epoch_loss / progress.step_in_epoch
-            progress.step_in_epoch = min(done, steps_per_epoch)
-            progress.epoch_loss = mean_loss * progress.step_in_epoch
+def match_groups(saved: dict[str, Any], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parameter groups of a saved optimizer in the order of `own`.
 
-
-def find_checkpoint(folder: CheckpointFolder | None, args: argparse.Namespace) -> dict[str, Any] | None:
-    """The checkpoint that `--resume` asks for, the same on all ranks, or None.
-
-    Rank 0 looks for it; the others read the file that it found.
+    By their names, where the file has them. The authors' files, and older ones of this program, have none and may order
+    the groups otherwise: there a group is recognised by the shapes of its moments.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or was made with another model or recipe.
+        ValueError: a group has no counterpart.
     """
-    found, error = None, None
-    if folder is not None:
-        try:
-            found = folder.resume(args.resume)
-            if found is not None:
-                check_recipe(found[1], args)
-        except CheckpointError as caught:
-            error = str(caught)
-    path, error = distributed.gather_objects((found and os.fspath(found[0]), error))[0]
-    if error:
-        raise CheckpointError(error)
-    if path is None:
-        return None
-    return found[1] if found is not None else read_checkpoint(Path(path))
+    waiting = list(saved["param_groups"])
+    if len(waiting) != len(own):
+        raise ValueError(f"its optimizer has {len(waiting)} parameter groups, this run's has {len(own)}")
+    named = all("name" in group for group in waiting)
 
+    def shapes_of(group: dict[str, Any]) -> list[tuple[int, ...] | None]:
+        moments = [saved["state"].get(index, {}).get("exp_avg") for index in group["params"]]
+        return [None if moment is None else tuple(moment.shape) for moment in moments]
 
-def check_recipe(checkpoint: dict[str, Any], args: argparse.Namespace) -> None:
-    """Compare the settings of a checkpoint with the run's: warn of lost identity, refuse another recipe."""
-    if "format" not in checkpoint:
-        logger.warning("the checkpoint is not of this program: its settings are not compared with the run's")
-        return
-    errors, warnings = compare_recipes(checkpoint.get("args", {}), plain_arguments(args))
-    for warning in warnings:
-        logger.warning("resuming with another setting: %s", warning)
-    if errors and not args.resume_force:
-        raise CheckpointError(
-            f"--resume {args.resume}: the checkpoint was made with another model or recipe: {'; '.join(errors)}. "
-            "Use the same settings, another --output_dir, or --resume_force"
-        )
-    for error in errors:
-        logger.warning("resuming by --resume_force with another recipe: %s", error)
+    def fits(group: dict[str, Any], wanted: dict[str, Any]) -> bool:
+        shapes = [tuple(parameter.shape) for parameter in wanted["params"]]
+        found = shapes_of(group)
+        same = len(found) == len(shapes) and all(a in (b, None) for a, b in zip(found, shapes))
+        return same and (not named or group["name"] == wanted["name"])
+
+    matched = []
+    for number, wanted in enumerate(own):
+        group = next((group for group in waiting if fits(group, wanted)), None)
+        if group is None:
+            name = wanted.get("name", f"number {number}")
+            raise ValueError(
+                f"none of its optimizer's parameter groups has the {len(wanted['params'])} tensors of this run's group "
+                f"'{name}', in their shapes and order"
+            )
+        waiting.remove(group)
+        matched.append(group)
+    return matched

@@ -1,75 +1,81 @@
-"""Files of weights: written whole or not at all, checked before use, and never executed.
+"""Files of weights: written whole or not at all, verified before use, and never executed.
 
-A file that this project writes is an ordinary `torch.save` archive whose zip comment carries a seal: the SHA-256 of
-every byte before it. Any damage, also in the parts that the zip's own CRCs leave out, is found before a tensor is used.
-
-    write_checkpoint(path, checkpoint)          atomic and durable
-    read_checkpoint(path)                       a whole file, verified
-    read_weights(source)                        the weights in a file of any layout, or behind a name or an https link
-    load_encoder / load_classifier / load_pretraining(model, state_dict, source)
+A file that this project writes is an ordinary `torch.save` archive with a seal as its zip comment: the time of saving
+and the SHA-256 of every byte before the digest. It finds any damage, also where the zip's own CRCs do not look.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import pathlib
 import pickle
 import re
 import socket
-import struct
 import time
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file as read_safetensors
 from torch import Tensor, nn
 
-FORMAT = 1  # the number under 'format' in our files: raised when an older reader could misread a newer file
-MAX_LISTED = 8  # names in one message; the rest are counted
+from util.errors import UserError
 
-# The end-of-archive record of a zip without a comment; its last two bytes are the comment's length.
-ZIP_END = b"PK\x05\x06"
-ZIP_END_SIZE = 22
+FORMAT = 1  # the number under 'format' in our files: raised when an older reader could misread a newer file
+
 SEAL = re.compile(rb"mixmae seal time=(\d{20}) sha256=([0-9a-f]{64})")
 SEAL_SIZE = len("mixmae seal time=") + 20 + len(" sha256=") + 64
+ZIP_END, ZIP_END_SIZE = b"PK\x05\x06", 22  # a zip's last record; its last two bytes are the length of the comment
 
-PLAIN_LEAVES = (type(None), bool, int, float, str, torch.Size, torch.dtype)
+# What the authors' files hold besides: paths (submitit's output_dir) become pure ones, which never touch the disk.
+HARMLESS = [argparse.Namespace] + [
+    (pathlib.PurePath, f"{module}.{name}")
+    for module in ("pathlib", "pathlib._local")
+    for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
+]
+PLAIN_TYPES = (type(None), bool, int, float, str, torch.Size, torch.dtype, Tensor, nn.Parameter)
+
+# What to do about a file that holds objects of other classes.
+OF_UNKNOWN_ORIGIN = "If you trust its origin, save its state dict alone with torch.save and give that"
+OF_MMENGINE = (
+    "It is a training checkpoint of mmengine: make a file of plain weights of it with mmpretrain's "
+    "tools/model_converters/publish_model.py, or load it where it was trained and save its 'state_dict' alone with "
+    "torch.save"
+)
 
 
-class CheckpointError(ValueError):
-    """A file of weights that is missing, damaged, unsafe or not what was asked for. The message is one for the user."""
+class CheckpointError(UserError):
+    """A file of weights that is missing, damaged, unsafe or not what was asked for."""
 
 
-# --- Writing ------------------------------------------------------------------------------------------------
+# --- Writing ---
 
 
 def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any], later_than: int = 0) -> None:
-    """Write `checkpoint` to `path` so that the file is there whole, on the disk, or was never touched.
+    """Write `checkpoint` to `path`: afterwards the whole file is safely on the disk, or `path` was never touched.
 
-    The bytes go to a temporary file in the same folder (`.<name>.<host>.<pid>.tmp`), are flushed to the disk, read back
-    and compared with what was meant to be written, and only then take the name `path`.
-
-    Args:
-        path: the file; its folder exists.
-        checkpoint: tensors, dicts, lists, tuples and plain values.
-        later_than: a `saved_at` that the file's own shall exceed, even where the clock was set back.
+    The bytes go to a temporary file in the same folder, are flushed to the disk, read back and compared with what was
+    meant to be written; only then does the file take the name `path`. Its `saved_at` will exceed `later_than`, even if
+    the clock was set back.
 
     Raises:
         CheckpointError: `checkpoint` holds something that `torch.load(weights_only=True)` would not open.
-        OSError: the disk is full, failing or read-only, or gave back other bytes; `path` is as it was before.
+        OSError: the disk is full, read-only or failing, or gave back other bytes; `path` is as it was before.
     """
     refuse_what_is_not_plain(checkpoint)
     path = Path(path)
     temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:
-            sealing = _SealingWriter(file)
-            torch.save(checkpoint, sealing)
-            digest = sealing.seal(max(time.time_ns(), later_than + 1))
+            writer = _HashingWriter(file)
+            torch.save(checkpoint, writer)
+            digest = writer.seal(max(time.time_ns(), later_than + 1))
             file.flush()
             os.fsync(file.fileno())
             if hasattr(os, "posix_fadvise"):  # so that reading it back asks the disk, not the cache
@@ -79,11 +85,51 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any], later_
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)  # gone already where the file took its name
+        temporary.unlink(missing_ok=True)  # already gone if the file took its name
+
+
+class _HashingWriter:
+    """What `torch.save` writes to: passes the bytes on to `file` and hashes all but the last two.
+
+    Those are the length of the archive's comment, which the seal changes. `seal()` raises the error of the first write
+    that failed, for torch's C++ writer would turn it into a RuntimeError.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.flush = file.flush
+        self.digest = hashlib.sha256()
+        self.last_two = b""
+        self.error: OSError | None = None
+
+    def write(self, data) -> int:
+        data = memoryview(data)
+        self.digest.update(self.last_two)
+        self.digest.update(data[:-2])
+        self.last_two = bytes(data[-2:])
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def seal(self, moment: int) -> str:
+        """Append the seal, with its time in nanoseconds since 1970, as the comment; the SHA-256 of the whole file."""
+        if self.error is not None:
+            raise self.error
+        assert self.last_two == b"\0\0", "torch.save no longer ends a file with a zip record without a comment"
+        end = SEAL_SIZE.to_bytes(2, "little") + f"mixmae seal time={moment:020d} sha256=".encode()
+        self.digest.update(end)
+        own_digest = self.digest.hexdigest().encode()
+        self.digest.update(own_digest)
+        self.file.seek(-2, os.SEEK_END)
+        self.file.write(end + own_digest)
+        return self.digest.hexdigest()
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside `path` for a file in the making: hidden, with its host and process, which tell leftovers apart."""
+    """A hidden name beside `path` for a file in the making; its host and process tell whose leftover it is."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
@@ -106,61 +152,58 @@ def refuse_what_is_not_plain(value: Any, where: str = "checkpoint") -> None:
     elif kind in (list, tuple):
         for position, item in enumerate(value):
             refuse_what_is_not_plain(item, f"{where}[{position}]")
-    elif kind not in PLAIN_LEAVES and kind not in (Tensor, nn.Parameter):
+    elif kind not in PLAIN_TYPES:
         raise CheckpointError(
             f"{where} is a {kind.__module__}.{kind.__qualname__}, which would not open with "
             "torch.load(weights_only=True): a checkpoint holds tensors and plain values only, so convert it first"
         )
 
 
-class _SealingWriter:
-    """The file object for `torch.save`: hashes what passes through and ends the archive with the seal.
+# --- Reading ---
 
-    A failing write is remembered and raised by `seal()`: inside torch's C++ writer it would turn into another error.
+
+def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, Any]:
+    """Everything in a file of weights, on the CPU, after the file's bytes have been verified.
+
+    Opens our files, the authors' (their `args`, an `argparse.Namespace`, becomes a dict), any other that
+    `torch.load(weights_only=True)` opens, and `.safetensors` (as {'model': tensors}). Nothing in the file is executed.
+    With `mmap` the tensors stay in the file until they are used.
+
+    Raises:
+        CheckpointError: no such file, damaged, unsafe, or not a file of weights.
     """
+    path = Path(path)
+    try:
+        kind = _kind_of(path)
+        if kind == "safetensors":
+            return {"model": read_safetensors(path)}
+        if kind == "zip":
+            _verify_zip(path)
+        checkpoint = _as_plain(_restricted_load(path, mmap=mmap and kind == "zip"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {error}") from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a dict of weights: not a checkpoint")
+    if isinstance(checkpoint.get("format"), int) and checkpoint["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} was written by a newer version of this project (format {checkpoint['format']}, "
+            f"this one reads up to {FORMAT}): update to read it"
+        )
+    return checkpoint
 
-    def __init__(self, file):
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.held = b""  # the last bytes so far: the end record is changed before it is written
-        self.error: OSError | None = None
 
-    def write(self, data) -> int:
-        data = memoryview(data)
-        if len(data) >= ZIP_END_SIZE:
-            self._pass_on(self.held)
-            self._pass_on(data[:-ZIP_END_SIZE])
-            self.held = bytes(data[-ZIP_END_SIZE:])
-        else:
-            joined = self.held + bytes(data)
-            self._pass_on(joined[:-ZIP_END_SIZE])
-            self.held = joined[-ZIP_END_SIZE:]
-        return len(data)
-
-    def flush(self) -> None:
-        """Nothing to do: `write_checkpoint` flushes the file."""
-
-    def seal(self, moment: int) -> str:
-        """Write what was held back and the seal with its moment (nanoseconds); the digest of the whole file."""
-        assert self.error is not None or (self.held.startswith(ZIP_END) and self.held.endswith(b"\0\0"))
-        self._pass_on(self.held[:-2] + struct.pack("<H", SEAL_SIZE))
-        self._pass_on(f"mixmae seal time={moment:020d} sha256=".encode())
-        self._pass_on(self.digest.hexdigest().encode())
-        if self.error is not None:
-            raise self.error
-        return self.digest.hexdigest()
-
-    def _pass_on(self, data) -> None:
-        if self.error is None:
-            try:
-                self.file.write(data)
-            except OSError as error:
-                self.error = error
-        self.digest.update(data)
+def saved_at(path: str | os.PathLike) -> int:
+    """When a file was saved, in nanoseconds since 1970: by its seal, which a copy keeps, else its modification time."""
+    with contextlib.suppress(OSError):  # left to whoever needs its content to report
+        if seal := SEAL.fullmatch(_last_bytes(Path(path), SEAL_SIZE)):
+            return int(seal[1])
+    return os.stat(path).st_mtime_ns
 
 
 def file_hash(path: Path, without_last: int = 0) -> str:
-    """The SHA-256 of a file, less its last bytes."""
+    """The SHA-256 of a file, without its last `without_last` bytes."""
     digest = hashlib.sha256()
     remaining = path.stat().st_size - without_last
     with open(path, "rb", buffering=0) as file:
@@ -170,146 +213,74 @@ def file_hash(path: Path, without_last: int = 0) -> str:
     return digest.hexdigest()
 
 
-# --- Reading ------------------------------------------------------------------------------------------------
-
-
-def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, Any]:
-    """Everything in a file of weights, on the CPU, after the file's bytes have been verified.
-
-    Opens our files, the authors' (their `args`, an `argparse.Namespace`, becomes a dict), any other that
-    `torch.load(weights_only=True)` opens, and `.safetensors` (as {'model': tensors}). Nothing in the file is executed.
-
-    Args:
-        path: the file.
-        mmap: leave the tensors in the file until they are used; for callers that need a part of it.
-
-    Raises:
-        CheckpointError: no such file, damaged, unsafe, or not a file of weights.
-    """
-    path = Path(path)
-    try:
-        kind = _kind_of(path)
-        if kind == "safetensors":
-            return {"model": _read_safetensors(path)}
-        if kind == "zip":
-            _verify_zip(path)
-        checkpoint = _restricted_load(path, mmap=mmap and kind == "zip")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not isinstance(checkpoint, Mapping):
-        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a dict of weights: not a checkpoint")
-    if isinstance(checkpoint.get("format"), int) and checkpoint["format"] > FORMAT:
-        raise CheckpointError(
-            f"{path} was written by a newer version of this project (format {checkpoint['format']}, "
-            f"this one reads up to {FORMAT}): update to read it"
-        )
-    try:
-        return _as_plain(checkpoint)
-    except RecursionError as error:
-        raise CheckpointError(f"{path} is no checkpoint: it holds itself") from error
-
-
-def saved_at(path: str | os.PathLike) -> int:
-    """When a file was written, in nanoseconds since 1970: by its seal, which a copy keeps, else by its folder."""
-    try:
-        seal = _read_seal(Path(path))
-    except OSError:  # unreadable, which is for those to report who need its content
-        seal = None
-    return int(seal[1]) if seal else os.stat(path).st_mtime_ns
-
-
 def _kind_of(path: Path) -> str:
     """'zip', 'safetensors' or 'pickle', by content; CheckpointError for what cannot be a file of weights."""
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder: name a file in it")
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(512)
     text = head.lstrip().lower()
-    if size == 0:
+    if not head:
         raise CheckpointError(f"{path} is empty (0 bytes): the copy or the download failed, fetch it again")
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise CheckpointError(f"{path} is a web page, not a checkpoint: the download got the page, not the file")
+        raise CheckpointError(f"{path} is a web page, not a checkpoint: download the file itself")
     if text.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the checkpoint itself: run `git lfs pull`")
     if head.startswith(b"PK\x03\x04"):
         return "zip"
-    if len(head) > 8 and head[8:9] == b"{" and path.suffix != ".pkl":
-        return "safetensors"
-    return "pickle"
+    return "safetensors" if head[4:9] == b"\0\0\0\0{" else "pickle"  # the header's length (8 bytes), then its JSON
 
 
-def _read_seal(path: Path) -> re.Match | None:
+def _last_bytes(path: Path, count: int) -> bytes:
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - SEAL_SIZE))
-        return SEAL.fullmatch(file.read())
+        file.seek(max(0, path.stat().st_size - count))
+        return file.read()
 
 
 def _verify_zip(path: Path) -> None:
-    """CheckpointError unless the archive is whole: by its seal where it has one, else by the CRCs of its members."""
-    seal = _read_seal(path)
-    if seal:
+    """CheckpointError unless the archive is whole: by its seal if it has one, else by the CRCs of its members."""
+    if seal := SEAL.fullmatch(_last_bytes(path, SEAL_SIZE)):
         if file_hash(path, without_last=64).encode() != seal[2]:
             raise CheckpointError(f"{path} is damaged: its content does not match the checksum at its end")
         return
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - ZIP_END_SIZE))
-        end = file.read()
-    # torch.save ends a file with this record and no comment. Whatever else stands here, a broken seal too, is damage.
+    end = _last_bytes(path, ZIP_END_SIZE)
+    # torch.save ends a file with this record and no comment. Anything else here, a broken seal too, is damage.
     if not end.startswith(ZIP_END) or not end.endswith(b"\0\0"):
         raise CheckpointError(f"{path} is truncated or damaged: the end of the archive is not where it should be")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-            names = archive.namelist()
+            damaged = archive.testzip()  # torch.load itself ignores the CRCs
+            is_checkpoint = any(name.endswith("/data.pkl") for name in archive.namelist())
     except Exception as error:  # zipfile raises a dozen kinds on damaged archives
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: the checksum of {damaged} in it does not match")
-    if not any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
+    if not is_checkpoint:
         raise CheckpointError(f"{path} is a zip archive, but not a checkpoint: it has no data.pkl")
 
 
 def _restricted_load(path: Path, mmap: bool) -> Any:
     """`torch.load(weights_only=True)` that knows the plain types of the authors' files, with one message per error."""
-    # Paths in a pickled Namespace (submitit's output_dir) become pure ones, which never touch the disk.
-    allowed = [argparse.Namespace] + [
-        (pathlib.PurePath, f"{module}.{name}")
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
-    ]
     try:
-        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with a file is said once, by the exception
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exception says once what is wrong with a file
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
     except Exception as error:  # whatever a hostile or damaged file makes the unpickler raise
-        unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        if unsafe:
+        if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
+            remedy = OF_MMENGINE if unsafe[1].startswith("mmengine.") else OF_UNKNOWN_ORIGIN
             raise CheckpointError(
                 f"{path} is refused: besides tensors and plain values it would load {unsafe[1]}, which could run code; "
-                "nothing was run. If you trust its origin, save its state dict alone with torch.save and give that"
+                f"nothing was run. {remedy}"
             ) from error
         if isinstance(error, pickle.UnpicklingError):
             why = "its content is not pickled tensors and plain values; nothing in it was run"
         else:
             why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {why}") from error
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise CheckpointError(f"{path} is a safetensors file: reading it needs `pip install safetensors`") from error
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or not a checkpoint: {error}") from error
 
 
 def _as_plain(value: Any) -> Any:

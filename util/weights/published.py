@@ -1,14 +1,17 @@
 """Where weights come from: files, https links with a hash, and the checkpoints published with the paper, by name."""
 
-import contextlib
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import timm
 import torch
+from filelock import FileLock
 
-from util.weights.file import CheckpointError, file_hash, read_checkpoint
+import models_swin  # noqa: F401  registers the encoders with timm
+from util.weights.file import CheckpointError, file_hash, read_checkpoint, temporary_path
 from util.weights.layouts import load_classifier, load_encoder, normalise_state_dict
 
 
@@ -36,28 +39,20 @@ PUBLISHED = {
 
 
 def locate(source: str) -> Path:
-    """The local file that `source` names, downloaded where need be.
-
-    Args:
-        source: a path, a name of `PUBLISHED`, or an https link with its hash (see `locate_link`).
+    """The local file behind a path, a name of `PUBLISHED` or an https link with its hash, downloaded if need be.
 
     Raises:
-        CheckpointError: there is no such file, or it could not be downloaded; says what to do.
+        CheckpointError: there is no such file, or it could not be downloaded.
     """
     if "://" in source:
         return locate_link(source)
-    if source in PUBLISHED and not os.path.exists(source):
+    if os.path.exists(source):
+        return Path(source)
+    if source in PUBLISHED:
         return locate_published(source)
-    if not os.path.exists(source):
-        raise CheckpointError(
-            f"{source} is neither a file nor a published checkpoint; the published ones are {', '.join(PUBLISHED)}"
-        )
-    return Path(source)
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: PyTorch's own folder, which $TORCH_HOME moves."""
-    return Path(torch.hub.get_dir()) / "checkpoints"
+    raise CheckpointError(
+        f"{source} is neither a file nor a published checkpoint; the published ones are {', '.join(PUBLISHED)}"
+    )
 
 
 def locate_published(name: str) -> Path:
@@ -65,40 +60,25 @@ def locate_published(name: str) -> Path:
     published = PUBLISHED[name]
     path = cache_folder() / f"mixmae_{name}.pth"
     by_hand = f"download {published.link} in a browser and put the file at {path}"
-    if path.exists():  # whole, since a download appears by being renamed
-        return path
-    with _one_process_at_a_time(path):
-        if path.exists():
-            return path
-        try:
-            import gdown
-        except ImportError as error:
-            raise CheckpointError(
-                f"the checkpoint {name} is not on this machine: `pip install gdown` to have it fetched, or {by_hand}"
-            ) from error
-        partial = path.with_suffix(".partial")
-        try:
-            gdown.download(id=published.drive_id, output=str(partial))
-            _check_published(partial, name)
-            os.replace(partial, path)
-        except CheckpointError as error:
-            raise CheckpointError(f"the download of {name} is not that checkpoint: {error}; {by_hand}") from error
-        except Exception as error:  # gdown raises what its own libraries raise
-            raise CheckpointError(f"the checkpoint {name} could not be downloaded ({error}): {by_hand}") from error
-        finally:
-            partial.unlink(missing_ok=True)
-    return path
 
+    def download(target: Path) -> None:
+        import gdown
 
-def _check_published(path: Path, name: str) -> None:
-    """CheckpointError unless the file's tensors have the names and shapes of the model that `name` stands for."""
-    import timm
+        gdown.download(id=published.drive_id, output=str(target))
+        state_dict, _ = normalise_state_dict(read_checkpoint(target, mmap=True), target)
+        load = load_classifier if published.classifier else load_encoder
+        load(timm.create_model(published.model), state_dict, target)  # refuses other names and shapes
 
-    import models_swin  # noqa: F401  registers the encoders with timm
-
-    state_dict, _ = normalise_state_dict(read_checkpoint(path, mmap=True), path)
-    load = load_classifier if PUBLISHED[name].classifier else load_encoder
-    load(timm.create_model(PUBLISHED[name].model), state_dict, path)
+    try:
+        return _downloaded_once(path, download)
+    except ImportError as error:
+        raise CheckpointError(
+            f"the checkpoint {name} is not on this machine: `pip install gdown` to have it fetched, or {by_hand}"
+        ) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"the download of {name} is not that checkpoint: {error}; {by_hand}") from error
+    except Exception as error:  # gdown raises what its own libraries raise
+        raise CheckpointError(f"the checkpoint {name} could not be downloaded ({error}): {by_hand}") from error
 
 
 def locate_link(link: str) -> Path:
@@ -109,9 +89,10 @@ def locate_link(link: str) -> Path:
     """
     address, _, fragment = link.partition("#")
     file_name = address.partition("?")[0].rsplit("/", 1)[-1]
-    given = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment) or re.search(
-        r"-([0-9a-f]{8,64})\.\w+$", file_name if not fragment else ""
-    )
+    if fragment:
+        given = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
+    else:
+        given = re.search(r"-([0-9a-f]{8,64})\.\w+$", file_name)
     if not link.startswith("https://"):
         raise CheckpointError(f"{link}: only https:// links are downloaded; fetch the file and give its path")
     if given is None:
@@ -121,27 +102,39 @@ def locate_link(link: str) -> Path:
         )
     expected = given[1].lower()
     path = cache_folder() / f"{expected[:8]}-{re.sub(r'[^A-Za-z0-9._-]', '_', file_name) or 'weights.pth'}"
-    if not path.exists():  # it appears whole, by being renamed
-        with _one_process_at_a_time(path):
-            if path.exists():
-                return path
-            try:
-                torch.hub.download_url_to_file(address, str(path), hash_prefix=expected, progress=False)
-            except (OSError, RuntimeError) as error:
-                raise CheckpointError(
-                    f"{address} could not be downloaded: {error}. Or fetch the file yourself and put it at {path}"
-                ) from error
-    elif not file_hash(path).startswith(expected):
+
+    def download(target: Path) -> None:
+        torch.hub.download_url_to_file(address, str(target), hash_prefix=expected, progress=False)
+
+    try:
+        _downloaded_once(path, download)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{address} could not be downloaded: {error}. Or fetch the file yourself and put it at {path}"
+        ) from error
+    if not file_hash(path).startswith(expected):
         raise CheckpointError(f"{path} no longer has the hash {expected}: delete it to download it again")
     return path
 
 
-@contextlib.contextmanager
-def _one_process_at_a_time(path: Path):
-    """Let one process of a machine (of all ranks that start at once) download `path` while the others wait for it."""
-    import fcntl
+def cache_folder() -> Path:
+    """Where downloads are kept: PyTorch's own folder, which $TORCH_HOME moves."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+
+def _downloaded_once(path: Path, download: Callable[[Path], None]) -> Path:
+    """`path`, made by `download(target)` if it is not there: by one process of a machine while the others wait.
+
+    `target` takes the name `path` when it is whole, so the file is used without a lock, also in a read-only folder.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            if not path.exists():
+                target = temporary_path(path)
+                try:
+                    download(target)
+                    os.replace(target, path)
+                finally:
+                    target.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,173 @@
+"""The settings that belong to weights: which model they fit, and how its images are prepared.
+
+Whoever uses a checkpoint gets them from `weight_settings`, so that all commands agree on what a file leaves open.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import timm
+
+import models_mixmae
+import models_swin
+from util.errors import UserError
+from util.weights.file import CheckpointError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+PRETRAINING_MODELS = [name.removesuffix(".") for name in models_mixmae.default_cfgs]
+CLASSIFIER_MODELS = [name.removesuffix(".") for name in models_swin.default_cfgs]
+ENCODERS = {  # pretraining model -> the classifier with the same encoder
+    name: next(encoder for encoder in CLASSIFIER_MODELS if encoder.startswith(name.replace("mixmae", "swin")))
+    for name in PRETRAINING_MODELS
+}
+AUTHORS_PRETRAINING_NAMES = {name.replace("mixmae_", "mixmim_"): name for name in PRETRAINING_MODELS}
+AUTHORS_CLASSIFIER_NAMES = {
+    "mixmim_base": "swin_base_w14",
+    "mixmim_base_384": "swin_base_w16_384",
+    "mixmim_large": "swin_large_w14",
+    "mixmim_large_384": "swin_large_w16_384",
+    "mixmim_huge": "swin_huge_w14",
+}
+
+
+@dataclass(frozen=True)
+class WeightSettings:
+    """What has to be known to build the model of some weights and to prepare images for it."""
+
+    model: str
+    in_chans: int
+    input_size: tuple[int, int]  # height, width
+    patch_size: int | None  # None: the model's own
+    window_size: tuple[int, ...] | None  # likewise
+    mean: tuple[float, ...]  # per channel; of values in 0..1 for 8-bit images, else in the images' own units
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.in_chans:
+                raise UserError(
+                    f"--{name} needs one value for each of {self.in_chans} channels, got {getattr(self, name)}"
+                )
+        if not min(self.std) > 0:
+            raise UserError(f"--std must be positive, got {self.std}")
+
+    def values(self) -> dict[str, Any]:
+        """The settings by the names of their flags."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def weight_settings(
+    recorded: Mapping[str, Any],
+    source: str,
+    given: Mapping[str, Any] | None = None,
+    pretraining: bool = False,
+    default_model: str | None = None,
+) -> WeightSettings:
+    """The settings for weights that are used: what is given, else what is recorded with them, else the model's own.
+
+    Sizes that are recorded for another encoder do not count. Neither do statistics of another number of channels: these
+    are then ImageNet's for 3 channels, and mean 0.5 and standard deviation 0.25 for others.
+
+    Args:
+        recorded: the arguments stored with the weights; {} where there are none.
+        source: what the weights are called, for messages.
+        given: flags by name, which win; None and missing ones are not given.
+        pretraining: whether the model is to be a pretraining model, rather than a classifier or encoder.
+        default_model: where neither says which; None makes that an error.
+
+    Raises:
+        UserError: an unknown model, a record of another type, statistics that do not fit the channels.
+    """
+    check_recorded(recorded, source)
+    given = {name: value for name, value in (given or {}).items() if value is not None}
+    name = given.get("model") or recorded.get("model") or default_model
+    if name is None:
+        raise CheckpointError(f"{source} does not record which model it is: give --model")
+    model = resolve_model_name(name, pretraining)
+    if recorded.get("model") is not None and encoder_of(recorded["model"]) != encoder_of(model):
+        recorded = {name: recorded.get(name) for name in ("in_chans", "mean", "std")}
+
+    def choose(name: str) -> Any:
+        return given[name] if name in given else recorded.get(name)
+
+    in_chans = choose("in_chans") or 3
+    input_size = choose("input_size") or timm.get_pretrained_cfg(model).input_size[1:]
+    input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
+    if len(input_size) > 2:
+        raise UserError(f"--input_size takes one side, or height and width, got {input_size}")
+    window_size = choose("window_size")
+    photos = in_chans == len(IMAGENET_MEAN)
+    statistics = {
+        "mean": IMAGENET_MEAN if photos else (0.5,) * in_chans,
+        "std": IMAGENET_STD if photos else (0.25,) * in_chans,
+    }
+    for name in statistics:
+        fits = len(recorded.get(name) or ()) == in_chans
+        statistics[name] = tuple(given.get(name) or (recorded[name] if fits else statistics[name]))
+    return WeightSettings(
+        model=model,
+        in_chans=in_chans,
+        input_size=(input_size[0], input_size[-1]),
+        patch_size=choose("patch_size"),
+        window_size=None if window_size is None else tuple(window_size),
+        **statistics,
+    )
+
+
+def resolve_model_name(name: str, pretraining: bool) -> str:
+    """Our name of a model given by our name or the authors'; where no pretraining model is wanted, its encoder's.
+
+    Raises:
+        UserError: for an unknown name; lists the known ones.
+    """
+    if pretraining:
+        names, aliases = PRETRAINING_MODELS, AUTHORS_PRETRAINING_NAMES
+    else:
+        names, aliases = CLASSIFIER_MODELS, AUTHORS_CLASSIFIER_NAMES
+    ours = aliases.get(name, name)
+    if not pretraining:
+        ours = ENCODERS.get(AUTHORS_PRETRAINING_NAMES.get(ours, ours), ours)
+    if ours not in names:
+        raise UserError(f"--model {name} is not known: choose one of {', '.join([*names, *aliases])}")
+    return ours
+
+
+def encoder_of(name: str) -> str:
+    """The encoder in a model that is given by our name or the authors'; the name itself where it is not known."""
+    ours = AUTHORS_CLASSIFIER_NAMES.get(name) or AUTHORS_PRETRAINING_NAMES.get(name, name)
+    return ENCODERS.get(ours, ours)
+
+
+def model_arguments(settings: Any) -> dict[str, Any]:
+    """The arguments of a model's constructor in settings or in a configuration; the others stay the model's own."""
+    arguments = {
+        "in_chans": settings.in_chans,
+        "img_size": settings.input_size,
+        "patch_size": settings.patch_size,
+        "window_size": settings.window_size,
+    }
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def check_recorded(recorded: Mapping[str, Any], source: str) -> None:
+    """Raise a CheckpointError unless what `source` records of model and data has the types of the flags."""
+
+    def is_list_of(kinds: tuple[type, ...], value: object) -> bool:
+        return isinstance(value, (list, tuple)) and len(value) > 0 and all(type(item) in kinds for item in value)
+
+    legal = {
+        "model": lambda value: isinstance(value, str),
+        "in_chans": lambda value: type(value) is int and value > 0,
+        "patch_size": lambda value: type(value) is int,
+        "window_size": lambda value: is_list_of((int,), value),
+        "input_size": lambda value: type(value) is int or is_list_of((int,), value),
+        "mean": lambda value: is_list_of((int, float), value),
+        "std": lambda value: is_list_of((int, float), value),
+    }
+    for name, is_legal in legal.items():
+        value = recorded.get(name)
+        if value is not None and not is_legal(value):
+            raise CheckpointError(f"{source} records {name}={value!r}, which is no value of --{name}")
