@@ -1,16 +1,16 @@
-"""How fast and how large this implementation is, next to what a user would run instead.
+"""Measure speed and memory, side by side with what a user would run instead.
 
-    python tests/benchmark.py step        a pretraining step, next to the textbook MixMAE (tests/textbook.py)
-    python tests/benchmark.py finetune    a fine-tuning step, likewise
+    python tests/benchmark.py step        a pretraining step, against the textbook MixMAE (tests/textbook.py)
+    python tests/benchmark.py finetune    a fine-tuning step, against the textbook
     python tests/benchmark.py memory      activations stored for the backward pass, and peak resident memory
-    python tests/benchmark.py data        images per second of one core, next to the usual Pillow pipelines
-    python tests/benchmark.py index       finding 300,000 files, and what data-loader workers add to memory
-    python tests/benchmark.py scaling     two processes next to one
+    python tests/benchmark.py data        images per second on one core, against the usual Pillow pipelines
+    python tests/benchmark.py index       time to find 300,000 files, and memory that data-loader workers add (Linux)
+    python tests/benchmark.py scaling     two processes against one
 
-The textbook computes every pair of a window and masks afterwards, moves tokens to windows and back in every block,
-predicts all cells in both branches, and trains with PyTorch's default AdamW. Both versions take turns in one
-process, so that a noisy machine disturbs them alike; the ratio is the median over the turns. On a busy machine
-`--threads 1 --cpu_time` counts the time that the process really had. float32 on the CPU throughout.
+The textbook computes every pair of tokens in a window and masks afterwards, partitions and reverses windows in every
+block, predicts all cells in both branches, and trains with PyTorch's default AdamW. Both versions take turns in one
+process, so that other load on the machine affects both alike; the ratio is the median over the turns. On a busy
+machine, `--threads 1 --cpu_time` counts the time that the process itself used. Everything runs in float32 on the CPU.
 """
 
 import argparse
@@ -27,6 +27,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported; spinning slows busy machines
+
 import numpy as np
 import timm
 import torch
@@ -42,27 +44,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
-import models_mixmae  # noqa: F401 - registers the models
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from photos import PHOTOS, data_args
+from textbook import Config, TextbookEncoder, TextbookMixMAE
+
+import models_mixmae  # noqa: F401  registers the models
 from util.data.datasets import build_dataset, collate
 from util.data.image_index import ImageIndex, StringTable, load_index
 from util.data.transforms import Normalize, pretrain_transform, train_transform
 from util.run.allocator import keep_freed_memory
 from util.seeding import seed_all
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
 MASK_RATIO = 0.5
-DROP_PATH_RATE = 0.1  # of fine-tuning
-MATRIX_SIDE = 2048  # of the product that measures the machine's peak
-
-
-def textbook():
-    """The module with the baseline. Raises ValueError where the tests were not installed along."""
-    if not (TESTS / "textbook.py").is_file():
-        raise ValueError(f"the baseline is missing: {TESTS}/textbook.py; run this in a full checkout of the project")
-    sys.path.insert(0, str(TESTS))
-    import textbook
-
-    return textbook
+DROP_PATH_RATE = 0.1  # while fine-tuning
+MATRIX_SIDE = 2048  # of the matrix product that measures the machine's peak
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -70,7 +66,7 @@ def textbook():
 
 
 def alternate(turns: Sequence[Callable[[], object]], repeats: int, clock: Callable[[], float]) -> list[list[float]]:
-    """Seconds of each of `turns`, called one after another `repeats` times after one call that is not counted."""
+    """Seconds that each of `turns` takes, called in turn `repeats` times; a first round is not counted."""
     times = [[] for _ in turns]
     for repeat in range(repeats + 1):
         for seconds, turn in zip(times, turns):
@@ -116,14 +112,13 @@ def model_flops(step: Callable[[], object]) -> int:
 
 def build_pair(args: argparse.Namespace, finetune: bool) -> tuple[nn.Module, nn.Module]:
     """Our model and the textbook's, with the same weights."""
-    baseline = textbook()
     torch.manual_seed(0)
     if finetune:
         ours = timm.create_model(args.model, drop_path_rate=DROP_PATH_RATE)
     else:
         ours = timm.create_model(args.model, norm_pix_loss=True)
     blocks = [stage.blocks for stage in ours.layers]
-    config = baseline.Config(
+    config = Config(
         img_size=ours.img_size,
         patch_size=ours.patch_size,
         in_chans=ours.in_chans,
@@ -139,7 +134,7 @@ def build_pair(args: argparse.Namespace, finetune: bool) -> tuple[nn.Module, nn.
         config.decoder_dim = ours.decoder_embed.out_features
         config.decoder_depth = len(ours.decoder_blocks)
         config.decoder_num_heads = ours.decoder_blocks[0].attn.num_heads
-    theirs = (baseline.TextbookEncoder if finetune else baseline.TextbookMixMAE)(config)
+    theirs = (TextbookEncoder if finetune else TextbookMixMAE)(config)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -187,20 +182,20 @@ def make_losses(
 
 
 def benchmark_step(args: argparse.Namespace, finetune: bool = False) -> None:
-    """A training step under the C library's usual allocation, and then as the mains run it."""
+    """A training step with glibc's default allocation, and then keeping freed memory as the mains do."""
     ours, theirs = build_pair(args, finetune)
     our_loss, their_loss = make_losses(args, ours, theirs, finetune)
     difference, gradient_difference = compare(ours, theirs, our_loss(), their_loss())
-    print(f"same losses within {difference:.1e} relative, gradients within {gradient_difference:.1e}")
+    print(f"relative difference of the losses {difference:.1e}, of the gradients at most {gradient_difference:.1e}")
     steps = make_step(ours, our_loss, fused=True), make_step(theirs, their_loss, fused=None)
     flops = model_flops(lambda: our_loss().backward())
     ours.zero_grad()
 
     clock = time.process_time if args.cpu_time else time.perf_counter
-    product_seconds, rows, medians = [], [["memory", "ours", "textbook", "ratio", "share of sgemm peak"]], {}
-    for memory in ("usual", "kept"):
+    product_seconds, rows, medians = [], [["freed memory", "ours", "textbook", "ratio", "share of sgemm peak"]], {}
+    for memory in ("returned", "kept"):
         if memory == "kept" and not keep_freed_memory():
-            print("this C library is not glibc: no measurement with freed memory kept")
+            print("freed memory cannot be kept: the C library is not glibc")
             break
         mine, other, products = alternate((*steps, matrix_product()), args.repeats, clock)
         product_seconds += products
@@ -210,7 +205,7 @@ def benchmark_step(args: argparse.Namespace, finetune: bool = False) -> None:
         medians[memory] = statistics.median(mine), statistics.median(other)
     print_table(rows)
     if "kept" in medians:
-        print(f"ours as the mains run it / textbook as it is: {medians['kept'][0] / medians['usual'][1]:.3f}")
+        print(f"ours with freed memory kept / textbook without: {medians['kept'][0] / medians['returned'][1]:.3f}")
     print(f"{flops / 1e9:.0f} GFLOP of matrix products; sgemm peak {peak / 1e9:.0f} GFLOP/s")
 
 
@@ -234,7 +229,7 @@ def compare(ours: nn.Module, theirs: nn.Module, our_loss: Tensor, their_loss: Te
 
 
 def stored_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, parameters apart; each storage counts once."""
+    """Bytes that a forward pass stores for the backward pass, parameters excluded; each storage counts once."""
     parameters = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     stored = {}
 
@@ -278,7 +273,7 @@ def benchmark_memory(args: argparse.Namespace) -> None:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=measure_memory, args=(args, version, sender))
         process.start()
-        sender.close()  # so that the end of a child that fails is noticed
+        sender.close()  # so that recv fails, and does not wait, if the child fails
         stored, peak = receiver.recv()
         process.join()
         per_image[version] = stored / args.batch_size
@@ -292,12 +287,9 @@ def benchmark_memory(args: argparse.Namespace) -> None:
 
 
 def write_photos(folder: Path, number: int) -> None:
-    """Copies of the tests' photographs at 500x375 (or 375x500) and about 110 KB, as most of ImageNet's are."""
-    sources = sorted((TESTS / "data").glob("*.jpg"))
-    if not sources:
-        raise ValueError(f"the photographs are missing: {TESTS}/data/*.jpg; run this in a full checkout of the project")
+    """Copies of the tests' photographs at 500x375 and about 110 KB, which is typical of ImageNet."""
     for i in range(number):
-        with Image.open(sources[i % len(sources)]) as source:
+        with Image.open(PHOTOS[i % len(PHOTOS)]) as source:
             photo = source.convert("RGB").resize((500, 375), Image.Resampling.BICUBIC)
         encoded = min(
             (encode(photo, quality) for quality in range(60, 100, 3)), key=lambda data: abs(len(data) - 110e3)
@@ -314,31 +306,31 @@ def encode(photo: Image.Image, quality: int) -> bytes:
 def benchmark_data(args: argparse.Namespace) -> None:
     """Images per second from file to normalised float batch, in this process alone.
 
-    Under the C library's usual allocation, and then as the mains and their data-loader workers run.
+    With glibc's default allocation, and then keeping freed memory as the mains and their data-loader workers do.
     """
     torch.set_num_threads(1)
-    recipe = argparse.Namespace(
-        dataset="", in_chans=3, input_size=(224, 224), mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, seed=0,
-        aa="rand-m9-mstd0.5-inc1", color_jitter=None, bad_images="error", max_bad_images=0.01,
-        ignore_exif=False,
-    )  # fmt: skip
     pillow_pretrain = torchvision.transforms.Compose(
         [
             torchvision.transforms.RandomResizedCrop(224, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC),
             torchvision.transforms.RandomHorizontalFlip(),
             torchvision.transforms.ToTensor(),
-            torchvision.transforms.Normalize(recipe.mean, recipe.std),
+            torchvision.transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
         ]
     )
     pillow_finetune = timm.data.create_transform(
-        224, is_training=True, auto_augment=recipe.aa, color_jitter=None, interpolation="bicubic", use_prefetcher=False,
-        re_prob=0.0, mean=recipe.mean, std=recipe.std,
-    )  # fmt: skip
-    normalize = Normalize(recipe.mean, recipe.std)
-    rows, pairs, medians = [["memory", "pipeline", "ours", "Pillow", "speed-up"]], {}, {}
+        224,
+        is_training=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        color_jitter=None,
+        interpolation="bicubic",
+        use_prefetcher=False,
+        re_prob=0.0,
+    )
+    normalize = Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    rows, pairs, medians = [["freed memory", "pipeline", "ours", "Pillow", "speed-up"]], {}, {}
     with tempfile.TemporaryDirectory() as folder:
         write_photos(Path(folder), args.batch_size)
-        recipe.data_path = folder
+        recipe = data_args(folder, input_size=(224, 224))
         for name, ours, theirs in (
             ("pretraining", pretrain_transform(recipe), pillow_pretrain),
             ("fine-tuning", train_transform(recipe), pillow_finetune),
@@ -357,7 +349,7 @@ def benchmark_data(args: argparse.Namespace) -> None:
                 return torch.stack(images)
 
             pairs[name] = our_batch, their_batch
-        for memory in ("usual", "kept"):
+        for memory in ("returned", "kept"):
             if memory == "kept" and not keep_freed_memory():
                 break
             for name, pair in pairs.items():
@@ -368,8 +360,8 @@ def benchmark_data(args: argparse.Namespace) -> None:
     print_table(rows)
     for name in pairs:
         if ("kept", name) in medians:
-            speed_up = medians["kept", name][0] / medians["usual", name][1]
-            print(f"{name}: ours as the mains run it / Pillow as it is: {speed_up:.2f}")
+            speed_up = medians["kept", name][0] / medians["returned", name][1]
+            print(f"{name}: ours with freed memory kept / Pillow without: {speed_up:.2f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -377,7 +369,7 @@ def benchmark_data(args: argparse.Namespace) -> None:
 
 
 def write_tree(root: Path, files: int, classes: int = 1000) -> None:
-    """`files` empty files with ImageNet's names in `classes` folders, changed long enough ago to be cached."""
+    """`files` empty files named as ImageNet's in `classes` folders, last changed long enough ago to be cached."""
     for c in range(classes):
         folder = root / f"n{c:08d}"
         folder.mkdir()
@@ -393,7 +385,7 @@ def benchmark_index(args: argparse.Namespace) -> None:
         root.mkdir()
         os.environ["MIXMAE_CACHE"] = str(Path(folder) / "cache")
         write_tree(root, args.files)
-        time.sleep(3)  # a tree that changed a moment ago is not cached
+        time.sleep(3)  # a folder that has only just changed is not cached
         seconds = []
         for find in (lambda: load_index(root), lambda: load_index(root), lambda: ImageFolder(root)):
             start = time.perf_counter()
@@ -401,10 +393,10 @@ def benchmark_index(args: argparse.Namespace) -> None:
             seconds.append(time.perf_counter() - start)
     print_table(
         [
-            [f"finding {args.files} files", "seconds", "times faster than the first start"],
-            ["first start: scan", f"{seconds[0]:.2f}", "1.0"],
-            ["second start: cache", f"{seconds[1]:.2f}", f"{seconds[0] / seconds[1]:.1f}"],
-            ["torchvision's ImageFolder", f"{seconds[2]:.2f}", f"{seconds[0] / seconds[2]:.1f}"],
+            [f"finding {args.files} files", "seconds", "first start / this"],
+            ["first start: scan", f"{seconds[0]:.3f}", "1.0"],
+            ["second start: cache", f"{seconds[1]:.3f}", f"{seconds[0] / seconds[1]:.1f}"],
+            ["torchvision's ImageFolder", f"{seconds[2]:.3f}", f"{seconds[0] / seconds[2]:.1f}"],
         ]
     )
     names = StringTable.of([b"n%08d/n%08d_%d.JPEG" % (i // 1281, i // 1281, i % 1281) for i in range(1_281_000)])
@@ -421,7 +413,7 @@ def benchmark_index(args: argparse.Namespace) -> None:
 
 
 def added_by_workers(read: Callable[[int], tuple[str, int]], length: int, workers: int) -> list[int]:
-    """Bytes of memory of its own that each forked worker has after reading every entry, above those before."""
+    """Bytes by which the private memory of each forked worker grows while it reads every entry."""
     context = multiprocessing.get_context("fork")
 
     def work(sender) -> None:
@@ -444,7 +436,7 @@ def added_by_workers(read: Callable[[int], tuple[str, int]], length: int, worker
 
 
 def private_bytes() -> int:
-    """Memory that this process shares with no other (Linux)."""
+    """Memory that this process shares with no other."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024
 
@@ -483,7 +475,7 @@ def benchmark_scaling(args: argparse.Namespace) -> None:
             ]
             for process in processes:
                 process.start()
-            sender.close()  # so that the end of a child that fails is noticed
+            sender.close()  # so that recv fails, and does not wait, if the child fails
             seconds = receiver.recv()
             for process in processes:
                 process.join()
@@ -513,21 +505,18 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("--model", help="default: mixmae_base, and swin_base_w14 to fine-tune")
-    parser.add_argument("--batch_size", type=int, default=8, help="images of a step, or photographs (default 8)")
-    parser.add_argument("--repeats", type=int, default=10, help="turns that are measured (default 10)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch (default: all cores)")
-    parser.add_argument("--cpu_time", action="store_true", help="count processor time: for busy machines, one thread")
-    parser.add_argument("--files", type=int, default=300_000, help="of `index` (default 300000)")
+    parser.add_argument("--model", help="default: swin_base_w14 for finetune, else mixmae_base")
+    parser.add_argument("--batch_size", type=int, default=8, help="images per step; of data: photographs (default 8)")
+    parser.add_argument("--repeats", type=int, default=10, help="measured turns (default 10)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of PyTorch (default: all cores)")
+    parser.add_argument("--cpu_time", action="store_true", help="count processor time instead of wall time")
+    parser.add_argument("--files", type=int, default=300_000, help="files that index finds (default 300000)")
     args = parser.parse_args()
     if args.cpu_time and args.threads != 1:
-        parser.error("--cpu_time adds up the time of all threads: use it with --threads 1")
+        parser.error(f"--cpu_time adds up the time of all threads: use --threads 1 with it, not {args.threads}")
     args.model = args.model or ("swin_base_w14" if args.command == "finetune" else "mixmae_base")
     torch.set_num_threads(args.threads)
-    try:
-        COMMANDS[args.command](args)
-    except ValueError as error:
-        parser.error(str(error))
+    COMMANDS[args.command](args)
 
 
 if __name__ == "__main__":
