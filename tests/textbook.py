@@ -1,4 +1,4 @@
-"""MixMAE as a textbook would write it: the oracle that the tests trust and the baseline of `util.benchmark`.
+"""MixMAE as a textbook would write it: the oracle that the tests trust and the baseline of `benchmark.py`.
 
 Every block partitions its tokens into windows and reverses that; masked attention computes all pairs of a window
 and adds a large negative number to those of different groups; both branches are decoded and predicted in full and
