@@ -9,11 +9,11 @@ import torch
 from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from models_swin import SHAPES, Block, SwinTransformer, default_cfg, init_linear_and_norm
+from models_swin import SHAPES, Block, SwinTransformer, default_cfg, init_linear_and_norm, run_block
+from util.errors import UserError
 from util.layers.pos_embed import get_2d_sincos_pos_embed
-from util.layers.windows import NUM_STAGES, to_device
+from util.layers.windows import NUM_STAGES, to_device, upsample
 
 
 class MixMAE(SwinTransformer):
@@ -26,7 +26,8 @@ class MixMAE(SwinTransformer):
         **encoder: arguments of `SwinTransformer`; an unknown one is a TypeError.
 
     Raises:
-        ValueError: when the decoder is empty or the image size does not work (see `SwinTransformer`).
+        UserError: when the image size does not work (see `SwinTransformer`).
+        ValueError: when the decoder is empty.
     """
 
     def __init__(
@@ -71,7 +72,8 @@ class MixMAE(SwinTransformer):
             mask: (L,) the mask used, on the CPU.
 
         Raises:
-            ValueError: for an odd batch, and for a mask or ratio that hides no or all cells.
+            UserError: for an odd batch, and for a mask or ratio that hides no or all cells.
+            ValueError: for a mask of another form.
         """
         mask = self.random_masking(mask_ratio) if mask is None else self.check_mask(mask)
         latent = self.forward_encoder(imgs, mask)
@@ -84,7 +86,7 @@ class MixMAE(SwinTransformer):
     def random_masking(self, mask_ratio: float, generator: torch.Generator | None = None) -> Tensor:
         """Draw one mask for the whole batch: (L,) float, `int(L * mask_ratio)` ones placed uniformly (section 3.1)."""
         if not 0 < mask_ratio < 1 or not 0 <= self.range_mask_ratio < 1 - mask_ratio:
-            raise ValueError(
+            raise UserError(
                 f"mask_ratio must lie between 0 and 1, and mask_ratio + range_mask_ratio below 1; "
                 f"got mask_ratio={mask_ratio}, range_mask_ratio={self.range_mask_ratio}"
             )
@@ -96,7 +98,7 @@ class MixMAE(SwinTransformer):
         return self.check_mask(mask)
 
     def check_mask(self, mask: Tensor) -> Tensor:
-        """The mask on the CPU, or a ValueError that says what is wrong with it."""
+        """The mask on the CPU; raises as `forward` does."""
         mask = mask.detach().cpu()
         hidden = int(mask.count_nonzero())
         if mask.shape != (self.num_cells,) or not bool(((mask == 0) | (mask == 1)).all()):
@@ -105,7 +107,7 @@ class MixMAE(SwinTransformer):
                 f"got shape {tuple(mask.shape)} with values from {mask.min():g} to {mask.max():g}"
             )
         if not 0 < hidden < self.num_cells:
-            raise ValueError(
+            raise UserError(
                 f"the mask hides {hidden} of {self.num_cells} cells: there is nothing to learn unless at least one is "
                 f"hidden and one visible; use a mask_ratio between {1 / self.num_cells:.3g} and "
                 f"{1 - 1 / self.num_cells:.3g}"
@@ -126,13 +128,12 @@ class MixMAE(SwinTransformer):
     def mix(self, x: Tensor, mask: Tensor) -> Tensor:
         """x * (1 - m) + x.flip(0) * m on first-stage tokens (B, T, C), each cell's mask covering 8x8 tokens."""
         if len(x) % 2:
-            raise ValueError(
+            raise UserError(
                 f"MixMAE mixes image i with image B-1-i: the batch size must be even, got B={len(x)} "
                 "(the middle image would be its own partner and nothing of it would be hidden)"
             )
-        scale = 2 ** (NUM_STAGES - 1)
-        stage_mask = mask.view(self.grid_size).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-        return torch.where(to_selector(stage_mask, x.device), x.flip(0), x)
+        token_mask = upsample(mask.view(self.grid_size), 2 ** (NUM_STAGES - 1))
+        return torch.where(to_selector(token_mask, x.device), x.flip(0), x)
 
     # -- Unmix and decode ----------------------------------------------------------------------------------------
 
@@ -147,21 +148,12 @@ class MixMAE(SwinTransformer):
         mask_token = self.mask_token.to(x.dtype)
         x = torch.cat([torch.where(partner, mask_token, x), torch.where(partner, x, mask_token)])  # (2B, L, D)
         x = x + self.decoder_pos_embed
-        for block in self.decoder_blocks[:-1]:
-            x = self.run_decoder_block(block, x)
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
+            x = run_block(block, x, recompute=self.layers[0].grad_checkpointing)
         # After the last attention tokens are independent of each other: go on with the hidden ones alone.
-        last = self.decoder_blocks[-1]
-        attended = last.attn.mix_tokens(last.norm1(x))
-        x, attended = self.keep_hidden(x, partner), self.keep_hidden(attended, partner)  # (B, L, D)
-        x = x + last.attn.proj(attended)
-        x = x + last.mlp(last.norm2(x))
+        x = last(x, select=lambda x: self.keep_hidden(x, partner))  # (B, L, D)
         return self.decoder_pred(self.decoder_norm(x))
-
-    def run_decoder_block(self, block: Block, x: Tensor) -> Tensor:
-        """(2B, L, D) -> (2B, L, D), computed again in the backward pass where the encoder's blocks are."""
-        if self.layers[0].grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
 
     @staticmethod
     def keep_hidden(x: Tensor, partner: Tensor) -> Tensor:
@@ -207,13 +199,7 @@ def to_selector(mask: Tensor, device: torch.device) -> Tensor:
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        "mixmae_quickstart": default_cfg(32),
-        "mixmae_tiny": default_cfg(),
-        "mixmae_base": default_cfg(),
-        "mixmae_large": default_cfg(),
-        "mixmae_huge": default_cfg(),
-    }
+    {f"mixmae_{size}": default_cfg(shape.get("img_size", 224)) for size, shape in SHAPES.items()}
 )
 
 

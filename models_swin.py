@@ -10,12 +10,16 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, drop_path
+from timm.layers import PatchEmbed
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from util.errors import UserError
 from util.layers.attention import Attention
+from util.layers.drop_path import add_branch
+from util.layers.mlp import Mlp
 from util.layers.pos_embed import get_2d_sincos_pos_embed
 from util.layers.windows import (
     NUM_STAGES,
@@ -23,39 +27,11 @@ from util.layers.windows import (
     check_img_size,
     fit_window,
     group_layout,
-    separated_layout,
     stage_grids,
     to_2tuple,
-    to_device,
+    upsample,
     window_layout,
 )
-
-# ---------------------------------------------------------------------------------------------------------------
-# Layers
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, linear: (..., dim) -> (..., dim)."""
-
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(drop)
-
-    def activate_and_project(self, hidden: Tensor) -> Tensor:
-        return self.fc2(self.drop(F.gelu(hidden)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # A quarter of all stored activations is GELU's output, and GELU is cheap: compute it again when needed.
-            hidden = checkpoint(
-                self.activate_and_project, hidden, use_reentrant=False, preserve_rng_state=self.drop.p > 0
-            )
-        else:
-            hidden = self.activate_and_project(hidden)
-        return self.drop(hidden)
 
 
 class Block(nn.Module):
@@ -79,25 +55,20 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         self.drop_path_rate = drop_path
 
-    def forward(self, x: Tensor, layout: WindowLayout | None = None) -> Tensor:
-        x = self.add_branch(x, lambda x: self.attn(self.norm1(x), layout))
-        return self.add_branch(x, lambda x: self.mlp(self.norm2(x)))
+    def forward(
+        self, x: Tensor, layout: WindowLayout | None = None, select: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C), tokens in the layout's order.
 
-    def add_branch(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """x + branch(x), with stochastic depth in training: the branch of a dropped row is not even computed."""
-        if not self.training or self.drop_path_rate == 0:
-            return x + branch(x)
-        if torch.compiler.is_compiling():  # wants shapes that do not depend on what is dropped
-            return x + drop_path(branch(x), self.drop_path_rate, training=True)
-        keep_prob = 1 - self.drop_path_rate
-        kept = torch.empty(len(x), device="cpu").bernoulli_(keep_prob).nonzero().flatten()
-        if len(kept) == len(x):
-            return torch.add(x, branch(x), alpha=1 / keep_prob)
-        scale = 1 / keep_prob
-        if len(kept) == 0:  # one row times zero, so that every parameter has a gradient, which DDP waits for
-            kept, scale = kept.new_zeros(1), 0.0
-        index = to_device(kept, x.device)
-        return x.index_add(0, index, branch(x.index_select(0, index)).to(x.dtype), alpha=scale)
+        With `select`, which picks tokens of x: `select(block(x))`, computed for these alone once they have attended to
+        all. For blocks without stochastic depth.
+        """
+        rate = self.drop_path_rate if self.training else 0.0
+        if select is None:
+            x = add_branch(x, lambda x: self.attn(self.norm1(x), layout), rate)
+        else:
+            x = select(x) + self.attn(self.norm1(x), layout, select)
+        return add_branch(x, lambda x: self.mlp(self.norm2(x)), rate)
 
 
 class PatchMerging(nn.Module):
@@ -109,8 +80,9 @@ class PatchMerging(nn.Module):
     def __init__(self, grid: tuple[int, int], dim: int):
         super().__init__()
         self.grid = grid
-        self.norm = nn.LayerNorm(4 * dim)
+        # Registered in this order because the optimizer states in the authors' checkpoints are.
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
@@ -132,22 +104,32 @@ class Stage(nn.Module):
         self.downsample = downsample
         self.grad_checkpointing = False
 
+        layout = window_layout(grid, window)
+        self.segments = layout.segments
+        for name in ("order", "inverse", "bias_index"):
+            self.register_buffer(name, getattr(layout, name), persistent=False)
+
+    def layout(self, group: Tensor | None = None, one_shape: bool = False) -> WindowLayout:
+        """Who attends to whom: the tokens of each window, or with `group` those of each window and group."""
+        layout = WindowLayout(self.order, self.inverse, self.segments, self.bias_index)
+        return layout if group is None else group_layout(group, self.window, layout, one_shape)
+
     def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
         """(B, T, C) -> (B, T, C) in raster order, before the downsampling."""
         if layout.order is not None:  # once for the whole stage: windows are never shifted
             x = x.index_select(1, layout.order)
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, layout, use_reentrant=False)
-            else:
-                x = block(x, layout)
+            x = run_block(block, x, layout, recompute=self.grad_checkpointing)
         if layout.inverse is not None:
             x = x.index_select(1, layout.inverse)
         return x
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The encoder
+def run_block(block: Block, x: Tensor, layout: WindowLayout | None = None, recompute: bool = False) -> Tensor:
+    """`block(x, layout)`; with `recompute`, only x is stored, and the block is run again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, x, layout, use_reentrant=False)
+    return block(x, layout)
 
 
 class SwinTransformer(nn.Module):
@@ -166,7 +148,7 @@ class SwinTransformer(nn.Module):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
 
     Raises:
-        ValueError: when the image size does not fit patches and windows (the message names the nearest that do).
+        UserError: when the image size does not fit patches and windows (the message names the nearest that do).
     """
 
     def __init__(
@@ -252,33 +234,24 @@ class SwinTransformer(nn.Module):
 
     # -- Forward -------------------------------------------------------------------------------------------------
 
-    def layouts(self, group: Tensor | None, device: torch.device) -> list[WindowLayout]:
+    def layouts(self, group: Tensor | None = None) -> list[WindowLayout]:
         """The layout of every stage.
 
         Args:
             group: group ids of the cells of the last stage, (rows, columns) or (L,), or None. A cell's id holds for
-                the 1, 2x2, 4x4 or 8x8 tokens that it covers at stages 4 to 1.
+                the 8x8, 4x4, 2x2 or 1 tokens that it covers at stages 1 to 4.
         """
         if group is None:
-            layouts = [window_layout(stage.grid, stage.window, device) for stage in self.layers]
-            if type(layouts[0].bias_index) is not Tensor:  # torch.export's stand-ins, of no use to anybody else
-                window_layout.cache_clear()
-            return layouts
+            return [stage.layout() for stage in self.layers]
         group = group.detach().to("cpu", torch.long).view(self.grid_size)
-        layouts = []
-        for i, stage in enumerate(self.layers):
-            scale = 2 ** (NUM_STAGES - 1 - i)
-            stage_group = group.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-            many_windows = stage.grid != (stage.window, stage.window)
-            one_shape = many_windows and (self.one_layout_shape or device.type != "cpu")
-            layouts.append((separated_layout if one_shape else group_layout)(stage_group, stage.window, device))
-        return layouts
+        groups = [upsample(group, 2 ** (NUM_STAGES - 1 - i)) for i in range(NUM_STAGES)]
+        return [stage.layout(group, self.one_layout_shape) for stage, group in zip(self.layers, groups)]
 
     def forward_stages(self, x: Tensor, group: Tensor | None = None) -> list[Tensor]:
         """Patch embeddings (B, T, C) -> the four stages' outputs, each (B, tokens, channels) in raster order."""
         x = self.pos_drop(x + self.absolute_pos_embed)
         outputs = []
-        for stage, layout in zip(self.layers, self.layouts(group, x.device)):
+        for stage, layout in zip(self.layers, self.layouts(group)):
             x = stage(x, layout)
             outputs.append(x)
             if stage.downsample is not None:
@@ -297,7 +270,7 @@ class SwinTransformer(nn.Module):
     def embed(self, imgs: Tensor) -> Tensor:
         """Patch embeddings (B, T, embed_dim) of images (B, C, H, W); no position is added yet."""
         if imgs.ndim != 4 or imgs.shape[1:] != (self.in_chans, *self.img_size):
-            raise ValueError(
+            raise UserError(
                 f"the model takes images of shape (B, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]}), "
                 f"got {tuple(imgs.shape)}: build it with in_chans and img_size of your images, or resize them"
             )
@@ -325,7 +298,7 @@ class SwinTransformer(nn.Module):
 
         Args:
             imgs: normalised images (B, C, H, W).
-            indices: stages to return: a list, the last n, or None for all.
+            indices: stages to return, numbered from 0: a sequence, the last n, or None for all.
             norm: apply the final norm to the last stage's features.
             stop_early: accepted for timm; stages that are never wanted are dropped by `prune_intermediate_layers`.
             output_fmt: 'NCHW' or 'NHWC'.
@@ -337,14 +310,11 @@ class SwinTransformer(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        stages = range(NUM_STAGES)
-        indices = stages if indices is None else stages[-indices:] if isinstance(indices, int) else indices
-        indices = [stages[i] for i in indices]
         outputs = self.forward_stages(self.embed(imgs))
         last = self.norm(outputs[-1])
         if norm:
             outputs[-1] = last
-        maps = [outputs[i].unflatten(1, self.layers[i].grid) for i in indices]
+        maps = [outputs[i].unflatten(1, self.layers[i].grid) for i in stage_indices(indices)]
         if output_fmt == "NCHW":
             maps = [x.permute(0, 3, 1, 2) for x in maps]
         return maps if intermediates_only else (last, maps)
@@ -352,13 +322,8 @@ class SwinTransformer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last of `indices`, and norm and head on request (timm's `features_only`).
-
-        Returns:
-            The stages whose features `forward_intermediates` shall return.
-        """
-        stages = range(NUM_STAGES)
-        wanted = [stages[i] for i in (stages[-indices:] if isinstance(indices, int) else indices)]
+        """Drop the stages after the last of `indices`, and norm and head on request; returns `indices` as numbers."""
+        wanted = stage_indices(indices)
         self.layers = self.layers[: max(wanted) + 1]
         self.layers[-1].downsample = None
         if prune_norm or len(self.layers) < NUM_STAGES:
@@ -366,6 +331,24 @@ class SwinTransformer(nn.Module):
         if prune_head:
             self.reset_classifier(0)
         return wanted
+
+
+def stage_indices(indices: int | Sequence[int] | None) -> list[int]:
+    """What timm's `indices` mean: a choice of stages, the last n, or None for all."""
+    stages = range(NUM_STAGES)
+    if indices is None or isinstance(indices, int):
+        return list(stages[-(indices or NUM_STAGES) :])
+    return [stages[i] for i in indices]
+
+
+def classification_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy of logits (B, classes) with classes (B,), smoothed, or with class distributions (B, classes).
+
+    Distributions, as mixup and cutmix make them, already carry their smoothing.
+    """
+    if targets.ndim == 2:
+        return SoftTargetCrossEntropy()(logits, targets)
+    return LabelSmoothingCrossEntropy(smoothing)(logits, targets) if smoothing else F.cross_entropy(logits, targets)
 
 
 def init_linear_and_norm(module: nn.Module) -> None:
@@ -384,12 +367,7 @@ def init_linear_and_norm(module: nn.Module) -> None:
 
 SHAPES = {
     "quickstart": dict(
-        img_size=32,
-        patch_size=1,
-        embed_dim=16,
-        depths=(1, 1, 2, 1),
-        num_heads=(1, 2, 4, 8),
-        window_size=(8, 8, 8, 4),
+        img_size=32, patch_size=1, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=(8, 8, 8, 4)
     ),
     "tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
     "base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
@@ -399,7 +377,7 @@ SHAPES = {
 WINDOWS_384 = dict(img_size=384, window_size=(16, 16, 24, 12))
 
 
-def default_cfg(input_size: int = 224, **kwargs) -> dict:
+def default_cfg(input_size: int = 224) -> dict:
     """What timm's data tools should know of a model."""
     return dict(
         num_classes=1000,
@@ -412,31 +390,19 @@ def default_cfg(input_size: int = 224, **kwargs) -> dict:
         first_conv="patch_embed.proj",
         classifier="head",
         fixed_input_size=True,
-        **kwargs,
     )
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        "swin_quickstart": default_cfg(32),
-        "swin_tiny_w14": default_cfg(),
-        "swin_base_w14": default_cfg(),
-        "swin_base_w16_384": default_cfg(384),
-        "swin_large_w14": default_cfg(),
-        "swin_large_w16_384": default_cfg(384),
-        "swin_huge_w14": default_cfg(),
-    }
+    {"swin_quickstart": default_cfg(32)}
+    | {f"swin_{size}_w14": default_cfg() for size in ("tiny", "base", "large", "huge")}
+    | {f"swin_{size}_w16_384": default_cfg(384) for size in ("base", "large")}
 )
 
 
 def build_swin(variant: str, pretrained: bool, shape: dict, kwargs: dict) -> SwinTransformer:
-    return build_model_with_cfg(
-        SwinTransformer,
-        variant,
-        pretrained,
-        feature_cfg=dict(out_indices=tuple(range(NUM_STAGES)), feature_cls="getter"),
-        **{**shape, **kwargs},
-    )
+    features = dict(out_indices=tuple(range(NUM_STAGES)), feature_cls="getter")  # what `features_only` asks for
+    return build_model_with_cfg(SwinTransformer, variant, pretrained, feature_cfg=features, **{**shape, **kwargs})
 
 
 @register_model

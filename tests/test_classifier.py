@@ -1,15 +1,19 @@
 """The classifier against reference values, the published table's sizes, and timm's conventions."""
 
+import copy
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from golden_files import load_golden, official_models, relative_error, without_derived
+from timm.models.swin_transformer import get_relative_position_index
 from torch.utils.flop_counter import FlopCounterMode
 
 import models_swin
-from models_swin import Block, SwinTransformer
-from util.layers.attention import BiasedAttention
+from models_swin import Block, PatchMerging, SwinTransformer, classification_loss
+from util.layers.attention import segment_attention
+from util.layers.windows import relative_position_index
 from util.run.optim import param_groups_layer_decay
 from util.run.session import count_work
 from util.weights.layouts import load_classifier
@@ -40,7 +44,7 @@ def imgs() -> torch.Tensor:
 def weightless(name: str) -> SwinTransformer:
     """A registered model without memory for its weights."""
     with torch.device("meta"):
-        return timm.create_model(name).to("meta").eval()
+        return timm.create_model(name).eval()
 
 
 # -- Reference values ------------------------------------------------------------------------------------------------
@@ -197,15 +201,40 @@ def test_a_dropped_branch_is_not_computed(monkeypatch, kept):
 
 
 def test_attention_with_a_learned_bias_has_the_gradients_of_its_formula():
-    runs = ((2, 3), (1, 4), (2, 2))  # runs of their own bias, one run, and runs that share a bias
+    segments = ((2, 3), (1, 4), (2, 2))  # segments of their own bias, a single one, and segments that share a bias
     torch.manual_seed(0)
     qkv = torch.randn(2, 14, 3, 2, 5, dtype=torch.float64, requires_grad=True)
     biases = [torch.randn(k, 2, n, n, dtype=torch.float64, requires_grad=True) for k, n in ((2, 3), (1, 4), (1, 2))]
-    assert torch.autograd.gradcheck(lambda *inputs: BiasedAttention.apply(inputs[0], runs, *inputs[1:]), (qkv, *biases))
-    mixed = BiasedAttention.apply(qkv, runs, *biases)
-    q, k, v = qkv[0, 6:10].unbind(1)  # the run of 4 tokens: (4, heads, d)
+    assert torch.autograd.gradcheck(lambda qkv, *biases: segment_attention(qkv, segments, biases), (qkv, *biases))
+    out = segment_attention(qkv, segments, biases)
+    assert "BiasedAttention" in type(out.grad_fn).__name__
+    with torch.no_grad():  # by PyTorch's kernels
+        torch.testing.assert_close(segment_attention(qkv, segments, biases), out)
+    q, k, v = qkv[0, 6:10].unbind(1)  # the segment of 4 tokens: (4, heads, d)
     scores = torch.einsum("qhd,khd->hqk", q, k) / 5**0.5 + biases[1][0]
-    torch.testing.assert_close(mixed[0, 6:10], torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+    torch.testing.assert_close(out[0, 6:10], torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+
+
+def test_the_bias_table_is_looked_up_as_in_swin():
+    place = torch.randperm(25)[:9]
+    expected = get_relative_position_index(5, 5)
+    assert torch.equal(relative_position_index(torch.arange(25), 5), expected)
+    assert torch.equal(relative_position_index(place, 5), expected[place][:, place])
+
+
+def test_patch_merging_orders_its_parameters_as_the_authors_files():
+    assert list(PatchMerging((4, 4), 8).state_dict()) == ["reduction.weight", "norm.weight", "norm.bias"]
+
+
+def test_loss_of_classes_and_of_class_distributions():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
+    assert torch.equal(classification_loss(logits, targets), F.cross_entropy(logits, targets))
+    smoothed = F.cross_entropy(logits, targets, label_smoothing=0.3)
+    torch.testing.assert_close(classification_loss(logits, targets, 0.3), smoothed)
+    distribution = 0.7 * F.one_hot(targets, 5) + 0.3 / 5
+    for smoothing in (0.0, 0.3):  # which a distribution has already
+        torch.testing.assert_close(classification_loss(logits, distribution, smoothing), smoothed)
 
 
 # -- timm's conventions ----------------------------------------------------------------------------------------------
@@ -288,9 +317,11 @@ def test_features_only():
     assert [x.shape[1] for x in every_stage(torch.zeros(1, 3, 32, 32))] == [16, 32, 64, 128]
 
 
+# -- Ways to run a model ---------------------------------------------------------------------------------------------
+
+
 def test_features_can_be_taken_before_training():
-    """Index tensors are cached: those made without gradients must serve the backward pass as well."""
-    models_swin.window_layout.cache_clear()
+    """What a forward pass without gradients leaves behind must serve the backward pass as well."""
     model = timm.create_model("swin_quickstart")
     imgs = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
@@ -299,15 +330,52 @@ def test_features_can_be_taken_before_training():
     assert model.layers[0].blocks[0].attn.relative_position_bias_table.grad is not None
 
 
-def test_a_model_works_after_another_was_exported():
-    """The cached index tensors must not be the stand-ins that torch.export computes with."""
-    models_swin.window_layout.cache_clear()
+def test_a_model_works_after_it_was_exported():
+    """No index tensor may be left that is one of the stand-ins that torch.export computes with."""
     imgs = torch.randn(2, 3, 32, 32)
     model = timm.create_model("swin_quickstart").eval()
     exported = torch.export.export(model, (imgs,)).module()
     logits = model(imgs)
     assert type(logits) is torch.Tensor
     torch.testing.assert_close(exported(imgs), logits)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_traced_model_computes_the_same(model, imgs, checkpointing):
+    """With gradients enabled, where training on a CPU has kernels of its own that a tracer cannot see into."""
+    model.set_grad_checkpointing(checkpointing)
+    traced = torch.jit.trace(model, imgs, check_trace=False)
+    others = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(traced(others), model(others))
+    assert traced(others).requires_grad
+
+
+def test_tracing_stochastic_depth_does_not_record_a_draw():
+    model = timm.create_model("swin_quickstart", drop_path_rate=0.5).train()
+    imgs = torch.randn(4, 3, 32, 32)
+    exported = torch.export.export(model, (imgs,)).module()
+    outputs = [exported(imgs) for _ in range(2)]
+    assert not torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("group", [None, torch.tensor([[0, 1], [1, 0]])])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_forward_pass_without_memory(train, group):
+    with torch.device("meta"):
+        model = SwinTransformer(**SMALL, num_classes=5, drop_path_rate=0.5).train(train)
+        features = model.forward_features(torch.empty(2, 3, 64, 64), group)
+    assert model.forward_head(features).shape == (2, 5) and features.device.type == "meta"
+    assert all(tensor.device.type == "meta" for tensor in (*model.parameters(), *model.buffers()))
+
+
+def test_copies_and_other_types_have_their_own_index_tensors(model, imgs):
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(imgs), model(imgs))
+    assert not {b.data_ptr() for b in twin.buffers()} & {b.data_ptr() for b in model.buffers()}
+    assert all(b.dtype == torch.long for b in twin.to(torch.bfloat16).buffers())
+    assert all(b.device.type == "meta" for b in twin.to("meta").buffers())
+    assert twin(imgs.to("meta", torch.bfloat16)).shape == (2, 5)
 
 
 def test_group_ids_may_be_any_whole_numbers(model, imgs):

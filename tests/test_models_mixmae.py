@@ -10,9 +10,10 @@ import torch
 from golden_files import load_golden, official_models, relative_error, without_derived
 from timm.optim import param_groups_weight_decay
 
-import models_swin
 from models_mixmae import MixMAE
+from util.errors import UserError
 from util.layers.pos_embed import get_2d_sincos_pos_embed
+from util.layers.windows import check_img_size, img_size_works, raster_to_windows
 from util.run.optim import learning_rate
 from util.seeding import keyed_generator
 
@@ -166,18 +167,18 @@ def test_mask_is_a_function_of_its_key(model):
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5])
 def test_mask_ratio_outside_its_range_is_an_error(model, ratio):
-    with pytest.raises(ValueError, match=f"mask_ratio must lie between 0 and 1.*got mask_ratio={ratio}"):
+    with pytest.raises(UserError, match=f"mask_ratio must lie between 0 and 1.*got mask_ratio={ratio}"):
         model.random_masking(ratio)
 
 
 def test_mask_ratio_that_hides_nothing_is_an_error(model):
-    with pytest.raises(ValueError, match=r"hides 0 of 16 cells.*between 0.0625 and"):
+    with pytest.raises(UserError, match=r"hides 0 of 16 cells.*between 0.0625 and"):
         model.random_masking(0.05)
 
 
 @pytest.mark.parametrize("bad", [torch.ones(16), torch.zeros(16)])
 def test_fixed_mask_that_hides_all_or_nothing_is_an_error(model, imgs, bad):
-    with pytest.raises(ValueError, match="of 16 cells: there is nothing to learn"):
+    with pytest.raises(UserError, match="of 16 cells: there is nothing to learn"):
         model(imgs, mask=bad)
 
 
@@ -189,17 +190,17 @@ def test_mask_of_another_form_is_an_error(model, imgs, bad):
 
 def test_stage_masks_nest(model, mask):
     """Every layout groups exactly the tokens that the cell mask covers, at all four stages."""
-    for stage, layout in zip(model.layers, model.layouts(mask, torch.device("cpu"))):
+    for stage, layout in zip(model.layers, model.layouts(mask)):
         scale = stage.grid[0] // 4
         expected = mask.view(4, 4).repeat_interleave(scale, 0).repeat_interleave(scale, 1).flatten()
         order = layout.order if layout.order is not None else torch.arange(expected.numel())
-        lengths = [n for count, n in layout.runs for _ in range(count)]
+        lengths = [n for count, n in layout.segments for _ in range(count)]
         assert sum(lengths) == expected.numel()
-        for run in order.split(lengths):
-            assert len(expected[run].unique()) == 1  # one group in a run
-            rows, columns = run // stage.grid[1] // stage.window, run % stage.grid[1] // stage.window
-            assert len(rows.unique()) == len(columns.unique()) == 1  # one window in a run
-        pieces = sum(len(w.unique()) for w in expected[models_swin.raster_to_windows(stage.grid, stage.window)])
+        for segment in order.split(lengths):
+            assert len(expected[segment].unique()) == 1  # one group in a segment
+            rows, columns = segment // stage.grid[1] // stage.window, segment % stage.grid[1] // stage.window
+            assert len(rows.unique()) == len(columns.unique()) == 1  # one window in a segment
+        pieces = sum(len(w.unique()) for w in expected[raster_to_windows(stage.grid, stage.window)])
         assert len(lengths) == pieces  # and nobody of the same window and group is left out
 
 
@@ -245,7 +246,7 @@ def test_swapping_the_batch_swaps_the_outputs(model, imgs, mask):
 
 
 def test_odd_batch_is_an_error(model):
-    with pytest.raises(ValueError, match="batch size must be even, got B=3"):
+    with pytest.raises(UserError, match="batch size must be even, got B=3"):
         model(torch.randn(3, 3, 64, 64))
 
 
@@ -261,6 +262,24 @@ def test_every_cell_is_predicted_without_seeing_it(model, imgs, mask):
         _, other, _ = model(changed, mask=mask)
         torch.testing.assert_close(other[0, cell], pred[0, cell], rtol=0, atol=1e-5)
         assert (other[0] - pred[0]).abs().max() > 1e-3
+
+
+def test_every_decoder_block_is_entered_by_its_own_forward(model, imgs, mask):
+    """Hooks and sharding act there; the last one goes on with the hidden tokens alone after its attention."""
+    rows = {name: [] for name, _ in model.decoder_blocks.named_modules()}
+    for name, module in model.decoder_blocks.named_modules():
+        module.register_forward_hook(lambda module, args, output, name=name: rows[name].append(output.shape[0]))
+    model(imgs, mask=mask)
+    del rows[""]  # the list of blocks
+    assert all(rows.values())
+    assert rows["0"] == rows["0.mlp"] == rows["1.attn.qkv"] == [8]
+    assert rows["1"] == rows["1.attn"] == rows["1.mlp"] == [4]
+
+
+def test_a_blocks_selection_is_that_of_its_output(model):
+    x = torch.randn(4, 16, 32, generator=keyed_generator(5))
+    block = model.decoder_blocks[1]
+    torch.testing.assert_close(block(x, select=lambda x: x[1:, ::2]), block(x)[1:, ::2])
 
 
 def test_patchify_orders_pixels_by_row_column_channel_and_round_trips(model, imgs):
@@ -323,26 +342,38 @@ def test_other_channels_sizes_and_patches(changes):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("norm_pix_loss, drop_path_rate", [(True, 0.0), (False, 0.5)])
+def test_training_without_memory(norm_pix_loss, drop_path_rate):
+    """On the meta device, where shapes are computed and nothing else; masks are on the CPU as always."""
+    with torch.device("meta"):
+        model = MixMAE(**SMALL, norm_pix_loss=norm_pix_loss, drop_path_rate=drop_path_rate)
+        loss, pred, mask = model(torch.empty(4, 3, 64, 64))
+    loss.backward()
+    assert pred.shape == (4, 16, 768) and pred.device.type == "meta" and mask.device.type == "cpu"
+    assert all(tensor.device.type == "meta" for tensor in (*model.parameters(), *model.buffers()))
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_size_that_does_not_work_names_the_nearest_that_do():
-    with pytest.raises(ValueError, match=r"input size 230x224 does not work.*multiples of 32.*Nearest.*224x224"):
+    with pytest.raises(UserError, match=r"input size 230x224 does not work.*multiples of 32.*Nearest.*224x224"):
         MixMAE(img_size=(230, 224))
-    with pytest.raises(ValueError, match=r"input size 256x256 does not work .*windows \(14, 14, 14, 7\).*224x224"):
+    with pytest.raises(UserError, match=r"input size 256x256 does not work .*windows \(14, 14, 14, 7\).*224x224"):
         MixMAE(img_size=256)
 
 
 @pytest.mark.parametrize("size", [(224, 224), (448, 224), (96, 96)])
 def test_named_sizes_really_work(size):
     windows = (14, 14, 14, 7)
-    if models_swin.img_size_works(size, 4, windows):
-        models_swin.check_img_size(size, 4, windows)
+    if img_size_works(size, 4, windows):
+        check_img_size(size, 4, windows)
     else:
         with pytest.raises(ValueError, match="Nearest") as caught:
-            models_swin.check_img_size(size, 4, windows)
+            check_img_size(size, 4, windows)
         sizes, offer = str(caught.value).split("work: ")[1].split("; or ")
         named = sizes.split(", ")
-        assert named and all(models_swin.img_size_works(tuple(map(int, name.split("x"))), 4, windows) for name in named)
+        assert named and all(img_size_works(tuple(map(int, name.split("x"))), 4, windows) for name in named)
         numbers = list(map(int, re.findall(r"\d+", offer)))  # height, width, and windows that make them work
-        assert models_swin.img_size_works(tuple(numbers[:2]), 4, numbers[2:])
+        assert img_size_works(tuple(numbers[:2]), 4, numbers[2:])
 
 
 def test_unknown_argument_is_a_type_error():

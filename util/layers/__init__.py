@@ -1,1 +1,1 @@
-"""Windows, attention and position embedding: tensors in, tensors out. Knows torch and timm's layers only."""
+"""Windows, attention and position embedding: tensors in, tensors out. Knows torch, timm's layers and `util.errors`."""

@@ -15,7 +15,7 @@ def get_2d_sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int]) -> torch
         grid_size: (rows, columns) of the grid.
 
     Returns:
-        (1, rows * columns, embed_dim) float32, computed in float64.
+        (1, rows * columns, embed_dim) float32 on the default device, computed in float64.
 
     Raises:
         ValueError: when `embed_dim` is not a multiple of 4.
@@ -30,4 +30,4 @@ def get_2d_sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int]) -> torch
 
     rows, columns = np.indices(grid_size).reshape(2, -1)
     embedding = np.concatenate([encode(columns), encode(rows)], axis=1)
-    return torch.tensor(embedding, dtype=torch.float32, device="cpu")[None]
+    return torch.tensor(embedding, dtype=torch.float32)[None]

@@ -1,13 +1,13 @@
 """Geometry of windows: pure functions from sizes and groups to layouts, the order in which tokens stand."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
+
+from util.errors import UserError
 
 NUM_STAGES = 4
 
@@ -42,9 +42,9 @@ def img_size_works(img_size: tuple[int, int], patch_size: int, window_size: Sequ
 
 
 def check_img_size(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> None:
-    """Raise a ValueError that names the nearest sizes that work when `img_size` does not."""
+    """Raise a UserError that names the nearest sizes that work when `img_size` does not."""
     if patch_size < 1 or min(window_size) < 1:
-        raise ValueError(f"patch and window sizes must be at least 1, got {patch_size} and {tuple(window_size)}")
+        raise UserError(f"patch and window sizes must be at least 1, got {patch_size} and {tuple(window_size)}")
     if img_size_works(img_size, patch_size, window_size):
         return
     stride = 8 * patch_size
@@ -56,7 +56,7 @@ def check_img_size(img_size: tuple[int, int], patch_size: int, window_size: Sequ
     working.sort(key=lambda size: abs(size[0] - img_size[0]) + abs(size[1] - img_size[1]))
     near = tuple(max(1, round(side / stride)) * stride for side in img_size)
     windows = [largest_window(grid, window) for grid, window in zip(stage_grids(near, patch_size), window_size)]
-    raise ValueError(
+    raise UserError(
         f"input size {img_size[0]}x{img_size[1]} does not work with patch size {patch_size} and windows "
         f"{tuple(window_size)}: both sides must be multiples of {stride}, and the token grid of every stage must be "
         f"tiled by its window. Nearest sizes that work: {', '.join(f'{h}x{w}' for h, w in working[:3])}; or "
@@ -67,81 +67,102 @@ def check_img_size(img_size: tuple[int, int], patch_size: int, window_size: Sequ
 class WindowLayout(NamedTuple):
     """The order in which a stage's tokens stand while its blocks run, and who attends to whom.
 
-    Tokens stand in runs, one after another, and a token attends to the tokens of its own run only. Without groups
-    a run is a window. With groups a run is the part of one group inside one window (see `group_layout`).
+    Tokens stand in segments, one after another, and a token attends to the tokens of its own segment only. Without
+    groups a segment is a window. With groups it is the part of one group inside one window (see `sorted_layout`).
     """
 
     order: Tensor | None  # (T,) raster index of the token at each place; None where that is the raster order
     inverse: Tensor | None  # (T,) place of each token in raster order
-    runs: tuple[tuple[int, int], ...]  # (how many, tokens in each) for neighbouring runs of equal length
-    bias_index: Tensor  # rows of the relative position bias table, run by run; of one window if all are the same
-    separate: Tensor | None = None  # (windows, 1, N, N) True where two tokens of a window must not see each other
+    segments: tuple[tuple[int, int], ...]  # (how many, tokens in each): neighbours of equal length are one attention
+    bias_index: Tensor  # rows of the bias table, segment by segment; those of one window if all windows are the same
+    separate: Tensor | None = None  # (nW, 1, N, N) True where two tokens of a window must not see each other
 
 
-def raster_to_windows(grid: tuple[int, int], window: int) -> Tensor:
-    """(windows, N) raster index of each token, window by window; N = window * window."""
+def raster_to_windows(grid: tuple[int, int], window: int, device: torch.device | None = None) -> Tensor:
+    """(nW, N) raster index of each token, window by window; N = window * window."""
     rows, columns = grid
-    index = torch.arange(rows * columns, device="cpu")
+    index = torch.arange(rows * columns, device=device)
     index = index.view(rows // window, window, columns // window, window)
     return index.transpose(1, 2).reshape(-1, window * window)
 
 
-@lru_cache
-def window_layout(grid: tuple[int, int], window: int, device: torch.device) -> WindowLayout:
-    """Layout for ordinary window attention: every window is one run."""
-    with torch.inference_mode(False):  # the cached tensors serve training too, whoever asks first
-        order = raster_to_windows(grid, window)
-        with torch.device("cpu"):
-            bias_index = get_relative_position_index(window, window).flatten().to(device)
-        runs = ((len(order), window * window),)
-        if len(order) == 1:
-            return WindowLayout(None, None, runs, bias_index)
-        order = order.flatten()
-        return WindowLayout(order.to(device), order.argsort().to(device), runs, bias_index)
+def relative_position_index(place: Tensor, window: int) -> Tensor:
+    """Row of the bias table for each pair of tokens: (..., n) raster indices in their window -> (..., n, n).
+
+    The table's rows stand for the offsets (query - key), from -(window - 1) to window - 1, rows before columns.
+    """
+    offset = place // window * (2 * window - 1) + place % window  # of rows and columns in one number
+    return offset[..., :, None] - offset[..., None, :] + 2 * window * (window - 1)
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on `device`, without waiting for it: only a copy from page-locked memory lets a GPU run on."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def window_layout(grid: tuple[int, int], window: int) -> WindowLayout:
+    """Layout for ordinary window attention: every window is one segment. On the default device."""
+    order = raster_to_windows(grid, window)  # (nW, N)
+    segments = (tuple(order.shape),)
+    bias_index = relative_position_index(torch.arange(window * window), window).flatten()
+    if len(order) == 1:
+        return WindowLayout(None, None, segments, bias_index)
+    order = order.flatten()
+    return WindowLayout(order, order.argsort(), segments, bias_index)
 
 
-def group_layout(group: Tensor, window: int, device: torch.device) -> WindowLayout:
+def group_layout(group: Tensor, window: int, layout: WindowLayout, one_shape: bool = False) -> WindowLayout:
+    """Layout for attention inside the groups of each window, by the faster way where the layout is used.
+
+    Args:
+        group: (rows, columns) group ids of the stage's tokens, on the CPU, where index arithmetic is cheap and the
+            lengths of segments are known without waiting for a device.
+        window: side of the square windows that tile the grid.
+        layout: the stage's `window_layout`, on the device where this one's tensors are wanted.
+        one_shape: no shape shall depend on how the groups cut windows, as `torch.compile` wants it. (Those of a stage
+            that is one window depend only on how large the groups are.)
+    """
+    device = layout.bias_index.device
+    many_windows = layout.order is not None
+    if many_windows and (one_shape or device.type != "cpu"):
+        return masked_layout(group, window, layout)
+    return sorted_layout(group, window, device)
+
+
+def sorted_layout(group: Tensor, window: int, device: torch.device) -> WindowLayout:
     """Layout for attention inside groups: the tokens of each window are sorted by group.
 
     Sorting is exact. Attention is equivariant to the order of its tokens (the position bias is looked up for the
     sorted pairs), and a token that masking would hide has an attention weight of exactly zero, so the dense masked
     attention of a window is block-diagonal after the sort: one smaller attention per group, with nothing left out.
-
-    Args:
-        group: (rows, columns) group ids of the stage's tokens, on the CPU, where this index arithmetic is cheap and
-            the lengths of the runs are known without waiting for a device.
-        window: side of the square windows that tile the grid.
-        device: where the layout's tensors are wanted.
     """
-    order = raster_to_windows(tuple(group.shape), window)  # (nW, N)
-    sorted_group, place = group.flatten()[order].sort(dim=1, stable=True)  # (nW, N)
+    order = raster_to_windows(tuple(group.shape), window, group.device)  # (nW, N)
+    window_group, place = group.flatten()[order].sort(dim=1, stable=True)  # (nW, N)
     order = order.gather(1, place).flatten()
-    sorted_group = sorted_group - sorted_group.min()
-    run_ids = sorted_group + torch.arange(len(place))[:, None] * (int(sorted_group.max()) + 1)
-    lengths = run_ids.flatten().unique_consecutive(return_counts=True)[1].tolist()
-    with torch.device("cpu"):
-        relative_index = get_relative_position_index(window, window)
-    bias_index = [relative_index[run][:, run].flatten() for run in place.flatten().split(lengths)]
+    groups = int(group.max() - group.min()) + 1
+    segment_ids = window_group + groups * torch.arange(len(place), device=group.device)[:, None]
+    lengths = segment_ids.flatten().unique_consecutive(return_counts=True)[1].tolist()
+    segments = tuple((len(list(same)), n) for n, same in groupby(lengths))
+    places = place.flatten().split([count * n for count, n in segments])
+    bias_index = [
+        relative_position_index(part.view(count, n), window).flatten() for part, (count, n) in zip(places, segments)
+    ]
     return WindowLayout(
-        to_device(order, device),
-        to_device(order.argsort(), device),
-        tuple((len(list(same)), length) for length, same in groupby(lengths)),
-        to_device(torch.cat(bias_index), device),
+        to_device(order, device), to_device(order.argsort(), device), segments, to_device(torch.cat(bias_index), device)
     )
 
 
-def separated_layout(group: Tensor, window: int, device: torch.device) -> WindowLayout:
+def masked_layout(group: Tensor, window: int, layout: WindowLayout) -> WindowLayout:
     """Layout for attention inside groups with shapes that do not depend on the groups: the textbook's masked windows.
 
     It computes every pair of a window and hides those of different groups. That wastes work but is one operation
     for all windows, which is what a GPU and `torch.compile` want where windows are many and small.
     """
-    window_group = group.flatten()[raster_to_windows(tuple(group.shape), window)]  # (nW, N)
+    window_group = group.flatten()[raster_to_windows(tuple(group.shape), window, group.device)]  # (nW, N)
     separate = window_group[:, None, :, None] != window_group[:, None, None, :]  # (nW, 1, N, N)
-    layout = window_layout(tuple(group.shape), window, device)
-    return layout._replace(separate=to_device(separate, device))
+    return layout._replace(separate=to_device(separate, layout.bias_index.device))
+
+
+def upsample(cells: Tensor, scale: int) -> Tensor:
+    """(rows, columns) -> (rows * scale, columns * scale): what holds for a cell, for each token that it covers."""
+    return cells.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`, without waiting for it: only a copy from page-locked memory lets a GPU run on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
