@@ -177,7 +177,7 @@ def test_a_frozen_encoder_stays_as_it_is(data, pretrained, tmp_path):
 def test_a_frozen_encoder_gets_no_gradients(data, pretrained, tmp_path, monkeypatch):
     """And runs in evaluation mode: without drop path, and storing nothing for a backward pass."""
     seen = []
-    finish_step = util.run.Run.finish_step
+    finish_step = util.run.session.Run.finish_step
 
     def watch(self, *args):
         model = self.state.model
@@ -186,7 +186,7 @@ def test_a_frozen_encoder_gets_no_gradients(data, pretrained, tmp_path, monkeypa
         assert not features.requires_grad
         return finish_step(self, *args)
 
-    monkeypatch.setattr(util.run.Run, "finish_step", watch)
+    monkeypatch.setattr(util.run.session.Run, "finish_step", watch)
     flags = ["--freeze_encoder", "--epochs", "1", "--finetune", pretrained]
     run(main_finetune, *FINETUNE, *flags, "--data_path", data, "--output_dir", tmp_path)
     assert seen == [(False, ["head.weight", "head.bias"])] * 3
@@ -213,14 +213,14 @@ def stop_in_step(step: int):
     """Sabotage: SIGTERM arrives during optimizer step `step`, counted from 1."""
 
     def install(_rank: int) -> None:
-        finish_step = util.run.Run.finish_step
+        finish_step = util.run.session.Run.finish_step
 
         def interrupted(self, *args):
             if self.state.progress.step == step - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return finish_step(self, *args)
 
-        util.run.Run.finish_step = interrupted
+        util.run.session.Run.finish_step = interrupted
 
     return install
 
