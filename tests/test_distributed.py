@@ -300,7 +300,7 @@ def test_only_errors_for_users_lose_their_traceback(capfd):
 
 
 def fail_with(rank, world_size, errors, all_started):
-    """As rank `rank` under torchrun: raise the errors of this rank, each after the previous one's end."""
+    """As rank `rank` under torchrun: fail with one after the other of `errors` (error, its ranks)."""
     all_started.wait()  # torchrun takes milliseconds to start its processes, which take seconds to import torch
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     for error, of_ranks in errors:

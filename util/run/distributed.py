@@ -38,10 +38,6 @@ class World:
 
 world: World | None = None  # None: a single process
 
-# ---------------------------------------------------------------------------------------------------
-# Start and end
-# ---------------------------------------------------------------------------------------------------
-
 
 def init_distributed(flags: argparse.Namespace) -> Launch:
     """Detect the launcher, choose the device and start the process groups.
@@ -110,11 +106,6 @@ def shutdown() -> None:
             barrier()
         world = None
         dist.destroy_process_group()
-
-
-# ---------------------------------------------------------------------------------------------------
-# Talking across ranks
-# ---------------------------------------------------------------------------------------------------
 
 
 def get_rank() -> int:

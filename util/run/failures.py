@@ -33,10 +33,6 @@ COLLECTIVE_FAILURE_SIGNS = (
     "gloo", "nccl", "closed by peer", "reset by peer", "broken pipe", "timed out", "pair closure"
 )  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------------
-# One line for what a user can put right
-# ---------------------------------------------------------------------------------------------------
-
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
@@ -94,11 +90,6 @@ def _age() -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):
         return 0.0
-
-
-# ---------------------------------------------------------------------------------------------------
-# Collectives that fail
-# ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Ending a run on request without losing a step: time limits, preemption, `scancel`, Ctrl-C.
 
-SIGUSR1, SIGUSR2 (`sbatch --signal=USR2@120`, submitit), SIGTERM and SIGINT (Ctrl-C) only set a flag. At the next
-boundary between optimizer steps all ranks agree that one of them saw a signal; the main then saves and calls
+SIGUSR1, SIGUSR2 (`sbatch --signal=USR2@120`, submitit), SIGTERM and SIGINT (Ctrl-C) only set a flag. After the next
+optimizer step all ranks agree that one of them saw a signal; the main then saves and calls
 `exit_for_requeue`. A second SIGTERM or SIGINT ends the process at once.
 
 Exit codes: 75 (EX_TEMPFAIL: saved, start me again), 143 and 130 (second SIGTERM or SIGINT, nothing was saved).
@@ -26,16 +26,16 @@ from util.run import distributed
 logger = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 75
-END_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # somebody wants this run to end
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # somebody is ending this run
 INTERRUPT_ECHO = 2.0  # seconds in which another SIGINT is the same Ctrl-C, passed on by torchrun
-REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # "your time is nearly over": sent ahead of the end
+REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # sent ahead of the time limit or a preemption
 
 
 class Preemption:
     """The flag that the signals set, and what all ranks make of it.
 
-    The main installs one before it builds anything, asks `requested_on_any_rank` once per optimizer step and, when
-    that is true, saves and calls `exit_for_requeue`.
+    The main installs one before it builds anything and asks `requested_on_any_rank` once per optimizer step; when that
+    is true, it saves and calls `exit_for_requeue`.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Preemption:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUEUE_SIGNALS)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        # Nothing but this: the handler may interrupt any line, one that holds the logger's lock included.
+        # No logging here: the handler may interrupt any line, even one that holds the logger's lock.
         now = time.monotonic()
         if signum not in self._seen:
             self._seen[signum] = now
@@ -81,7 +81,7 @@ class Preemption:
         return False
 
     def exit_for_requeue(self) -> NoReturn:
-        """Leave after saving, on all ranks together; have the job queued again where that is ours to do.
+        """Leave after saving, on all ranks together; first have the job requeued where nobody else does.
 
         After SIGUSR1 or SIGUSR2, rank 0 hands over to the handler that was there before us (submitit's), or else calls
         `scontrol requeue` for a batch job that allows it. After SIGTERM or SIGINT somebody is ending the job already
