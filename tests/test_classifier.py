@@ -14,8 +14,8 @@ import models_swin
 from models_swin import Block, PatchMerging, SwinTransformer, classification_loss
 from util.layers.attention import segment_attention
 from util.layers.windows import relative_position_index
+from util.run.metrics import count_work
 from util.run.optim import param_groups_layer_decay
-from util.run.session import count_work
 from util.weights.layouts import load_classifier
 
 SMALL = dict(img_size=64, embed_dim=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], window_size=[8, 4, 4, 2])

@@ -1,6 +1,5 @@
 """Who we are under each launcher, talking across ranks, and ending a run whose ranks fail or are asked to stop."""
 
-import argparse
 import multiprocessing
 import os
 import re
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 
 from util.errors import UserError
 from util.run import distributed, failures
-from util.run.config import add_distributed_arguments
+from util.run.config import DeviceFlags, ProcessFlags, get_parser
 from util.run.distributed import describe_placement
 from util.run.launch import LaunchError, choose_device, detect_launch, device_index, first_host, job_port
 from util.run.preemption import EXIT_REQUEUE, Preemption
@@ -246,11 +246,13 @@ def test_placement_in_words():
     assert describe_placement(["a", "a", "b"]) == "2 on a, 1 on b"
 
 
+@dataclass(frozen=True)
+class Flags(ProcessFlags, DeviceFlags):
+    pass
+
+
 def parse(*flags):
-    parser = argparse.ArgumentParser()
-    add_distributed_arguments(parser)
-    parser.add_argument("--device", default="auto")
-    return parser.parse_args(flags)
+    return get_parser(Flags, "a process").parse_args(flags)
 
 
 def test_single_process_start_and_its_errors(monkeypatch):
@@ -371,10 +373,14 @@ from util.run import distributed, failures
 from util.run.preemption import Preemption
 logging.basicConfig(level=logging.INFO)
 torch.set_num_threads(1)
-parser = argparse.ArgumentParser()
-from util.run.config import add_distributed_arguments
-add_distributed_arguments(parser)
-args = parser.parse_args()
+from dataclasses import dataclass
+from util.run.config import DeviceFlags, ProcessFlags, get_parser
+
+@dataclass(frozen=True)
+class Flags(ProcessFlags, DeviceFlags):
+    pass
+
+args = get_parser(Flags, "a rank").parse_args()
 args.device = "cpu"
 """
 
