@@ -5,138 +5,27 @@ added to the tokens, and attention can be restricted to groups of tokens, which 
 images needs from an encoder (`models_mixmae.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, to_ntuple
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from util.errors import UserError
-from util.layers.attention import Attention
-from util.layers.drop_path import add_branch
-from util.layers.mlp import Mlp
-from util.layers.pos_embed import get_2d_sincos_pos_embed
-from util.layers.windows import (
-    NUM_STAGES,
-    WindowLayout,
-    check_img_size,
-    fit_window,
-    group_layout,
-    stage_grids,
-    to_2tuple,
-    upsample,
-    window_layout,
-)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block; serves the encoder (with a window) and the decoder (without)."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        window_size: int | None = None,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        drop: float = 0.0,
-        attn_drop: float = 0.0,
-        drop_path: float = 0.0,
-    ):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, num_heads, window_size, qkv_bias, attn_drop, drop)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
-        self.drop_path_rate = drop_path
-
-    def forward(
-        self, x: Tensor, layout: WindowLayout | None = None, select: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C), tokens in the layout's order.
-
-        With `select`, which picks tokens of x: `select(block(x))`, computed for these alone once they have attended to
-        all. For blocks without stochastic depth.
-        """
-        rate = self.drop_path_rate if self.training else 0.0
-        if select is None:
-            x = add_branch(x, lambda x: self.attn(self.norm1(x), layout), rate)
-        else:
-            x = select(x) + self.attn(self.norm1(x), layout, select)
-        return add_branch(x, lambda x: self.mlp(self.norm2(x)), rate)
-
-
-class PatchMerging(nn.Module):
-    """Halves the grid: the channels of 2x2 neighbours, normed, become twice the channels of one token.
-
-    (B, T, C) in raster order -> (B, T / 4, 2 * C).
-    """
-
-    def __init__(self, grid: tuple[int, int], dim: int):
-        super().__init__()
-        self.grid = grid
-        # Registered in this order because the optimizer states in the authors' checkpoints are.
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(4 * dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        rows, columns = self.grid
-        x = x.view(B, rows // 2, 2, columns // 2, 2, C)
-        # Neighbours in the order (row, column) = (0,0), (1,0), (0,1), (1,1), which the published weights expect.
-        x = x.permute(0, 1, 3, 4, 2, 5).reshape(B, T // 4, 4 * C)
-        return self.reduction(self.norm(x))
-
-
-class Stage(nn.Module):
-    """Blocks that share one grid and one window, then (but for the last stage) a patch merging."""
-
-    def __init__(self, blocks: list[Block], grid: tuple[int, int], window: int, downsample: nn.Module | None):
-        super().__init__()
-        self.grid = grid
-        self.window = window
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-        self.grad_checkpointing = False
-
-        layout = window_layout(grid, window)
-        self.segments = layout.segments
-        for name in ("order", "inverse", "bias_index"):
-            self.register_buffer(name, getattr(layout, name), persistent=False)
-
-    def layout(self, group: Tensor | None = None, one_shape: bool = False) -> WindowLayout:
-        """Who attends to whom: the tokens of each window, or with `group` those of each window and group."""
-        layout = WindowLayout(self.order, self.inverse, self.segments, self.bias_index)
-        return layout if group is None else group_layout(group, self.window, layout, one_shape)
-
-    def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
-        """(B, T, C) -> (B, T, C) in raster order, before the downsampling."""
-        if layout.order is not None:  # once for the whole stage: windows are never shifted
-            x = x.index_select(1, layout.order)
-        for block in self.blocks:
-            x = run_block(block, x, layout, recompute=self.grad_checkpointing)
-        if layout.inverse is not None:
-            x = x.index_select(1, layout.inverse)
-        return x
-
-
-def run_block(block: Block, x: Tensor, layout: WindowLayout | None = None, recompute: bool = False) -> Tensor:
-    """`block(x, layout)`; with `recompute`, only x is stored, and the block is run again in the backward pass."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, x, layout, use_reentrant=False)
-    return block(x, layout)
+from util.layers.pos_embed import ResizedPosEmbeds, get_2d_sincos_pos_embed, resize_pos_embed
+from util.layers.stage import Block, PatchMerging, Stage
+from util.layers.windows import NUM_STAGES, WindowLayout, fit_window, stage_grids, to_2tuple, to_side, upsample
 
 
 class SwinTransformer(nn.Module):
     """Hierarchical encoder of MixMAE and, with its head, the fine-tuned classifier (sections 3 and 4.2).
 
     Args:
-        img_size: input size in pixels, an int or (height, width).
+        img_size: input size in pixels, an int or (height, width), of any number of pixels.
         patch_size: side of a patch in pixels; a cell of the last stage covers `encoder_stride = 8 * patch_size`.
         in_chans: image channels.
         num_classes: classes of the linear head; 0 for none.
@@ -146,44 +35,59 @@ class SwinTransformer(nn.Module):
         qkv_bias: whether queries, keys and values have a bias.
         drop_rate, attn_drop_rate: dropout of tokens and MLPs, and of attention weights.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
+        strict_img_size: take images of `img_size` alone; False: of any size.
+
+    A side that patches do not divide is padded with zeros at the right and bottom. Windows that the edge cuts are
+    smaller, so that nothing padded is ever attended to. The position embedding is resized to the grid.
 
     Raises:
-        UserError: when the image size does not fit patches and windows (the message names the nearest that do).
+        UserError: for a size below 1.
     """
 
     def __init__(
         self,
         img_size: int | Sequence[int] = 224,
-        patch_size: int = 4,
+        patch_size: int | Sequence[int] = 4,
         in_chans: int = 3,
         num_classes: int = 1000,
         embed_dim: int = 128,
         depths: Sequence[int] = (2, 2, 18, 2),
         num_heads: Sequence[int] = (4, 8, 16, 32),
-        window_size: Sequence[int] = (14, 14, 14, 7),
+        window_size: int | Sequence[int] = (14, 14, 14, 7),
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        strict_img_size: bool = True,
     ):
         super().__init__()
         self.img_size = to_2tuple(img_size)
-        check_img_size(self.img_size, patch_size, window_size)
+        self.patch_size = patch_size = to_side(patch_size)
+        window_size = to_ntuple(NUM_STAGES)(window_size)
+        self.check_input_size(self.img_size, patch_size, window_size)
         for name, values in (("depths", depths), ("num_heads", num_heads), ("window_size", window_size)):
             if len(values) != NUM_STAGES:
                 raise ValueError(f"{name} needs one value for each of the {NUM_STAGES} stages, got {tuple(values)}")
-        self.patch_size = patch_size
+        self.strict_img_size = strict_img_size
         self.in_chans = in_chans
         self.num_classes = num_classes
-        self.encoder_stride = 2 ** (NUM_STAGES - 1) * patch_size
         self.num_features = self.head_hidden_size = embed_dim * 2 ** (NUM_STAGES - 1)
+        self.output_fmt = "NHWC"
         self.one_layout_shape = False
-        grids = stage_grids(self.img_size, patch_size)
-        self.grid_size = grids[-1]
 
-        self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm)
+        grids = stage_grids(self.img_size, patch_size)
+        self.patch_embed = PatchEmbed(
+            tuple(side * patch_size for side in grids[0]),  # it takes padded images
+            patch_size,
+            in_chans,
+            embed_dim,
+            norm_layer=nn.LayerNorm,
+            output_fmt=self.output_fmt,
+            strict_img_size=False,
+        )
         self.absolute_pos_embed = nn.Parameter(get_2d_sincos_pos_embed(embed_dim, grids[0]), requires_grad=False)
+        self.resized_pos_embeds = ResizedPosEmbeds()
         self.pos_drop = nn.Dropout(drop_rate)
         drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.layers = nn.ModuleList()
@@ -193,12 +97,60 @@ class SwinTransformer(nn.Module):
             window = fit_window(grid, window_size[i])
             make_block = partial(Block, dim, num_heads[i], window, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate)
             blocks = [make_block(drop_path=next(drop_path_rates)) for _ in range(depth)]
-            downsample = PatchMerging(grid, dim) if i < NUM_STAGES - 1 else None
+            downsample = PatchMerging(dim) if i < NUM_STAGES - 1 else None
             self.layers.append(Stage(blocks, grid, window, downsample))
             self.feature_info.append(dict(num_chs=dim, reduction=patch_size * 2**i, module=f"layers.{i}"))
         self.norm = nn.LayerNorm(self.num_features)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.apply(init_linear_and_norm)
+
+    # -- Sizes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def encoder_stride(self) -> int:
+        """Side of a cell of the last stage, in pixels."""
+        return 2 ** (NUM_STAGES - 1) * self.patch_size
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the last stage."""
+        return stage_grids(self.img_size, self.patch_size)[-1]
+
+    @staticmethod
+    def check_input_size(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> None:
+        """Raise a UserError for sizes that cannot work."""
+        if min(*img_size, patch_size, *window_size) < 1:
+            raise UserError(
+                "sides of images, patches and windows must be at least 1, got input size "
+                f"{img_size[0]}x{img_size[1]}, patch size {patch_size} and windows {tuple(window_size)}"
+            )
+
+    def set_input_size(
+        self,
+        img_size: int | Sequence[int] | None = None,
+        patch_size: int | Sequence[int] | None = None,
+        window_size: int | Sequence[int] | None = None,
+    ) -> None:
+        """Make another size the model's own, with timm's names; what is None stays.
+
+        The position embedding is resized to the new grid, and the kernel of the patch embedding to the new patch.
+        Windows and their bias tables stay those that were trained, where timm's Swin would scale them with the grid.
+        With `window_size` they become those of a model that is built for the size, with resized tables.
+        """
+        img_size = self.img_size if img_size is None else to_2tuple(img_size)
+        patch_size = self.patch_size if patch_size is None else to_side(patch_size)
+        windows = [None] * len(self.layers) if window_size is None else to_ntuple(len(self.layers))(window_size)
+        self.check_input_size(img_size, patch_size, [window for window in windows if window is not None])
+        if len(windows) != len(self.layers):
+            raise ValueError(f"window_size needs one value for each of {len(self.layers)} stages, got {tuple(windows)}")
+        grids = stage_grids(img_size, patch_size)
+        self.patch_embed.set_input_size(tuple(side * patch_size for side in grids[0]), patch_size)
+        embedding = resize_pos_embed(self.absolute_pos_embed, self.layers[0].grid, grids[0])
+        self.absolute_pos_embed = nn.Parameter(embedding, requires_grad=False)
+        for i, (stage, grid, window) in enumerate(zip(self.layers, grids, windows)):
+            stage.set_input_size(grid, window)
+            self.feature_info[i]["reduction"] = patch_size * 2**i
+        self.img_size, self.patch_size = img_size, patch_size
 
     # -- What timm's tools expect of a model ---------------------------------------------------------------------
 
@@ -234,51 +186,66 @@ class SwinTransformer(nn.Module):
 
     # -- Forward -------------------------------------------------------------------------------------------------
 
-    def layouts(self, group: Tensor | None = None) -> list[WindowLayout]:
+    def layouts(self, grid: tuple[int, int], group: Tensor | None = None) -> list[WindowLayout]:
         """The layout of every stage.
 
         Args:
+            grid: rows and columns of the first stage.
             group: group ids of the cells of the last stage, (rows, columns) or (L,), or None. A cell's id holds for
                 the 8x8, 4x4, 2x2 or 1 tokens that it covers at stages 1 to 4.
         """
+        grids = stage_grids(grid)
         if group is None:
-            return [stage.layout() for stage in self.layers]
-        group = group.detach().to("cpu", torch.long).view(self.grid_size)
-        groups = [upsample(group, 2 ** (NUM_STAGES - 1 - i)) for i in range(NUM_STAGES)]
-        return [stage.layout(group, self.one_layout_shape) for stage, group in zip(self.layers, groups)]
+            return [stage.layout(grid) for stage, grid in zip(self.layers, grids)]
+        group = group.detach().cpu().unique(return_inverse=True)[1].view(grids[-1])
+        groups = [
+            upsample(group, 2 ** (NUM_STAGES - 1 - i))[:rows, :columns] for i, (rows, columns) in enumerate(grids)
+        ]
+        return [stage.layout(*of, self.one_layout_shape) for stage, of in zip(self.layers, zip(grids, groups))]
 
-    def forward_stages(self, x: Tensor, group: Tensor | None = None) -> list[Tensor]:
-        """Patch embeddings (B, T, C) -> the four stages' outputs, each (B, tokens, channels) in raster order."""
-        x = self.pos_drop(x + self.absolute_pos_embed)
+    def forward_stages(self, x: Tensor, group: Tensor | None = None, stages: int = NUM_STAGES) -> list[Tensor]:
+        """Patch embeddings -> the first stages' outputs, all (B, rows, columns, channels)."""
+        grid = (int(x.shape[1]), int(x.shape[2]))
+        layouts = self.layouts(grid, group)[:stages]
+        position = self.resized_pos_embeds.get(self.absolute_pos_embed, self.layers[0].grid, grid)
+        x = self.pos_drop(x + position.unflatten(1, grid))
         outputs = []
-        for stage, layout in zip(self.layers, self.layouts(group)):
+        for stage, layout in zip(self.layers, layouts):
+            if outputs:
+                x = self.layers[len(outputs) - 1].downsample(x)
             x = stage(x, layout)
             outputs.append(x)
-            if stage.downsample is not None:
-                x = stage.downsample(x)
         return outputs
 
     def forward_features(self, imgs: Tensor, group: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, L, num_features), the normed output of the last stage.
+        """(B, C, H, W) -> (B, rows, columns, num_features), the normed output of the last stage.
 
         Args:
             imgs: normalised images.
-            group: optional group ids of the L cells; a token then attends to tokens of its own group only.
+            group: optional group ids of the cells; a token then attends to tokens of its own group only.
         """
         return self.norm(self.forward_stages(self.embed(imgs), group)[-1])
 
     def embed(self, imgs: Tensor) -> Tensor:
-        """Patch embeddings (B, T, embed_dim) of images (B, C, H, W); no position is added yet."""
-        if imgs.ndim != 4 or imgs.shape[1:] != (self.in_chans, *self.img_size):
+        """Patch embeddings (B, rows, columns, embed_dim) of images (B, C, H, W); no position is added yet."""
+        if (
+            imgs.ndim != 4
+            or imgs.shape[1] != self.in_chans
+            or (self.strict_img_size and imgs.shape[2:] != self.img_size)
+        ):
+            sides = ", ".join(map(str, self.img_size)) if self.strict_img_size else "H, W"
             raise UserError(
-                f"the model takes images of shape (B, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]}), "
-                f"got {tuple(imgs.shape)}: build it with in_chans and img_size of your images, or resize them"
+                f"the model takes images of shape (B, {self.in_chans}, {sides}), got {tuple(imgs.shape)}: build it "
+                "with in_chans and img_size of your images, or resize them"
             )
+        padding = [-side % self.patch_size for side in imgs.shape[2:]]
+        if any(padding):
+            imgs = F.pad(imgs, (0, padding[1], 0, padding[0]))
         return self.patch_embed(imgs)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, L, num_features) -> class logits, or the pooled features with `pre_logits`."""
-        x = x.mean(dim=1)
+        """(B, rows, columns, num_features) -> class logits, or the pooled features with `pre_logits`."""
+        x = x.mean(dim=(1, 2))
         return x if pre_logits else self.head(x)
 
     def forward(self, imgs: Tensor) -> Tensor:
@@ -314,7 +281,7 @@ class SwinTransformer(nn.Module):
         last = self.norm(outputs[-1])
         if norm:
             outputs[-1] = last
-        maps = [outputs[i].unflatten(1, self.layers[i].grid) for i in stage_indices(indices)]
+        maps = [outputs[i] for i in stage_indices(indices)]
         if output_fmt == "NCHW":
             maps = [x.permute(0, 3, 1, 2) for x in maps]
         return maps if intermediates_only else (last, maps)

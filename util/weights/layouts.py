@@ -7,9 +7,10 @@ from math import isqrt
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
+from util.layers.attention import resize_bias_table
+from util.layers.pos_embed import resize_pos_embed
 from util.weights.file import CheckpointError
 
 StateDict = dict[str, Tensor]
@@ -224,12 +225,11 @@ def _resized(name: str, tensor: Tensor, shape: torch.Size, model: nn.Module) -> 
         old_grid = _grid_of(tensor) or ((side, side) if tensor.shape != shape else new_grid)
         if old_grid == new_grid or old_grid[0] * old_grid[1] != tensor.shape[1]:
             return tensor
-        return resample_abs_pos_embed(tensor, list(new_grid), list(old_grid), num_prefix_tokens=0, antialias=False)
+        return resize_pos_embed(tensor, old_grid, new_grid)
     if name.endswith("relative_position_bias_table") and tensor.shape != shape:
         old_side, new_side = isqrt(tensor.shape[0]), isqrt(shape[0])  # of the square table: 2 * window - 1
         if old_side**2 == tensor.shape[0] and new_side**2 == shape[0]:
-            window = (new_side + 1) // 2
-            return resize_rel_pos_bias_table_simple(tensor.float(), (window, window), tuple(shape)).to(tensor.dtype)
+            return resize_bias_table(tensor, (new_side + 1) // 2)
     return tensor
 
 
