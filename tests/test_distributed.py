@@ -18,8 +18,9 @@ import torch
 
 from util.errors import UserError
 from util.run import distributed, failures
-from util.run.config import DeviceFlags, ProcessFlags, get_parser
+from util.run.config import DeviceFlags, ProcessFlags
 from util.run.distributed import describe_placement
+from util.run.flags import get_parser
 from util.run.launch import LaunchError, choose_device, detect_launch, device_index, first_host, job_port
 from util.run.preemption import EXIT_REQUEUE, Preemption
 
@@ -242,6 +243,11 @@ def test_too_few_gpus_are_an_error_of_every_rank_of_the_node(monkeypatch):
         choose_device("cuda:2", detect_launch({}))
 
 
+def test_one_process_needs_no_meeting_point():
+    launch = detect_launch({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    assert (launch.rank, launch.world_size, launch.master_addr) == (0, 1, "127.0.0.1")
+
+
 def test_placement_in_words():
     assert describe_placement(["a", "a", "b"]) == "2 on a, 1 on b"
 
@@ -374,7 +380,8 @@ from util.run.preemption import Preemption
 logging.basicConfig(level=logging.INFO)
 torch.set_num_threads(1)
 from dataclasses import dataclass
-from util.run.config import DeviceFlags, ProcessFlags, get_parser
+from util.run.config import DeviceFlags, ProcessFlags
+from util.run.flags import get_parser
 
 @dataclass(frozen=True)
 class Flags(ProcessFlags, DeviceFlags):
