@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models_swin import SHAPES, SwinTransformer, default_cfg, init_linear_and_norm
 from util.errors import UserError
+from util.layers.conversion import checkpoint_filter_fn
 from util.layers.pos_embed import get_2d_sincos_pos_embed, resize_pos_embed
 from util.layers.stage import Block, run_block
 from util.layers.windows import NUM_STAGES, to_device, to_side, upsample
@@ -48,15 +49,18 @@ class MixMAE(SwinTransformer):
         self.norm_pix_loss = norm_pix_loss
         self.range_mask_ratio = range_mask_ratio
 
-        self.decoder_embed = nn.Linear(self.num_features, decoder_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.decoder_pos_embed = nn.Parameter(get_2d_sincos_pos_embed(decoder_dim, self.grid_size), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_num_heads) for _ in range(decoder_depth))
-        self.decoder_norm = nn.LayerNorm(decoder_dim)
-        self.decoder_pred = nn.Linear(decoder_dim, self.encoder_stride**2 * self.in_chans)
-        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
-            module.apply(init_linear_and_norm)
-        trunc_normal_(self.mask_token, std=0.02)
+        with torch.device(self.absolute_pos_embed.device):
+            self.decoder_embed = nn.Linear(self.num_features, decoder_dim)
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+            pos_embed = get_2d_sincos_pos_embed(decoder_dim, self.grid_size)
+            self.decoder_pos_embed = nn.Parameter(pos_embed, requires_grad=False)
+            self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_num_heads) for _ in range(decoder_depth))
+            self.decoder_norm = nn.LayerNorm(decoder_dim)
+            self.decoder_pred = nn.Linear(decoder_dim, self.encoder_stride**2 * self.in_chans)
+            for module in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
+                module.apply(init_linear_and_norm)
+            trunc_normal_(self.mask_token, std=0.02)
+        self.to(self.absolute_pos_embed.dtype)
 
     @property
     def num_cells(self) -> int:
@@ -155,7 +159,7 @@ class MixMAE(SwinTransformer):
         Row i holds image i where the mask is 0 and image B-1-i where it is 1; tokens of the two never attend to each
         other (masked self-attention, section 3.2).
         """
-        x = self.mix(self.embed(imgs), mask)
+        x = self.mix(self.patch_embed(imgs), mask)
         return self.norm(self.forward_stages(x, group=mask)[-1]).flatten(1, 2)
 
     def mix(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -233,13 +237,12 @@ def to_selector(mask: Tensor, device: torch.device) -> Tensor:
     return to_device(mask[..., None].bool(), device)
 
 
-default_cfgs = generate_default_cfgs(
-    {f"mixmae_{size}": default_cfg(shape.get("img_size", 224)) for size, shape in SHAPES.items()}
-)
+default_cfgs = generate_default_cfgs({f"mixmae_{size}": default_cfg(shape) for size, shape in SHAPES.items()})
 
 
 def build_mixmae(variant: str, pretrained: bool, shape: dict, kwargs: dict) -> MixMAE:
-    return build_model_with_cfg(MixMAE, variant, pretrained, **{"num_classes": 0, **shape, **kwargs})
+    arguments = {"num_classes": 0, **shape, **kwargs}
+    return build_model_with_cfg(MixMAE, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments)
 
 
 @register_model

@@ -10,15 +10,19 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, to_ntuple
+from timm.layers import to_ntuple
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from util.errors import UserError
-from util.layers.pos_embed import ResizedPosEmbeds, get_2d_sincos_pos_embed, resize_pos_embed
+from util.layers.conversion import adapt_state_dict, checkpoint_filter_fn
+from util.layers.patch_embed import PaddedPatchEmbed
+from util.layers.pos_embed import PositionOfTokens, get_2d_sincos_pos_embed, resize_pos_embed
 from util.layers.stage import Block, PatchMerging, Stage
-from util.layers.windows import NUM_STAGES, WindowLayout, fit_window, stage_grids, to_2tuple, to_side, upsample
+from util.layers.windows import NUM_STAGES, WindowLayout, fit_window, grid_of, stage_grids, to_2tuple, to_side, upsample
 
 
 class SwinTransformer(nn.Module):
@@ -35,7 +39,10 @@ class SwinTransformer(nn.Module):
         qkv_bias: whether queries, keys and values have a bias.
         drop_rate, attn_drop_rate: dropout of tokens and MLPs, and of attention weights.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
+        global_pool: 'avg', or '' to keep the map of features.
         strict_img_size: take images of `img_size` alone; False: of any size.
+        always_partition: keep windows that are larger than their stage's grid; False: fit them to it.
+        device, dtype: where the weights are made, and of which type.
 
     A side that patches do not divide is padded with zeros at the right and bottom. Windows that the edge cuts are
     smaller, so that nothing padded is ever attended to. The position embedding is resized to the grid.
@@ -59,7 +66,11 @@ class SwinTransformer(nn.Module):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
         strict_img_size: bool = True,
+        always_partition: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.img_size = to_2tuple(img_size)
@@ -69,40 +80,35 @@ class SwinTransformer(nn.Module):
         for name, values in (("depths", depths), ("num_heads", num_heads), ("window_size", window_size)):
             if len(values) != NUM_STAGES:
                 raise ValueError(f"{name} needs one value for each of the {NUM_STAGES} stages, got {tuple(values)}")
-        self.strict_img_size = strict_img_size
         self.in_chans = in_chans
         self.num_classes = num_classes
+        self.global_pool = check_pooling(global_pool)
         self.num_features = self.head_hidden_size = embed_dim * 2 ** (NUM_STAGES - 1)
         self.output_fmt = "NHWC"
         self.one_layout_shape = False
 
         grids = stage_grids(self.img_size, patch_size)
-        self.patch_embed = PatchEmbed(
-            tuple(side * patch_size for side in grids[0]),  # it takes padded images
-            patch_size,
-            in_chans,
-            embed_dim,
-            norm_layer=nn.LayerNorm,
-            output_fmt=self.output_fmt,
-            strict_img_size=False,
-        )
-        self.absolute_pos_embed = nn.Parameter(get_2d_sincos_pos_embed(embed_dim, grids[0]), requires_grad=False)
-        self.resized_pos_embeds = ResizedPosEmbeds()
-        self.pos_drop = nn.Dropout(drop_rate)
         drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
-        self.layers = nn.ModuleList()
-        self.feature_info = []
-        for i, (grid, depth) in enumerate(zip(grids, depths)):
-            dim = embed_dim * 2**i
-            window = fit_window(grid, window_size[i])
-            make_block = partial(Block, dim, num_heads[i], window, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate)
-            blocks = [make_block(drop_path=next(drop_path_rates)) for _ in range(depth)]
-            downsample = PatchMerging(dim) if i < NUM_STAGES - 1 else None
-            self.layers.append(Stage(blocks, grid, window, downsample))
-            self.feature_info.append(dict(num_chs=dim, reduction=patch_size * 2**i, module=f"layers.{i}"))
-        self.norm = nn.LayerNorm(self.num_features)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.apply(init_linear_and_norm)
+        with torch.device(device or torch.get_default_device()):
+            self.patch_embed = PaddedPatchEmbed(self.img_size, patch_size, in_chans, embed_dim, strict_img_size)
+            self.absolute_pos_embed = nn.Parameter(get_2d_sincos_pos_embed(embed_dim, grids[0]), requires_grad=False)
+            self.position = PositionOfTokens()
+            self.pos_drop = nn.Dropout(drop_rate)
+            self.layers = nn.ModuleList()
+            self.feature_info = []
+            for i, (grid, depth) in enumerate(zip(grids, depths)):
+                dim = embed_dim * 2**i
+                window = window_size[i] if always_partition else fit_window(grid, window_size[i])
+                make_block = partial(Block, dim, num_heads[i], window, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate)
+                blocks = [make_block(drop_path=next(drop_path_rates)) for _ in range(depth)]
+                downsample = PatchMerging(dim) if i < NUM_STAGES - 1 else None
+                self.layers.append(Stage(blocks, grid, window, downsample))
+                self.feature_info.append(dict(num_chs=dim, reduction=patch_size * 2**i, module=f"layers.{i}"))
+            self.norm = nn.LayerNorm(self.num_features)
+            self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+            self.apply(init_linear_and_norm)
+        self.to(dtype=dtype)
+        self.register_load_state_dict_pre_hook(adapt_state_dict)
 
     # -- Sizes ---------------------------------------------------------------------------------------------------
 
@@ -119,11 +125,10 @@ class SwinTransformer(nn.Module):
     @staticmethod
     def check_input_size(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> None:
         """Raise a UserError for sizes that cannot work."""
-        if min(*img_size, patch_size, *window_size) < 1:
-            raise UserError(
-                "sides of images, patches and windows must be at least 1, got input size "
-                f"{img_size[0]}x{img_size[1]}, patch size {patch_size} and windows {tuple(window_size)}"
-            )
+        if min([patch_size, *window_size]) < 1:
+            raise UserError(f"patch and window sizes must be at least 1, got {patch_size} and {tuple(window_size)}")
+        if min(img_size) < 1:
+            raise UserError(f"the sides of images must be at least 1 pixel, got {img_size[0]}x{img_size[1]}")
 
     def set_input_size(
         self,
@@ -144,13 +149,20 @@ class SwinTransformer(nn.Module):
         if len(windows) != len(self.layers):
             raise ValueError(f"window_size needs one value for each of {len(self.layers)} stages, got {tuple(windows)}")
         grids = stage_grids(img_size, patch_size)
-        self.patch_embed.set_input_size(tuple(side * patch_size for side in grids[0]), patch_size)
+        self.patch_embed.set_input_size(img_size, patch_size)
         embedding = resize_pos_embed(self.absolute_pos_embed, self.layers[0].grid, grids[0])
         self.absolute_pos_embed = nn.Parameter(embedding, requires_grad=False)
         for i, (stage, grid, window) in enumerate(zip(self.layers, grids, windows)):
             stage.set_input_size(grid, window)
             self.feature_info[i]["reduction"] = patch_size * 2**i
         self.img_size, self.patch_size = img_size, patch_size
+        update_model_input_size(  # for timm, which builds a saved model anew
+            self,
+            img_size,
+            patch_size=patch_size,
+            window_size=tuple(stage.window for stage in self.layers),
+            always_partition=True,
+        )
 
     # -- What timm's tools expect of a model ---------------------------------------------------------------------
 
@@ -158,22 +170,45 @@ class SwinTransformer(nn.Module):
         """Parameters that never decay besides one-dimensional ones: the position embedding, which is not trained."""
         return {"absolute_pos_embed"}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """Patterns that give parameters the layer ids of `util.run.optim.layer_ids`; `coarse`: one id per stage.
+
+        A patch merging goes with what follows it, and final norm and head with the last block.
+        """
+        merging = [(rf"^layers\.{i}\.downsample", (i + 1,) if coarse else (i + 1, 0)) for i in range(NUM_STAGES - 1)]
+        blocks = [(r"^layers\.(\d+)" if coarse else r"^layers\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": r"^patch_embed|^absolute_pos_embed", "blocks": [*merging, *blocks, (r"^norm|^head", (99999,))]}
+
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a fresh one for `num_classes` (0: none)."""
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"this encoder pools by averaging (global_pool='avg'), got {global_pool!r}")
+        """Replace the head by a fresh one for `num_classes` (0: none), and with `global_pool` the pooling before it."""
         self.num_classes = num_classes
+        self.global_pool = check_pooling(self.global_pool if global_pool is None else global_pool)
         where = dict(device=self.absolute_pos_embed.device, dtype=self.absolute_pos_embed.dtype)
         self.head = nn.Linear(self.num_features, num_classes, **where) if num_classes > 0 else nn.Identity()
-        self.head.apply(init_linear_and_norm)
+        self.head.apply(init_linear_and_norm).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Store only each block's input and compute the block again in the backward pass."""
         for stage in self.layers:
             stage.grad_checkpointing = enable
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last of `indices`, with norm and head, or these on request; returns the indices."""
+        wanted = stage_indices(indices, len(self.layers))
+        ends_early = wanted[-1] + 1 < len(self.layers)
+        self.layers = self.layers[: wanted[-1] + 1]
+        self.layers[-1].downsample = None
+        if prune_norm or ends_early:
+            self.norm = nn.Identity()
+        self.num_features = self.head_hidden_size = self.feature_info[wanted[-1]]["num_chs"]
+        if prune_head or ends_early:
+            self.reset_classifier(0, "")
+        return wanted
 
     def compile_blocks(self) -> None:
         """Compile the stages with `torch.compile`. Shapes then never depend on the mask (see `layouts`)."""
@@ -204,17 +239,14 @@ class SwinTransformer(nn.Module):
         return [stage.layout(*of, self.one_layout_shape) for stage, of in zip(self.layers, zip(grids, groups))]
 
     def forward_stages(self, x: Tensor, group: Tensor | None = None, stages: int = NUM_STAGES) -> list[Tensor]:
-        """Patch embeddings -> the first stages' outputs, all (B, rows, columns, channels)."""
-        grid = (int(x.shape[1]), int(x.shape[2]))
-        layouts = self.layouts(grid, group)[:stages]
-        position = self.resized_pos_embeds.get(self.absolute_pos_embed, self.layers[0].grid, grid)
-        x = self.pos_drop(x + position.unflatten(1, grid))
+        """Patch embeddings -> the outputs of the first `stages` stages, all (B, rows, columns, channels)."""
+        layouts = [None] * NUM_STAGES if group is None else self.layouts(grid_of(x), group)
+        x = self.pos_drop(x + self.position(x, self.absolute_pos_embed, self.layers[0].grid))
         outputs = []
-        for stage, layout in zip(self.layers, layouts):
-            if outputs:
-                x = self.layers[len(outputs) - 1].downsample(x)
-            x = stage(x, layout)
-            outputs.append(x)
+        for stage, layout in zip(self.layers[:stages], layouts):
+            outputs.append(stage(x, layout))
+            if len(outputs) < min(stages, len(self.layers)):
+                x = stage.downsample(outputs[-1])
         return outputs
 
     def forward_features(self, imgs: Tensor, group: Tensor | None = None) -> Tensor:
@@ -224,28 +256,15 @@ class SwinTransformer(nn.Module):
             imgs: normalised images.
             group: optional group ids of the cells; a token then attends to tokens of its own group only.
         """
-        return self.norm(self.forward_stages(self.embed(imgs), group)[-1])
-
-    def embed(self, imgs: Tensor) -> Tensor:
-        """Patch embeddings (B, rows, columns, embed_dim) of images (B, C, H, W); no position is added yet."""
-        if (
-            imgs.ndim != 4
-            or imgs.shape[1] != self.in_chans
-            or (self.strict_img_size and imgs.shape[2:] != self.img_size)
-        ):
-            sides = ", ".join(map(str, self.img_size)) if self.strict_img_size else "H, W"
-            raise UserError(
-                f"the model takes images of shape (B, {self.in_chans}, {sides}), got {tuple(imgs.shape)}: build it "
-                "with in_chans and img_size of your images, or resize them"
-            )
-        padding = [-side % self.patch_size for side in imgs.shape[2:]]
-        if any(padding):
-            imgs = F.pad(imgs, (0, padding[1], 0, padding[0]))
-        return self.patch_embed(imgs)
+        return self.norm(self.forward_stages(self.patch_embed(imgs), group)[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, rows, columns, num_features) -> class logits, or the pooled features with `pre_logits`."""
-        x = x.mean(dim=(1, 2))
+        """(B, rows, columns, num_features) -> class logits, or the pooled features with `pre_logits`.
+
+        With `global_pool=''` nothing is pooled, and the logits are those of every cell.
+        """
+        if self.global_pool:
+            x = x.mean(dim=(1, 2))
         return x if pre_logits else self.head(x)
 
     def forward(self, imgs: Tensor) -> Tensor:
@@ -267,45 +286,38 @@ class SwinTransformer(nn.Module):
             imgs: normalised images (B, C, H, W).
             indices: stages to return, numbered from 0: a sequence, the last n, or None for all.
             norm: apply the final norm to the last stage's features.
-            stop_early: accepted for timm; stages that are never wanted are dropped by `prune_intermediate_layers`.
+            stop_early: compute no stage after the last of `indices`.
             output_fmt: 'NCHW' or 'NHWC'.
             intermediates_only: return the list alone.
 
         Returns:
-            (B, channels, rows, columns) for each stage, after the normed output of the last stage unless
-            `intermediates_only`.
+            (B, channels, rows, columns) for each stage in the order of the stages, after the features: the normed
+            output of the last stage, or the last one's that was computed.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        outputs = self.forward_stages(self.embed(imgs))
-        last = self.norm(outputs[-1])
-        if norm:
-            outputs[-1] = last
-        maps = [outputs[i] for i in stage_indices(indices)]
+        wanted = stage_indices(indices, len(self.layers))
+        outputs = self.forward_stages(self.patch_embed(imgs), stages=wanted[-1] + 1 if stop_early else NUM_STAGES)
+        is_whole = len(outputs) == len(self.layers)
+        features = self.norm(outputs[-1]) if is_whole else outputs[-1]
+        if norm and is_whole:
+            outputs[-1] = features
+        maps = [outputs[i] for i in wanted]
         if output_fmt == "NCHW":
             maps = [x.permute(0, 3, 1, 2) for x in maps]
-        return maps if intermediates_only else (last, maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages after the last of `indices`, and norm and head on request; returns `indices` as numbers."""
-        wanted = stage_indices(indices)
-        self.layers = self.layers[: max(wanted) + 1]
-        self.layers[-1].downsample = None
-        if prune_norm or len(self.layers) < NUM_STAGES:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0)
-        return wanted
+        return maps if intermediates_only else (features, maps)
 
 
-def stage_indices(indices: int | Sequence[int] | None) -> list[int]:
-    """What timm's `indices` mean: a choice of stages, the last n, or None for all."""
-    stages = range(NUM_STAGES)
-    if indices is None or isinstance(indices, int):
-        return list(stages[-(indices or NUM_STAGES) :])
-    return [stages[i] for i in indices]
+def stage_indices(indices: int | Sequence[int] | None, stages: int) -> list[int]:
+    """What timm's `indices` mean, in the order of the stages: a choice of them, the last n, or None for all."""
+    return sorted(set(feature_take_indices(stages, indices)[0]))
+
+
+def check_pooling(global_pool: str) -> str:
+    """`global_pool`, or a ValueError."""
+    if global_pool not in ("avg", ""):
+        raise ValueError(f"this encoder pools by averaging (global_pool='avg') or not at all (''), got {global_pool!r}")
+    return global_pool
 
 
 def classification_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -344,12 +356,14 @@ SHAPES = {
 WINDOWS_384 = dict(img_size=384, window_size=(16, 16, 24, 12))
 
 
-def default_cfg(input_size: int = 224) -> dict:
-    """What timm's data tools should know of a model."""
+def default_cfg(shape: dict) -> dict:
+    """What timm's tools should know of a model of this shape."""
+    input_size = shape.get("img_size", 224)
+    cells = input_size // (8 * shape.get("patch_size", 4))
     return dict(
         num_classes=1000,
         input_size=(3, input_size, input_size),
-        pool_size=None,
+        pool_size=(cells, cells),
         crop_pct=0.875 if input_size <= 224 else 1.0,
         interpolation="bicubic",
         mean=(0.485, 0.456, 0.406),
@@ -361,15 +375,21 @@ def default_cfg(input_size: int = 224) -> dict:
 
 
 default_cfgs = generate_default_cfgs(
-    {"swin_quickstart": default_cfg(32)}
-    | {f"swin_{size}_w14": default_cfg() for size in ("tiny", "base", "large", "huge")}
-    | {f"swin_{size}_w16_384": default_cfg(384) for size in ("base", "large")}
+    {"swin_quickstart": default_cfg(SHAPES["quickstart"])}
+    | {f"swin_{size}_w14": default_cfg(SHAPES[size]) for size in ("tiny", "base", "large", "huge")}
+    | {f"swin_{size}_w16_384": default_cfg(SHAPES[size] | WINDOWS_384) for size in ("base", "large")}
 )
 
 
 def build_swin(variant: str, pretrained: bool, shape: dict, kwargs: dict) -> SwinTransformer:
-    features = dict(out_indices=tuple(range(NUM_STAGES)), feature_cls="getter")  # what `features_only` asks for
-    return build_model_with_cfg(SwinTransformer, variant, pretrained, feature_cfg=features, **{**shape, **kwargs})
+    return build_model_with_cfg(
+        SwinTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=tuple(range(NUM_STAGES)), feature_cls="getter"),  # what `features_only` asks for
+        **{**shape, **kwargs},
+    )
 
 
 @register_model

@@ -239,7 +239,7 @@ def test_one_window_size_holds_for_all_stages():
 @pytest.mark.parametrize("size", [448, (96, 160), (130, 77)])
 def test_set_input_size_gives_what_a_free_model_computes(model, size):
     resized = copy.deepcopy(model)
-    resized.strict_img_size = True
+    resized.patch_embed.strict_img_size = True
     resized.set_input_size(img_size=size)
     imgs = images(*resized.img_size, batch=1)
     assert torch.equal(resized(imgs), model(imgs))
@@ -282,12 +282,12 @@ def test_frozen_stays_frozen():
 def test_a_kept_position_embedding_follows_the_model(model):
     model, imgs = copy.deepcopy(model), images(90, 120)
     before = model(imgs)
-    assert len(model.resized_pos_embeds.kept) == 1 and torch.equal(model(imgs), before)
+    assert len(model.position.kept) == 1 and torch.equal(model(imgs), before)
     with torch.no_grad():
         model.absolute_pos_embed.mul_(2)
     assert not torch.allclose(model(imgs), before)
     twin = copy.deepcopy(model)
-    assert not twin.resized_pos_embeds.kept and torch.equal(twin(imgs), model(imgs))
+    assert not twin.position.kept and torch.equal(twin(imgs), model(imgs))
     assert model.to(torch.bfloat16)(imgs.bfloat16()).dtype == torch.bfloat16
     assert model.to("meta")(imgs.to("meta", torch.bfloat16)).shape == (2, 5)
 
@@ -304,7 +304,7 @@ def test_few_position_embeddings_are_kept(model):
     model = copy.deepcopy(model)
     for height in range(32, 96, 4):
         model(images(height, 32, batch=1))
-    assert 0 < len(model.resized_pos_embeds.kept) <= 8
+    assert 0 < len(model.position.kept) <= 8
 
 
 def test_a_model_works_after_it_was_exported_at_another_size(model):

@@ -208,7 +208,7 @@ def test_stage_masks_nest(model, mask):
 
 
 def test_mixed_tokens_are_the_images_own_where_the_mask_is_0(model, imgs, mask):
-    tokens = model.embed(imgs)
+    tokens = model.patch_embed(imgs)
     mixed = model.mix(tokens, mask).view(4, 32, 32, 16)
     own, partner = tokens.view(4, 32, 32, 16), tokens.flip(0).view(4, 32, 32, 16)
     for cell in range(16):

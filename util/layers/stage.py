@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from util.layers.attention import Attention
 from util.layers.drop_path import add_branch
 from util.layers.mlp import Mlp
-from util.layers.windows import WindowLayout, fit_window, group_layout, window_layout
+from util.layers.windows import WindowLayout, fit_window, grid_of, group_layout, window_layout
 
 
 class Block(nn.Module):
@@ -50,6 +51,7 @@ class Block(nn.Module):
         return add_branch(x, lambda x: self.mlp(self.norm2(x)), rate)
 
 
+@register_notrace_module
 class PatchMerging(nn.Module):
     """Halves the grid: the channels of 2x2 neighbours, normed, become twice the channels of one token.
 
@@ -72,6 +74,7 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x))
 
 
+@register_notrace_module
 class Stage(nn.Module):
     """Blocks that share one grid and one window, then (but for the last stage) a patch merging."""
 
@@ -109,9 +112,10 @@ class Stage(nn.Module):
             layout = window_layout(grid, self.window, self.bias_index.device)
         return layout if group is None else group_layout(group, self.window, layout, one_shape)
 
-    def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
-        """(B, rows, columns, C) -> the same, before the downsampling."""
-        grid = x.shape[1:3]
+    def forward(self, x: Tensor, layout: WindowLayout | None = None) -> Tensor:
+        """(B, rows, columns, C) -> the same, before the downsampling; without a layout in ordinary windows."""
+        grid = grid_of(x)
+        layout = layout or self.layout(grid)
         x = x.flatten(1, 2)
         if layout.order is not None:  # once for the whole stage: windows are never shifted
             x = x.index_select(1, layout.order)

@@ -34,6 +34,11 @@ def to_side(size: int | Sequence[int]) -> int:
     return height
 
 
+def grid_of(x: Tensor) -> tuple[int, int]:
+    """(rows, columns) of a map of tokens (B, rows, columns, C), as plain numbers also where shapes are recorded."""
+    return int(x.shape[1]), int(x.shape[2])
+
+
 def stage_grids(size: tuple[int, int], patch_size: int = 1) -> list[tuple[int, int]]:
     """(rows, columns) of tokens at each of the four stages; those at the right and bottom edge may be padded."""
     return [tuple(-(-side // (patch_size << stage)) for side in size) for stage in range(NUM_STAGES)]
