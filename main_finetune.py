@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 from engine_finetune import Evaluation, check_targets, evaluate, train_one_epoch
 from models_swin import SwinTransformer
 from util.data.datasets import ImageDataset, build_dataset, build_loader
+from util.data.image_index import abbreviate
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import BatchAugmentation, Normalize, eval_transform, train_transform, uses_mixup
 from util.errors import UserError, unreadable_is_user_error
@@ -56,9 +57,11 @@ from util.run.preemption import Preemption
 from util.run.session import Run, Start, find_start, open_run, orderly_end
 from util.run.state import Progress, TrainingState
 from util.seeding import seed_all
+from util.weights.file import CheckpointError
+from util.weights.layouts import count_classes as count_head_classes
 from util.weights.layouts import load_classifier, load_encoder
 from util.weights.settings import model_arguments, weight_settings
-from util.weights.source import WeightsInfo, read_weights
+from util.weights.source import WeightsInfo, read_weights, recorded_classes
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +149,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def count_classes(config: FinetuneConfig, dataset: ImageDataset) -> int:
-    """The number of classes, which --nb_classes and the data set must agree on.
+    """The number of classes, which --nb_classes and the data set must agree on; numbered labels need not use all.
 
     Raises:
         UserError: they do not, or neither tells.
@@ -155,13 +158,42 @@ def count_classes(config: FinetuneConfig, dataset: ImageDataset) -> int:
     number = config.nb_classes or found
     if number is None:
         raise UserError("the data set does not tell its number of classes: give --nb_classes")
-    if found not in (None, number):
+    if found not in (None, number) and not (dataset.source.numbered and found < number):
         raise UserError(f"--nb_classes {number} contradicts the {found} classes in {config.data_path}")
     if number < 2:
         raise UserError(f"classification needs at least 2 classes, found {number} in {config.data_path}")
     if dataset.targets is not None:
         check_targets(torch.as_tensor(dataset.targets), number)
     return number
+
+
+def number_classes(config: FinetuneConfig, dataset: ImageDataset, start: Start) -> int:
+    """Let labels count in the classes of a head that the run goes on with, by their names; the number of classes.
+
+    Raises:
+        UserError: the head's classes are not those of the data.
+    """
+    number = count_classes(config, dataset)
+    if start.checkpoint is not None:
+        classes, owner = recorded_classes(start.checkpoint, "the checkpoint to resume"), "the checkpoint to resume"
+    elif start.weights is not None and not config.reset_head and len(start.weights[0].get("head.weight", ())) == number:
+        classes, owner = start.weights[1].classes, str(start.weights[1])
+    else:
+        classes, owner = [str(i) for i in range(number)] if dataset.source.numbered else dataset.classes, "--nb_classes"
+    if classes is not None:
+        dataset.number_labels_as(classes, owner, exactly=True)
+        return count_classes(config, dataset)
+    if dataset.classes is not None:
+        warn_of_unknown_classes(owner)
+    return number
+
+
+def warn_of_unknown_classes(source: object) -> None:
+    logger.warning(
+        "%s does not record the names of its classes, so whether they are those of the data cannot be checked: in both "
+        "the same number must mean the same class (class folders count in alphabetical order)",
+        source,
+    )
 
 
 def build_validation(config: FinetuneConfig, launch: Launch) -> DataLoader:
@@ -185,12 +217,14 @@ def build_classifier(config: FinetuneConfig, num_classes: int) -> SwinTransforme
 def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Preemption) -> tuple[Run, DataLoader]:
     """Everything before the first step: the run, and the validation images."""
     dataset = build_dataset(config, "train", train_transform(config), require_labels=True)
-    num_classes = count_classes(config, dataset)
+    num_classes = number_classes(config, dataset, start)
     sampler = TrainBatchSampler(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
     )
     loader = build_loader(dataset, sampler, config, launch.device)
     validation = build_validation(config, launch)
+    if dataset.classes:
+        validation.dataset.number_labels_as(dataset.classes, "the training images")
     count_classes(config, validation.dataset)
     model = build_classifier(config, num_classes).to(launch.device)
     if launch.rank == 0:
@@ -205,7 +239,7 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
     if config.compile:
         model.compile_blocks()
     scaler = make_scaler(config.precision, launch.device)
-    state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress(), model_ema)
+    state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress(), model_ema, dataset.classes)
 
     def load_weights(weights: dict[str, Tensor], source: WeightsInfo) -> None:
         if config.reset_head:
@@ -254,6 +288,36 @@ def describe_result(config: FinetuneConfig, result: Evaluation, checkpoint: str)
     )
 
 
+def classes_to_evaluate(
+    config: FinetuneConfig, dataset: ImageDataset, weights: dict[str, Tensor], info: WeightsInfo
+) -> int:
+    """Let labels count in the classes of the weights, by their names; the number of classes.
+
+    Raises:
+        UserError: these are not the classes of the data.
+    """
+    number, found = count_head_classes(weights, info), len(dataset.classes or ())
+    if config.nb_classes not in (None, number):
+        raise UserError(f"--nb_classes {config.nb_classes} contradicts the {number} classes of {info}: leave it out")
+    if info.classes is not None:
+        if len(info.classes) != number:
+            raise CheckpointError(f"{info} records the names of {len(info.classes)} classes, but classifies {number}")
+        dataset.number_labels_as(info.classes, str(info))
+    else:
+        warn_of_unknown_classes(info)
+        if dataset.classes and found != number and not (dataset.source.numbered and found < number):
+            raise UserError(
+                f"{info} classifies {number} classes, but {config.data_path} has {found}, and the file does not record "
+                f"their names: put a folder train/ beside val/ that has the folders of all {number} classes"
+            )
+    if dataset.targets is not None:
+        check_targets(torch.as_tensor(dataset.targets), number)
+        used = set(dataset.targets.tolist())
+        if unused := [name for i, name in enumerate(dataset.classes or ()) if i not in used]:
+            logger.warning("%d of %d classes have no image: %s", len(unused), number, abbreviate(unused))
+    return number
+
+
 def evaluate_only(flags: argparse.Namespace, launch: Launch) -> None:
     """`--eval`: classify the validation images with the weights of --finetune or --resume."""
     source = flags.finetune or flags.resume
@@ -262,7 +326,7 @@ def evaluate_only(flags: argparse.Namespace, launch: Launch) -> None:
     config = resolve(FinetuneConfig, flags, launch, settings)
     validation = build_validation(config, launch)
     dataset, device = validation.dataset, launch.device
-    model = build_classifier(config, count_classes(config, dataset))
+    model = build_classifier(config, classes_to_evaluate(config, dataset, weights, info))
     logger.info("%s", load_classifier(model, weights, info))
     if config.predictions and launch.rank == 0:  # while an evaluation is not yet lost
         with unreadable_is_user_error(f"--predictions {config.predictions} cannot be written"):

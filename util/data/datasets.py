@@ -8,16 +8,17 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from util.data.decoding import BadImageError
+from util.data.image_index import abbreviate
 from util.data.settings import DataSettings
 from util.data.sources import Source, open_source
-from util.errors import unreadable_is_user_error
+from util.errors import UserError, unreadable_is_user_error
 from util.seeding import derive_seed, keyed_generator, seed_all
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class ImageDataset(Dataset):
         self.source, self.transform, self.seed = source, transform, seed
         self.skip_bad, self.max_bad_share = skip_bad, max_bad_share
         self.classes = source.classes
+        self._numbers: np.ndarray | None = None  # of the source's classes in `classes`, where they differ
         self._bad = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # shared with the workers
         self._bad_lock = WORKERS.Lock()
         self.dtype: torch.dtype | None = None
@@ -67,7 +69,24 @@ class ImageDataset(Dataset):
     @property
     def targets(self) -> np.ndarray | None:
         """The labels of all images where they are known without reading them."""
-        return self.source.targets
+        targets = self.source.targets
+        return targets if targets is None or self._numbers is None else self._numbers[targets]
+
+    def number_labels_as(self, classes: Sequence[str], owner: str, exactly: bool = False) -> None:
+        """Let labels count in `classes`, the names of which belong to `owner` (for messages), whatever their order.
+
+        Data that tell numbers instead of names are taken at their word, with a warning. To be called before the data
+        set is read. Raises UserError when it has a class that is not among `classes` (with `exactly` also the reverse).
+        """
+        if self.source.classes is None or self.source.numbered:
+            if list(classes) != self.classes and not all(map(str.isdigit, classes)):
+                logger.warning(
+                    "the labels of these images are numbers: they are taken as positions in the classes of %s, %s",
+                    owner, abbreviate(list(classes)),
+                )  # fmt: skip
+        else:
+            self._numbers = match_classes(self.source.classes, classes, owner, exactly)
+        self.classes = list(classes)
 
     def bad_count(self) -> int:
         """How many different images could not be read so far, in all workers of this process."""
@@ -87,6 +106,8 @@ class ImageDataset(Dataset):
     def _read(self, index: int) -> tuple[torch.Tensor, int]:
         try:
             image, target = self.source.read(index)
+            if self._numbers is not None:
+                target = int(self._numbers[target])
             if self.dtype not in (None, image.dtype):
                 raise BadImageError(
                     f"its pixels are {image.dtype}, those of the first image {self.dtype}; use one type for all"
@@ -121,6 +142,20 @@ class ImageDataset(Dataset):
                 f"{count} of {len(self)} images cannot be used, more than the share "
                 f"--max_bad_images {self.max_bad_share:g} allows; the last one: {error}"
             )
+
+
+def match_classes(own: Sequence[str], classes: Sequence[str], owner: str, exactly: bool) -> np.ndarray:
+    """The position in `classes` of each of `own`. Raises UserError: see `ImageDataset.number_labels_as`."""
+    position = {name: i for i, name in enumerate(classes)}
+    extra, lacking = sorted(set(own) - set(classes)), sorted(set(classes) - set(own))
+    if extra or (exactly and lacking):
+        differences = [f"only in the data: {abbreviate(extra)}"] if extra else []
+        differences += [f"only in {owner}: {abbreviate(lacking)}"] if lacking else []
+        raise UserError(
+            f"the data and {owner} differ in the names of their classes: {'; '.join(differences)}. Give the class "
+            "folders the names that they had; or fine-tune on other classes by --finetune with --reset_head"
+        )
+    return np.array([position[name] for name in own], dtype=np.int32)
 
 
 def build_dataset(config: DataSettings, split: str, transform: Callable, require_labels: bool = False) -> ImageDataset:

@@ -33,10 +33,12 @@ class Source(Protocol):
     """Images by number, decoded.
 
     classes: names of the classes; None without labels.
+    numbered: the data tell numbers of classes, not names: `classes` are '0', '1', ... as far as labels occur.
     targets: labels (number of images,) where they are known without reading the images, else None.
     """
 
     classes: list[str] | None
+    numbered: bool
     targets: np.ndarray | None
 
     def __len__(self) -> int: ...
@@ -51,9 +53,9 @@ class Source(Protocol):
 class FileSource:
     """Images in files: a `Source`."""
 
-    def __init__(self, index: ImageIndex, in_chans: int, ignore_exif: bool):
+    def __init__(self, index: ImageIndex, in_chans: int, ignore_exif: bool, numbered: bool = False):
         self.index, self.in_chans, self.ignore_exif = index, in_chans, ignore_exif
-        self.classes = index.classes
+        self.classes, self.numbered = index.classes, numbered
         self.targets = None if index.classes is None else index.targets
 
     def __len__(self) -> int:
@@ -84,7 +86,7 @@ def open_source(config: DataSettings, split: str, require_labels: bool) -> Sourc
             different = sorted(set(source.classes or ()) ^ set(train_classes))
             raise UserError(f"{tar} and the training images differ in their classes: {abbreviate(different)}")
     elif path.is_file():
-        source = FileSource(_read_list(path, split), config.in_chans, config.ignore_exif)
+        source = FileSource(_read_list(path, split), config.in_chans, config.ignore_exif, numbered=True)
     elif path.is_dir():
         index = _folder_index(path, split, require_labels)
         if split == "val" and (train_classes := _train_classes(path, config)) is not None:

@@ -38,6 +38,7 @@ class ReaderSource:
     """
 
     targets = None
+    numbered = False
 
     def __init__(self, reader, in_chans: int, ignore_exif: bool, sort_classes: bool):
         self.reader, self.in_chans, self.ignore_exif = reader, in_chans, ignore_exif
@@ -85,6 +86,7 @@ class PillowSource:
     """A torchvision data set, whose items are (Pillow image, target)."""
 
     targets = None
+    numbered = False
 
     def __init__(self, dataset, name: str, in_chans: int, ignore_exif: bool):
         self.dataset, self.name, self.in_chans, self.ignore_exif = dataset, name, in_chans, ignore_exif

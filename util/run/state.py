@@ -53,6 +53,7 @@ class TrainingState:
     settings: Mapping[str, Any]  # of the run's configuration; plain values
     progress: Progress
     model_ema: ModelEmaV3 | None = None
+    classes: list[str] | None = None  # of a classifier: their names, in the order of the head's rows
 
     def checkpoint(self) -> dict[str, Any]:
         """The state as plain data, in the authors' layout: 'epoch' is the last complete one."""
@@ -69,6 +70,8 @@ class TrainingState:
             "best_acc1": progress.best_acc1,
             "args": dict(self.settings),
         }
+        if self.classes is not None:
+            checkpoint["classes"] = list(self.classes)
         if self.model_ema is not None:
             checkpoint["model_ema"] = self.model_ema.module.state_dict()
         return checkpoint

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from util.weights.file import read_checkpoint
+from util.weights.file import CheckpointError, read_checkpoint
 from util.weights.layouts import normalise_state_dict
 from util.weights.published import locate
 
@@ -21,6 +21,7 @@ class WeightsInfo:
     layout: str  # 'mixmae' (the authors' names, which are ours) or 'mmpretrain'
     args: dict[str, Any] = field(default_factory=dict)  # the recorded configuration, if there is one
     epoch: int | None = None  # the recorded epoch, if there is one
+    classes: list[str] | None = None  # the recorded names of a classifier's classes, if there are any
 
     def __str__(self) -> str:
         return self.source
@@ -50,4 +51,19 @@ def read_weights(source: str | os.PathLike, ema: bool = False) -> tuple[dict[str
         layout=layout,
         args=args if isinstance(args, dict) else {},
         epoch=epoch if isinstance(epoch, int) else None,
+        classes=recorded_classes(checkpoint, source),
     )
+
+
+def recorded_classes(checkpoint: dict[str, Any], source: object) -> list[str] | None:
+    """The names of the classes that a checkpoint of a classifier records, in the order of the head's rows.
+
+    None in files of other programs, and older ones of this program. Raises CheckpointError for what are no names.
+    """
+    classes = checkpoint.get("classes") if checkpoint.get("format") is not None else None
+    if classes is None:
+        return None
+    named = isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
+    if not named or len(set(classes)) != len(classes):
+        raise CheckpointError(f"{source} records classes={str(classes)[:200]}, which are no different names")
+    return list(classes)
