@@ -298,7 +298,7 @@ def classes_to_evaluate(
     """
     number, found = count_head_classes(weights, info), len(dataset.classes or ())
     if config.nb_classes not in (None, number):
-        raise UserError(f"--nb_classes {config.nb_classes} contradicts the {number} classes of {info}: leave it out")
+        raise UserError(f"--nb_classes {config.nb_classes} contradicts the {number} classes in {info}: leave it out")
     if info.classes is not None:
         if len(info.classes) != number:
             raise CheckpointError(f"{info} records the names of {len(info.classes)} classes, but classifies {number}")

@@ -1,4 +1,4 @@
-"""Class names travel with the weights: renamed folders stop a run, other orders are mapped, nothing is numbered anew."""
+"""Class names travel with the weights: renamed folders stop a run, other orders are mapped by name."""
 
 import csv
 import shutil
@@ -170,8 +170,10 @@ def test_nb_classes_does_not_contradict_itself(data, trained, tmp_path, capfd):
         (two / "train" / name).mkdir()
     run(main_finetune, *SHARED, "--eval", "--finetune", nameless, "--data_path", two, "--nb_classes", "3")
     assert result(capfd.readouterr().out) == "100.000"
-    message = r"--nb_classes 2 contradicts the 3 classes of .*checkpoint\.pth: leave it out"
-    fails(main_finetune, capfd, message, *SHARED, "--eval", "--finetune", trained, "--data_path", two, "--nb_classes", 2)
+    message = r"--nb_classes 2 contradicts the 3 classes in .*checkpoint\.pth: leave it out"
+    fails(
+        main_finetune, capfd, message, *SHARED, "--eval", "--finetune", trained, "--data_path", two, "--nb_classes", "2"
+    )
 
 
 def test_damaged_names(trained, tmp_path):
