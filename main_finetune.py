@@ -54,7 +54,7 @@ from util.run.logger import log_environment, setup_logging
 from util.run.metrics import count_work
 from util.run.optim import make_scaler, param_groups_layer_decay
 from util.run.preemption import Preemption
-from util.run.session import Run, Start, find_start, open_run, orderly_end
+from util.run.session import Run, Start, check_statistics, find_start, open_run, orderly_end
 from util.run.state import Progress, TrainingState
 from util.seeding import seed_all
 from util.weights.file import CheckpointError
@@ -326,6 +326,7 @@ def evaluate_only(flags: argparse.Namespace, launch: Launch) -> None:
     config = resolve(FinetuneConfig, flags, launch, settings)
     validation = build_validation(config, launch)
     dataset, device = validation.dataset, launch.device
+    check_statistics(config, dataset)
     model = build_classifier(config, classes_to_evaluate(config, dataset, weights, info))
     logger.info("%s", load_classifier(model, weights, info))
     if config.predictions and launch.rank == 0:  # while an evaluation is not yet lost

@@ -43,6 +43,7 @@ from util.run.failures import user_errors
 from util.run.launch import Launch
 from util.run.logger import setup_logging
 from util.run.optim import autocast
+from util.run.session import check_statistics
 from util.seeding import seed_all
 from util.weights.layouts import load_encoder
 from util.weights.settings import model_arguments, weight_settings
@@ -213,6 +214,7 @@ def evaluate(flags: argparse.Namespace, launch: Launch) -> dict:
     model, config, info = load_model(flags, launch)
     normalize = Normalize(config.mean, config.std).to(launch.device)
     train, val = labelled_datasets(config, config.k)
+    check_statistics(config, train)
     accuracy = knn_accuracy(model, train, val, normalize, config, config.k, config.temperature)
     return {
         "accuracy": {str(k): value for k, value in accuracy.items()},  # k -> top-1 in percent

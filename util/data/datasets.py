@@ -1,6 +1,7 @@
 """Data sets whose every sample is a function of (seed, epoch, index), and their loaders."""
 
 import atexit
+import contextlib
 import functools
 import gc
 import logging
@@ -8,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -24,6 +26,7 @@ from util.seeding import derive_seed, keyed_generator, seed_all
 logger = logging.getLogger(__name__)
 
 REPLACEMENT_TRIES = 100
+SAMPLE = 32  # images that are looked at before a run
 # Forked workers share the index of a data set; Linux's own default since Python 3.14 would send each a copy.
 WORKERS = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 
@@ -91,6 +94,23 @@ class ImageDataset(Dataset):
     def bad_count(self) -> int:
         """How many different images could not be read so far, in all workers of this process."""
         return int(self._bad.sum())
+
+    def sample(self, most: int = SAMPLE, seconds: float = 1.0) -> list[torch.Tensor]:
+        """Images from all over the data set, as they are read, without a transform: nothing random is drawn.
+
+        At most `most`, and no more after `seconds` once there are a few. Unreadable ones are left out; a set that is
+        streamed has no sample, since reading it would move it on.
+        """
+        if self.source.streamed:
+            return []
+        evenly = [i * len(self) // min(most, len(self)) for i in range(min(most, len(self)))]
+        images, start = [], time.monotonic()
+        for index in (index for first in range(8) for index in evenly[first::8]):
+            if len(images) >= 4 and time.monotonic() - start > seconds:
+                break
+            with contextlib.suppress(BadImageError):
+                images.append(self._read(index)[0])
+        return images
 
     def _first_image_dtype(self) -> torch.dtype:
         """The pixel type of the first image, or with `skip_bad` the first readable one: all must have it."""

@@ -34,11 +34,13 @@ class Source(Protocol):
 
     classes: names of the classes; None without labels.
     numbered: the data tell numbers of classes, not names: `classes` are '0', '1', ... as far as labels occur.
+    streamed: images cannot be read by number.
     targets: labels (number of images,) where they are known without reading the images, else None.
     """
 
     classes: list[str] | None
     numbered: bool
+    streamed: bool
     targets: np.ndarray | None
 
     def __len__(self) -> int: ...
@@ -52,6 +54,8 @@ class Source(Protocol):
 
 class FileSource:
     """Images in files: a `Source`."""
+
+    streamed = False
 
     def __init__(self, index: ImageIndex, in_chans: int, ignore_exif: bool, numbered: bool = False):
         self.index, self.in_chans, self.ignore_exif = index, in_chans, ignore_exif

@@ -38,7 +38,7 @@ class ReaderSource:
     """
 
     targets = None
-    numbered = False
+    numbered = streamed = False
 
     def __init__(self, reader, in_chans: int, ignore_exif: bool, sort_classes: bool):
         self.reader, self.in_chans, self.ignore_exif = reader, in_chans, ignore_exif
@@ -86,7 +86,7 @@ class PillowSource:
     """A torchvision data set, whose items are (Pillow image, target)."""
 
     targets = None
-    numbered = False
+    numbered = streamed = False
 
     def __init__(self, dataset, name: str, in_chans: int, ignore_exif: bool):
         self.dataset, self.name, self.in_chans, self.ignore_exif = dataset, name, in_chans, ignore_exif
@@ -112,6 +112,8 @@ class StreamSource(PillowSource):
     timm shares the stream out among ranks and workers. When a worker's part is at its end, it begins again with the
     next epoch's shuffling.
     """
+
+    streamed = True
 
     def __init__(self, dataset: IterableDataset, name: str, in_chans: int, ignore_exif: bool):
         super().__init__(dataset, name, in_chans, ignore_exif)

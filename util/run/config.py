@@ -138,6 +138,9 @@ class WeightFlags(Config):
         "standard deviation of each channel, likewise (default: that of the weights, else ImageNet's, or 0.25)",
         "X",
     )
+    allow_odd_statistics: bool = flag(
+        False, "go on where --mean and --std are far from those of the images", on_resume=FREE
+    )
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from util.data.datasets import ImageDataset
 from util.data.decoding import BadImageError
+from util.data.statistics import check_images
 from util.data.transforms import Normalize
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
 from util.run.allocator import keep_freed_memory
 from util.run.checkpoint_folder import CheckpointFolder, SaveError
-from util.run.config import TrainingConfig, compare_recipes
+from util.run.config import Config, TrainingConfig, compare_recipes
 from util.run.failures import CollectiveError, explain_collective_failures, in_one_line
 from util.run.logger import RunLog, describe_environment
 from util.run.metrics import SPIKE_HISTORY, StepMeter
@@ -262,7 +264,7 @@ def open_run(
 
     Raises:
         CheckpointError: the checkpoint or the weights are not of this model or recipe.
-        UserError: the run's files cannot be written.
+        UserError: the run's files cannot be written, or the images are in other units than `normalize` expects.
     """
     if device.type == "cpu":
         keep_freed_memory()
@@ -278,6 +280,7 @@ def open_run(
         load_weights(*start.weights)
         if state.model_ema is not None:
             state.model_ema.set(state.model)
+    check_statistics(config, loader.dataset)
     with unreadable_is_user_error(f"{config.output_dir} or {config.log_dir} cannot be written to"):
         write_configuration(config)
         log = RunLog(
@@ -304,6 +307,25 @@ def write_configuration(config: TrainingConfig) -> None:
         content = {"config": config.as_dict(), "environment": describe_environment(torch.device(config.device))}
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", errors="surrogateescape")
         os.replace(temporary, path)
+
+
+def check_statistics(config: Config, dataset: ImageDataset) -> None:
+    """Look at a sample of the images, on rank 0 for all, before anything is made of them.
+
+    Raises:
+        UserError: they are not in the units of `config.mean` and `config.std`, and no `config.allow_odd_statistics`.
+    """
+    found = None
+    if distributed.is_main_process() and (images := dataset.sample()):
+        found = check_images(images, config.mean, config.std)
+    error, warning = distributed.gather_objects(found)[0] or ("", "")
+    if error and not config.allow_odd_statistics:
+        raise UserError(
+            f"{config.data_path}: {error}. Give these flags (or for weights that are trained already, bring the images "
+            "into the units of their training); --allow_odd_statistics goes on all the same"
+        )
+    if error or warning:
+        logger.warning("%s: %s", config.data_path, error or warning)
 
 
 def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
