@@ -217,6 +217,8 @@ def build_classifier(config: FinetuneConfig, num_classes: int) -> SwinTransforme
 def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Preemption) -> tuple[Run, DataLoader]:
     """Everything before the first step: the run, and the validation images."""
     dataset = build_dataset(config, "train", train_transform(config), require_labels=True)
+    if dataset.pixels.dtype != torch.uint8 and config.in_chans == 3 and (config.aa or config.color_jitter):
+        logger.warning("auto-augment and colour jitter need 8-bit images; on these, of more bits, they are off")
     num_classes = number_classes(config, dataset, start)
     sampler = TrainBatchSampler(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed

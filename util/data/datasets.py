@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from util.data.decoding import BadImageError
+from util.data.decoding import BadImageError, PixelType
 from util.data.image_index import abbreviate
 from util.data.settings import DataSettings
 from util.data.sources import Source, open_source
@@ -34,7 +34,7 @@ WORKERS = multiprocessing.get_context("fork" if sys.platform == "linux" else Non
 class ImageDataset(Dataset):
     """`dataset[(epoch, index)]` -> (image (C, H, W) after the transform, target); -1 without labels.
 
-    Images are uint8, or float32 where the source has more than 8 bits (see util.decoding).
+    Images are uint8, or float32 where the first image has more than 8 bits (see util.data.decoding).
     Before the transform all generators are seeded with (seed, epoch, index): a sample depends on nothing
     else, neither on the worker that makes it nor on the samples before it. (With num_workers 0 the generators
     are those of the training process.)
@@ -54,8 +54,9 @@ class ImageDataset(Dataset):
         self._numbers: np.ndarray | None = None  # of the source's classes in `classes`, where they differ
         self._bad = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # shared with the workers
         self._bad_lock = WORKERS.Lock()
-        self.dtype: torch.dtype | None = None
-        self.dtype = self._first_image_dtype()
+        self._reduced = torch.zeros(1, dtype=torch.uint8).share_memory_()  # whether an image lost bits, and it was said
+        self.pixels: PixelType | None = None
+        self.pixels = self._first_image_pixels()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -112,12 +113,12 @@ class ImageDataset(Dataset):
                 images.append(self._read(index)[0])
         return images
 
-    def _first_image_dtype(self) -> torch.dtype:
-        """The pixel type of the first image, or with `skip_bad` the first readable one: all must have it."""
+    def _first_image_pixels(self) -> PixelType:
+        """The pixel type of the first image, or with `skip_bad` the first readable one: all become it."""
         tries = min(len(self), REPLACEMENT_TRIES)
         for index in range(tries):
             try:
-                return self._read(index)[0].dtype
+                return PixelType(self._read(index)[0].dtype)
             except BadImageError:
                 if not self.skip_bad:
                     raise
@@ -128,13 +129,20 @@ class ImageDataset(Dataset):
             image, target = self.source.read(index)
             if self._numbers is not None:
                 target = int(self._numbers[target])
-            if self.dtype not in (None, image.dtype):
-                raise BadImageError(
-                    f"its pixels are {image.dtype}, those of the first image {self.dtype}; use one type for all"
-                )
+            if self.pixels is not None:
+                self._say_once_that_bits_are_lost(index, image.dtype)
+                image = self.pixels.convert(image)
         except (BadImageError, OSError) as error:
             raise BadImageError(f"cannot use image {self.path_of(index)!r}: {error}") from None
         return image, target
+
+    def _say_once_that_bits_are_lost(self, index: int, dtype: torch.dtype) -> None:
+        if dtype == torch.uint16 and self.pixels is PixelType.BYTES and not self._reduced[0]:
+            self._reduced[0] = 1
+            logger.warning(
+                "%s has 16 bits, and is reduced to 8 like others: the first image, %s, has 8. To keep all bits, let an "
+                "image of 16 be the first", self.path_of(index), self.path_of(0),
+            )  # fmt: skip
 
     def _read_or_replace(self, epoch: int, index: int) -> tuple[torch.Tensor, int]:
         candidate = index
