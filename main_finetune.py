@@ -44,6 +44,7 @@ from util.run.config import (
     PROBABILITY,
     Config,
     TrainingConfig,
+    check_flags,
     flag,
     get_parser,
     resolve,
@@ -134,14 +135,8 @@ class FinetuneConfig(FinetuningFlags, AugmentationFlags, EvaluationFlags, Traini
             )
         if (self.per_class or self.predictions) and not self.eval:
             raise UserError("--per_class and --predictions go with --eval")
-        if self.eval and self.weights_to_evaluate in ("", "auto"):
+        if self.eval and (self.finetune or self.resume) in ("", "auto"):
             raise UserError("--eval needs the weights to evaluate: --finetune WEIGHTS (or --resume PATH)")
-        if self.freeze_encoder and not (self.finetune or self.resume):
-            logger.warning("--freeze_encoder without --finetune probes an encoder of random weights")
-
-    @property
-    def weights_to_evaluate(self) -> str:
-        return self.finetune or self.resume
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -216,6 +211,8 @@ def build_classifier(config: FinetuneConfig, num_classes: int) -> SwinTransforme
 
 def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Preemption) -> tuple[Run, DataLoader]:
     """Everything before the first step: the run, and the validation images."""
+    if config.freeze_encoder and not (config.finetune or config.resume):
+        logger.warning("--freeze_encoder without --finetune probes an encoder of random weights")
     dataset = build_dataset(config, "train", train_transform(config), require_labels=True)
     if dataset.pixels.dtype != torch.uint8 and config.in_chans == 3 and (config.aa or config.color_jitter):
         logger.warning("auto-augment and colour jitter need 8-bit images; on these, of more bits, they are off")
@@ -323,8 +320,8 @@ def classes_to_evaluate(
 def evaluate_only(flags: argparse.Namespace, launch: Launch) -> None:
     """`--eval`: classify the validation images with the weights of --finetune or --resume."""
     source = flags.finetune or flags.resume
-    weights, info = read_weights(source, ema=flags.model_ema) if source not in ("", "auto") else ({}, None)
-    settings = weight_settings(info.args if info else {}, source, vars(flags), default_model=DEFAULT_MODEL)
+    weights, info = read_weights(source, ema=flags.model_ema)
+    settings = weight_settings(info.args, source, vars(flags), default_model=DEFAULT_MODEL)
     config = resolve(FinetuneConfig, flags, launch, settings)
     validation = build_validation(config, launch)
     dataset, device = validation.dataset, launch.device
@@ -366,6 +363,7 @@ def write_predictions(path: str, result: Evaluation, dataset: ImageDataset) -> N
 def main(flags: argparse.Namespace) -> None:
     with user_errors():
         setup_logging()
+        check_flags(FinetuneConfig, flags)
         launch = distributed.init_distributed(flags)
         if flags.eval:
             evaluate_only(flags, launch)

@@ -28,7 +28,7 @@ from util.data.transforms import Normalize, pretrain_transform
 from util.errors import UserError
 from util.knn import NEIGHBOURS, knn_accuracy, labelled_datasets
 from util.run import distributed
-from util.run.config import FREE, NOT_NEGATIVE, TrainingConfig, flag, get_parser, resolve
+from util.run.config import FREE, NOT_NEGATIVE, TrainingConfig, check_flags, flag, get_parser, resolve
 from util.run.failures import user_errors
 from util.run.launch import Launch
 from util.run.logger import log_environment, setup_logging
@@ -159,6 +159,7 @@ def train(run: Run, labelled: tuple[ImageDataset, ImageDataset] | None) -> None:
 def main(flags: argparse.Namespace) -> None:
     with user_errors():
         setup_logging()
+        check_flags(PretrainConfig, flags)
         launch = distributed.init_distributed(flags)
         preemption = Preemption()
         preemption.install()

@@ -26,8 +26,18 @@ from util.weights.settings import IMAGENET_MEAN, IMAGENET_STD, weight_settings
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [*QUICK, "--input_size", "16", "--window_size", "4", "4", "4", "2", "--in_chans", "1", "--batch_size", "4"]
 PRETRAIN = [*SMALL, "--model", "mixmae_quickstart", "--epochs", "1"]
-FINETUNE = [*[flag for flag in SMALL if flag not in ("--vis_every",)], "--model", "swin_quickstart", "--epochs", "1"]
-FINETUNE.remove("0")  # of --vis_every
+FINETUNE = [
+    "--device",
+    "cpu",
+    "--num_workers",
+    "0",
+    "--warmup_epochs",
+    "1",
+    "--model",
+    "swin_quickstart",
+    "--epochs",
+    "1",
+]
 CONFIGS = (PretrainConfig, FinetuneConfig, KnnConfig)
 
 
@@ -108,11 +118,19 @@ def test_checks_name_the_flag_the_value_and_the_rule():
             resolved(FinetuneConfig, *flags)
 
 
-def test_a_missing_data_path_is_asked_for_as_the_data_set_needs_it(images, tmp_path, capfd):
+def test_a_missing_data_path_is_asked_for_as_the_data_set_needs_it(tmp_path, capfd):
     flags = [*PRETRAIN, "--output_dir", tmp_path]
     fails(main_pretrain, capfd, "--data_path is missing: give a folder with train/ in it", *flags)
-    message = "--data_path is missing: give the folder in which --dataset torch/cifar10 lies, or is downloaded to"
+    message = "--data_path is missing: give the folder that --dataset torch/cifar10 is in, or is downloaded to"
     fails(main_pretrain, capfd, message, *flags, "--dataset", "torch/cifar10")
+
+
+def test_wrong_flags_leave_no_folder_behind(images, tmp_path, capfd):
+    out = tmp_path / "out"
+    fails(main_pretrain, capfd, "--batch_size must be even", *PRETRAIN, "--batch_size", "3", "--data_path", images,
+          "--output_dir", out)  # fmt: skip
+    fails(main_finetune, capfd, "--data_path is missing", *FINETUNE, "--output_dir", out)
+    assert not out.exists()
 
 
 # --- Resolved once, then read only ---
@@ -120,7 +138,8 @@ def test_a_missing_data_path_is_asked_for_as_the_data_set_needs_it(images, tmp_p
 
 @pytest.mark.parametrize("config_class", CONFIGS)
 def test_nothing_can_be_written_to_a_configuration(config_class):
-    config = resolved(config_class, recorded={"model": "mixmae_tiny"})
+    flags = ("--checkpoint", "a file") if config_class is KnnConfig else ()
+    config = resolved(config_class, *flags, recorded={"model": "mixmae_tiny"})
     for field in dataclasses.fields(config):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(config, field.name, 1)

@@ -11,7 +11,7 @@ from PIL import Image
 
 import models_mixmae
 from util import visualize
-from util.visualize import Display, reconstruct, reconstruction_figure, shown_channels
+from util.visualize import Display, outline, reconstruct, reconstruction_figure, shown_channels
 from util.weights.file import write_checkpoint
 
 MASK = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0.0])
@@ -81,6 +81,31 @@ def test_pixels_of_the_originals_reach_the_picture(monkeypatch):
     for value in (0.2, -0.2, 0.6):
         grey = round((value * 0.5 + 0.5) * 255)
         assert (figure == grey).all(axis=-1).sum() > 100 * 288  # at least half an enlarged image
+
+
+@pytest.mark.parametrize("size, factor", [((32, 32), 9), ((32, 64), 4)])
+def test_pixels_of_small_images_are_exact_blocks(size, factor):
+    model, imgs = small_model(img_size=size), random_images(4, size=size)
+    mask = model.random_masking(0.5, torch.Generator().manual_seed(0))
+    figure = np.asarray(reconstruction_figure(model, imgs, mask, (0.5,), (0.5,)))
+    predicted = Display(imgs, (0.5,), (0.5,), (0,))(reconstruct(model, imgs, mask)[2])  # shown without outlines
+    blocks = predicted.repeat(factor, axis=1).repeat(factor, axis=2)
+    column = figure[:, visualize.LEFT + 3 * 320 :][:, : blocks.shape[2]]
+    for row, image in enumerate((0, 3, 1, 2)):
+        top = visualize.HEAD + row * (blocks.shape[1] + 16) + row // 2 * 32
+        assert np.array_equal(column[top : top + blocks.shape[1]], blocks[image])
+
+
+def test_outlines_follow_the_contour_just_inside():
+    region = torch.tensor([[True, True], [True, False]])
+    line = outline(region, (40, 40))
+    expected = np.zeros((40, 40), bool)
+    expected[:3], expected[:, :3] = True, True  # the image's edge
+    expected[17:20, 17:], expected[17:, 17:20] = True, True  # along the cell that is left out, around its corner
+    expected[:20, 37:], expected[37:, :20] = True, True
+    expected[20:, 20:] = False
+    assert np.array_equal(line, expected)
+    assert not outline(torch.tensor([[True, False]]), (50, 101))[:, 51:].any()
 
 
 def test_values_without_a_known_range_are_stretched_alike():
@@ -203,6 +228,6 @@ def test_wrong_inputs_are_explained(tmp_path, checkpoint, images):
     with pytest.raises(ValueError, match=r"array\.npy: the array has shape \(32, 32, 4\), \(H, W, 1\) is needed"):
         run(checkpoint, [str(tmp_path / "array.npy"), images[0]], out)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(ValueError, match=r"--out .*file.*picture\.png cannot be written"):
         run(checkpoint, images, tmp_path / "file" / "picture.png")
     assert not out.exists()

@@ -35,6 +35,7 @@ from util.run.config import (
     DeviceFlags,
     ProcessFlags,
     WeightFlags,
+    check_flags,
     flag,
     get_parser,
     resolve,
@@ -179,7 +180,10 @@ class KnnFlags(Config):
 
 @dataclass(frozen=True)
 class KnnConfig(KnnFlags, WeightFlags, DataFlags, DeviceFlags, ProcessFlags):
-    pass
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.checkpoint:
+            raise UserError("--checkpoint is missing: give a file of weights, or a published name such as base_600ep")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -193,8 +197,6 @@ def load_model(flags: argparse.Namespace, launch: Launch) -> tuple[SwinTransform
     Raises:
         UserError: the weights cannot be used, or do not say which model they are.
     """
-    if not flags.checkpoint:
-        raise UserError("--checkpoint is missing: give a file of weights, or a published name such as base_600ep")
     weights, info = read_weights(flags.checkpoint, ema=flags.model_ema)
     settings = weight_settings(info.args, flags.checkpoint, vars(flags))
     config = resolve(KnnConfig, flags, launch, settings)
@@ -255,6 +257,7 @@ def describe(result: dict) -> str:
 def main(flags: argparse.Namespace) -> None:
     with user_errors():
         setup_logging()
+        check_flags(KnnConfig, flags)
         launch = distributed.init_distributed(flags)
         if launch.rank == 0 and flags.out:  # while an evaluation is not yet lost
             with unreadable_is_user_error(f"--out {flags.out} cannot be written"):

@@ -8,14 +8,20 @@ predicted as a whole. Rows come in pairs, since images are mixed in pairs.
 
 import argparse
 import logging
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import timm
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image, ImageColor
 from torch import Tensor
 
 from models_mixmae import MixMAE
@@ -37,18 +43,15 @@ logger = logging.getLogger(__name__)
 
 OUTPUT_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 
-# Sizes in pixels of the picture
+# Sizes in pixels
+WIDTH, LEFT, HEAD = 1416, 112, 276  # of the picture; where images start, from its left and from its top
 IMAGE_SIDE = 288  # longer side of every image shown
-MARGIN = 56
-COLUMN_GAP = 32
-ROW_GAP = 16
-PAIR_GAP = 48
-BADGE = 36
+COLUMN_GAP, ROW_GAP, PAIR_GAP = 32, 16, 48
 OUTLINE = 3
-LINE = 27  # from one line of text to the next
-TITLE, HEADING, TEXT, SMALL = 38, 23, 20, 17  # font sizes
+TEXT, SMALL, LINE = 17, 15, 24  # font sizes, and from one line of the caption to the next
+LINE_LENGTH = 148  # characters in a line of the caption
 
-INK, MUTED, HAIRLINE = "#1d2129", "#667080", "#d9dde3"
+INK, MUTED, HAIRLINE, LIGHT = "#1d2129", "#667080", "#d9dde3", "#f1f3f5"
 COLOURS = {"A": "#2f7fe8", "B": "#f0821e"}  # told apart by every kind of colour vision, and on black and on white
 
 INTRODUCTION = (
@@ -61,18 +64,15 @@ COLUMNS = (
     ("Hidden cells filled in", "own cells kept, the others predicted"),
     ("Every cell predicted", "each from the mixture that hid it"),
 )
-
-
-class Reconstruction(NamedTuple):
-    """Normalised images, each (B, C, H, W)."""
-
-    mixed: Tensor  # the image's own cells where the mask is 0, its partner's where it is 1
-    filled: Tensor  # the image's own cells where the mask is 0, predictions where it is 1
-    predicted: Tensor  # predictions everywhere: every cell from the branch in which it was hidden
+LEGEND = (
+    ("pixels of image A", COLOURS["A"]),
+    ("pixels of image B", COLOURS["B"]),
+    ("no outline: predicted pixels", LIGHT),
+)
 
 
 @torch.no_grad()
-def reconstruct(model: MixMAE, imgs: Tensor, mask: Tensor) -> Reconstruction:
+def reconstruct(model: MixMAE, imgs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mix, encode and reconstruct normalised images.
 
     A model trained with `norm_pix_loss` predicts every cell up to the cell's mean and contrast. These two numbers are
@@ -81,6 +81,12 @@ def reconstruct(model: MixMAE, imgs: Tensor, mask: Tensor) -> Reconstruction:
     Args:
         imgs: (B, C, H, W) normalised, B even, on the model's device.
         mask: (L,) 0/1 over the cells.
+
+    Returns:
+        Normalised images, each (B, C, H, W).
+        mixed: the image's own cells where the mask is 0, its partner's where it is 1.
+        filled: the image's own cells where the mask is 0, predictions where it is 1.
+        predicted: predictions everywhere, every cell from the branch in which it was hidden.
 
     Raises:
         ValueError: for an odd batch, and for a mask that hides no or all cells.
@@ -99,17 +105,14 @@ def reconstruct(model: MixMAE, imgs: Tensor, mask: Tensor) -> Reconstruction:
     hidden = mask.bool().to(imgs.device)[:, None]  # (L, 1)
     mixed = torch.where(hidden, cells.flip(0), cells)
     filled = torch.where(hidden, pred, cells)
-    return Reconstruction(*map(model.unpatchify, (mixed, filled, pred)))
-
-
-# --- From tensors to pixels ---------------------------------------------------------------------------------
+    return model.unpatchify(mixed), model.unpatchify(filled), model.unpatchify(pred)
 
 
 def shown_channels(in_chans: int, channels: Sequence[int] | None = None) -> tuple[int, ...]:
     """The channels to show: one as grey or three as red, green and blue; the first ones unless `channels` says which.
 
     Raises:
-        ValueError: for channels that do not exist, or other than one or three.
+        UserError: for channels that do not exist, or other than one or three.
     """
     if channels is None:
         channels = (0, 1, 2) if in_chans >= 3 else (0,)
@@ -129,28 +132,24 @@ class Display:
     """
 
     def __init__(self, imgs: Tensor, mean: Sequence[float], std: Sequence[float], channels: tuple[int, ...]):
-        self.mean, self.std = (torch.tensor(values, device=imgs.device).view(-1, 1, 1) for values in (mean, std))
+        self.mean, self.std = (np.array(values, np.float32)[:, None, None] for values in (mean, std))
         self.channels = channels
-        pixels = self.pixels(imgs)
-        in_range = bool((pixels > -1e-3).all() and (pixels < 1 + 1e-3).all())
-        self.stretched = imgs.shape[1] not in (1, 3) or not in_range
         self.low, self.high = 0.0, 1.0
+        pixels = self.pixels(imgs)
+        self.stretched = imgs.shape[1] not in (1, 3) or pixels.min() < -1e-3 or pixels.max() > 1 + 1e-3
         if self.stretched:
-            values = pixels.transpose(0, 1).flatten(1)  # (channels, B * H * W)
-            values = values[:, :: max(1, values.shape[1] // 100_000)]  # quantile() takes a limited number
-            low, high = values.quantile(torch.tensor([0.01, 0.99], device=values.device), dim=1)
-            self.low, self.high = low.view(-1, 1, 1), torch.maximum(high, low + 1e-6).view(-1, 1, 1)
+            self.low, high = np.percentile(pixels, (1, 99), axis=(0, 2, 3), keepdims=True)
+            self.high = np.maximum(high, self.low + 1e-6)
 
-    def pixels(self, imgs: Tensor) -> Tensor:
+    def pixels(self, imgs: Tensor) -> np.ndarray:
         """The shown channels of normalised images, in the units of `mean` and `std`."""
-        return (imgs.float() * self.std + self.mean)[:, list(self.channels)]
+        return (imgs.float().cpu().numpy() * self.std + self.mean)[:, self.channels]
 
-    def __call__(self, imgs: Tensor) -> list[Image.Image]:
-        """(B, C, H, W) normalised -> B images, RGB."""
+    def __call__(self, imgs: Tensor) -> np.ndarray:
+        """(B, C, H, W) normalised -> (B, H, W, 3) in 8 bits."""
         pixels = (self.pixels(imgs) - self.low) / (self.high - self.low)
-        pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
-        array = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        return [Image.fromarray(image) for image in array]
+        pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+        return pixels if len(self.channels) == 3 else pixels.repeat(3, axis=-1)
 
     def caption(self, in_chans: int) -> list[str]:
         """Sentences that say what is shown, where that is not obvious."""
@@ -162,9 +161,6 @@ class Display:
         if self.stretched:
             sentences.append("Brightness runs from the 1st to the 99th percentile of the originals, per channel.")
         return sentences
-
-
-# --- The picture --------------------------------------------------------------------------------------------
 
 
 def reconstruction_figure(
@@ -193,146 +189,82 @@ def reconstruction_figure(
     display = Display(imgs, mean, std, shown_channels(in_chans, channels))
     columns = [display(column) for column in (imgs, *reconstruct(model, imgs, mask))]
     hidden = model.check_mask(mask).bool().view(model.grid_size)
-
-    sentences = [
-        f"{int(hidden.sum())} of the {hidden.numel()} cells of every image are hidden: its partner's take their place."
-    ]
+    caption = (
+        f"{int(hidden.sum())} of the {hidden.numel()} cells of every image are hidden: its partner's take their place. "
+    )
     if model.norm_pix_loss:
-        sentences.append(
+        caption += (
             "The model predicts cells normalised by their own mean and contrast (norm_pix_loss). Both are taken from "
-            "the original cell here: a cell's overall brightness and contrast are not predicted, its structure is."
+            "the original cell here: a cell's overall brightness and contrast are not predicted, its structure is. "
         )
-    sentences += display.caption(in_chans)
-    return Page(columns, hidden, " ".join(sentences), source).image
+    return draw_page(columns, hidden, caption + " ".join(display.caption(in_chans)), source)
 
 
-class Page:
-    """Lays out the picture: title, legend, column heads, pairs of rows, caption. The result is `image`."""
+def draw_page(columns: list[np.ndarray], hidden: Tensor, caption: str, source: str) -> Image.Image:
+    """The columns of images, each (B, H, W, 3), on one page; `hidden` is the mask over the cells (rows, columns)."""
+    width, height = shown_size(columns[0])
+    column_pitch, pair_pitch = max(width, IMAGE_SIDE) + COLUMN_GAP, 2 * height + ROW_GAP + PAIR_GAP
+    num_pairs = len(columns[0]) // 2
+    caption_lines = textwrap.wrap(caption, LINE_LENGTH)
+    caption_top = HEAD + num_pairs * pair_pitch + 4
+    total_height = caption_top + (len(caption_lines) + bool(source)) * LINE + 20
 
-    def __init__(self, columns: list[list[Image.Image]], hidden: Tensor, caption: str, source: str):
-        self.hidden = hidden
-        self.image_size = width, height = fit(*columns[0][0].size)
-        self.column_width = max(width, IMAGE_SIDE)
-        self.left = MARGIN + BADGE + 20
-        text_width = len(COLUMNS) * (self.column_width + COLUMN_GAP) - COLUMN_GAP
-        intro_lines, caption_lines = wrap(INTRODUCTION, TEXT, text_width), wrap(caption, SMALL, text_width)
+    figure = Figure((WIDTH / 72, total_height / 72), dpi=72)  # so that points are pixels
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(total_height, 0))  # pixels from the top left
+    axes.axis("off")
+    write = partial(axes.text, color=INK, va="baseline", parse_math=False)
+    write(LEFT, 84, "MixMAE", size=36)
+    write(LEFT, 122, INTRODUCTION, size=TEXT, color=MUTED)
+    for number, (meaning, colour) in enumerate(LEGEND):
+        left, top = LEFT + number * 220, 142
+        axes.add_patch(Rectangle((left, top), 21, 21, facecolor=LIGHT, edgecolor=colour, linewidth=OUTLINE))
+        write(left + 33, top + 11, meaning, size=TEXT, va="center_baseline")
+    for number, (heading, explanation) in enumerate(COLUMNS):
+        write(LEFT + number * column_pitch, HEAD - 56, heading, size=22)
+        write(LEFT + number * column_pitch, HEAD - 29, explanation, size=SMALL, color=MUTED)
+    around, visible, replaced = (outline(region, (height, width)) for region in (hidden | True, ~hidden, hidden))
+    for pair in range(num_pairs):
+        tops = {"A": HEAD + pair * pair_pitch, "B": HEAD + pair * pair_pitch + height + ROW_GAP}
+        axes.plot((74, 74), [top + height / 2 for top in tops.values()], color=HAIRLINE, linewidth=2)
+        for own, partner, index in (("A", "B", pair), ("B", "A", -1 - pair)):
+            middle = tops[own] + height / 2
+            axes.plot(74, middle, "o", color=COLOURS[own], markersize=44, markeredgecolor="white", markeredgewidth=8)
+            write(74, middle, own, size=TEXT, color="white", ha="center", va="center_baseline")
+            outlines = [{own: around}, {own: visible, partner: replaced}, {own: visible}, {}]
+            for number, (images, named_lines) in enumerate(zip(columns, outlines)):
+                image = enlarge(images[index], (width, height))
+                for name, lines in named_lines.items():
+                    image[lines] = ImageColor.getrgb(COLOURS[name])
+                left, top = LEFT + number * column_pitch, tops[own]
+                axes.imshow(image, extent=(left, left + width, top + height, top), aspect="auto", interpolation="none")
+    for number, line in enumerate(caption_lines):
+        write(LEFT, caption_top + number * LINE, line, size=SMALL)
+    write(LEFT, caption_top + len(caption_lines) * LINE, source, size=SMALL, color=MUTED)
 
-        num_images = len(columns[0])
-        head = 2 * MARGIN + len(intro_lines) * LINE + 134
-        body = num_images * (height + ROW_GAP) + (num_images // 2) * (PAIR_GAP - ROW_GAP)
-        foot = (len(caption_lines) + bool(source)) * LINE + MARGIN
-        self.image = Image.new("RGB", (self.left + text_width + MARGIN, head + body + foot), "white")
-        self.draw = ImageDraw.Draw(self.image)
-
-        self.write(self.left, MARGIN - 8, "MixMAE", TITLE, INK)
-        y = self.write_lines(MARGIN + 46, intro_lines, TEXT, MUTED)
-        self.legend(y + 12)
-        for number, (heading, explanation) in enumerate(COLUMNS):
-            self.write(self.column_left(number), y + 66, heading, HEADING, INK)
-            self.write(self.column_left(number), y + 97, explanation, SMALL, MUTED)
-        y = head
-        for first in range(num_images // 2):
-            last = num_images - 1 - first
-            self.row([column[first] for column in columns], y, own="A", partner="B")
-            self.row([column[last] for column in columns], y + height + ROW_GAP, own="B", partner="A")
-            x, middle, gap = MARGIN + BADGE // 2, y + height // 2, BADGE // 2 + 8
-            self.draw.line((x, middle + gap, x, middle + height + ROW_GAP - gap), HAIRLINE, 2)
-            y += 2 * height + ROW_GAP + PAIR_GAP
-        y = self.write_lines(y - 12, caption_lines, SMALL, INK)
-        self.write(self.left, y, source, SMALL, MUTED)
-
-    def column_left(self, number: int) -> int:
-        return self.left + number * (self.column_width + COLUMN_GAP)
-
-    def write(self, x: float, y: float, text: str, size: int, colour: str, anchor: str = "la") -> None:
-        self.draw.text((x, y), text, fill=colour, font=ImageFont.load_default(size), anchor=anchor)
-
-    def write_lines(self, y: int, lines: list[str], size: int, colour: str) -> int:
-        """Write lines below each other; where the next one would start."""
-        for number, line in enumerate(lines):
-            self.write(self.left, y + number * LINE, line, size, colour)
-        return y + len(lines) * LINE
-
-    def legend(self, y: int) -> None:
-        x = self.left
-        for name, meaning in (
-            ("A", "pixels of image A"),
-            ("B", "pixels of image B"),
-            ("", "no outline: predicted pixels"),
-        ):
-            box = (x, y, x + 24, y + 24)
-            self.draw.rectangle(box, "#f1f3f5", COLOURS[name] if name else None, OUTLINE if name else 0)
-            self.write(x + 36, y + 12, meaning, TEXT, INK, "lm")
-            x += 36 + round(ImageFont.load_default(TEXT).getlength(meaning)) + 44
-
-    def row(self, images: list[Image.Image], y: int, own: str, partner: str) -> None:
-        """One image through all columns, with its badge; outlines tell whose pixels they are."""
-        self.badge(y + self.image_size[1] // 2 - BADGE // 2, own)
-        everywhere = torch.ones_like(self.hidden)
-        outlines = [
-            [(everywhere, own)],
-            [(~self.hidden, own), (self.hidden, partner)],
-            [(~self.hidden, own)],
-            [],
-        ]
-        for number, (image, regions) in enumerate(zip(images, outlines)):
-            x = self.column_left(number)
-            blocks = self.image_size[0] % image.width == 0
-            resample = Image.Resampling.NEAREST if blocks else Image.Resampling.LANCZOS
-            self.image.paste(image.resize(self.image_size, resample), (x, y))
-            for region, name in regions:
-                self.outline(region, x, y, COLOURS[name])
-
-    def outline(self, region: Tensor, x: int, y: int, colour: str) -> None:
-        """Draw the outline of the cells in `region` just inside of them, for an image at (x, y)."""
-        rows, cols = region.shape
-        inside = torch.nn.functional.pad(region, (1, 1, 1, 1)).tolist()
-        width, height = self.image_size
-        xs = [x + round(width * col / cols) for col in range(cols + 1)]
-        ys = [y + round(height * row / rows) for row in range(rows + 1)]
-        for row, col in region.nonzero().tolist():
-            left, top, right, bottom = xs[col], ys[row], xs[col + 1] - 1, ys[row + 1] - 1
-            line = OUTLINE - 1
-            strips = {
-                (-1, 0): (left, top, right, top + line),
-                (1, 0): (left, bottom - line, right, bottom),
-                (0, -1): (left, top, left + line, bottom),
-                (0, 1): (right - line, top, right, bottom),
-                (-1, -1): (left, top, left + line, top + line),  # corners, where an outline turns around its outside
-                (-1, 1): (right - line, top, right, top + line),
-                (1, -1): (left, bottom - line, left + line, bottom),
-                (1, 1): (right - line, bottom - line, right, bottom),
-            }
-            for (down, across), strip in strips.items():
-                if not inside[row + 1 + down][col + 1 + across]:
-                    self.draw.rectangle(strip, colour)
-
-    def badge(self, y: int, name: str) -> None:
-        smooth = 4  # Pillow's circles are jagged: draw larger, then reduce
-        disc = Image.new("L", (BADGE * smooth, BADGE * smooth))
-        ImageDraw.Draw(disc).ellipse((0, 0, BADGE * smooth - 1, BADGE * smooth - 1), 255)
-        self.image.paste(COLOURS[name], (MARGIN, y), disc.resize((BADGE, BADGE), Image.Resampling.LANCZOS))
-        self.write(MARGIN + BADGE / 2, y + BADGE / 2, name, TEXT, "white", "mm")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def fit(width: int, height: int) -> tuple[int, int]:
-    """The size at which an image is shown; small ones are enlarged by a whole factor, so that pixels become blocks."""
-    factor = IMAGE_SIDE / max(width, height)
+def shown_size(images: np.ndarray) -> tuple[int, int]:
+    """(width, height) at which to show images (B, H, W, 3); small ones are enlarged by a whole factor, to blocks."""
+    factor = IMAGE_SIDE / max(images.shape[1:3])
     factor = int(factor) if factor >= 3 else factor
-    return max(1, round(width * factor)), max(1, round(height * factor))
+    return max(1, round(images.shape[2] * factor)), max(1, round(images.shape[1] * factor))
 
 
-def wrap(text: str, size: int, width: int) -> list[str]:
-    """Break `text` into lines of at most `width` pixels."""
-    font = ImageFont.load_default(size)
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
+def enlarge(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image (H, W, 3) at `size` (width, height): its pixels as blocks where the factor is whole, else smoothly."""
+    method = Image.Resampling.LANCZOS if size[0] % image.shape[1] else Image.Resampling.NEAREST
+    return np.array(Image.fromarray(image).resize(size, method))
+
+
+def outline(region: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Cells (rows, columns) -> pixels (H, W) that are True along the contours of the True cells, just inside them."""
+    inside = F.interpolate(region[None, None].float(), size)
+    outside = F.pad(1 - inside, (OUTLINE,) * 4, value=1)
+    near_outside = F.max_pool2d(outside, 2 * OUTLINE + 1, stride=1)
+    return (inside * near_outside)[0, 0].bool().numpy()
 
 
 # --- The command --------------------------------------------------------------------------------------------

@@ -107,15 +107,15 @@ def window_layout(grid: tuple[int, int], window: int) -> WindowLayout:
 
 
 def group_layout(group: Tensor, window: int, layout: WindowLayout, one_shape: bool = False) -> WindowLayout:
-    """Layout for attention inside the groups of each window, by the faster way where the layout is used.
+    """Layout for attention inside the groups of each window: sorted on a CPU, masked on a GPU where windows are many.
 
     Args:
         group: (rows, columns) group ids of the stage's tokens, on the CPU, where index arithmetic is cheap and the
             lengths of segments are known without waiting for a device.
         window: side of the square windows that tile the grid.
         layout: the stage's `window_layout`, on the device where this one's tensors are wanted.
-        one_shape: no shape shall depend on how the groups cut windows, as `torch.compile` wants it. (Those of a stage
-            that is one window depend only on how large the groups are.)
+        one_shape: keep shapes independent of how groups cut windows, as `torch.compile` needs. Those of a stage that is
+            one window depend on the sizes of the groups alone.
     """
     device = layout.bias_index.device
     many_windows = layout.order is not None

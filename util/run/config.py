@@ -190,6 +190,15 @@ class DataFlags(Config):
     )
     pin_mem: bool = flag(True, "page-locked memory for copies to a GPU", aliases=("--no_pin_mem",), on_resume=FREE)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.data_path:
+            raise UserError(
+                f"--data_path is missing: give the folder that --dataset {self.dataset} is in, or is downloaded to"
+                if self.dataset
+                else "--data_path is missing: give a folder with train/ in it, a folder of images, or a list file"
+            )
+
 
 @dataclass(frozen=True)
 class OptimizerFlags(Config):
@@ -348,6 +357,16 @@ def _add_flag(group: Any, field: dataclasses.Field, kind: Any, defaults: Mapping
     group.add_argument(name, *metadata["aliases"], type=kind, default=default, **options)
 
 
+def check_flags(config_class: type[Config], flags: argparse.Namespace) -> None:
+    """Raise a UserError for what is wrong with the flags by themselves, before anything is read or written."""
+    config_class(**_values(config_class, flags))
+
+
+def _values(config_class: type[Config], flags: argparse.Namespace) -> dict[str, Any]:
+    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(config_class)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
 def resolve(config_class: type[C], flags: argparse.Namespace, launch: Launch, settings: WeightSettings) -> C:
     """The configuration: what was given, and what follows from it. Nothing is written to it afterwards.
 
@@ -360,17 +379,10 @@ def resolve(config_class: type[C], flags: argparse.Namespace, launch: Launch, se
     Raises:
         UserError: naming the flag, what was given and what is allowed.
     """
-    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(config_class)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values = _values(config_class, flags)
     values |= {name: value for name, value in settings.values().items() if name in values}
     values |= {"world_size": launch.world_size, "device": launch.device.type}
     values["precision"] = resolve_precision(values["precision"], launch.device)
-    if not values["data_path"]:
-        raise UserError(
-            f"--data_path is missing: give the folder in which --dataset {values['dataset']} lies, or is downloaded to"
-            if values["dataset"]
-            else "--data_path is missing: give a folder with train/ in it, a folder of images, or a list file"
-        )
     if "log_dir" in values:
         values["log_dir"] = values["log_dir"] or values["output_dir"]
     if values.get("lr", 0.0) is None:
