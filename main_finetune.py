@@ -238,7 +238,8 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
     if config.compile:
         model.compile_blocks()
     scaler = make_scaler(config.precision, launch.device)
-    state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress(), model_ema, dataset.classes)
+    data = {"train": dataset.fingerprint(), "val": validation.dataset.fingerprint()}
+    state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress(), model_ema, dataset.classes, data)
 
     def load_weights(weights: dict[str, Tensor], source: WeightsInfo) -> None:
         if config.reset_head:

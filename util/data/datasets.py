@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import hashlib
 import logging
 import multiprocessing
 import os
@@ -75,6 +76,12 @@ class ImageDataset(Dataset):
         """The labels of all images where they are known without reading them."""
         targets = self.source.targets
         return targets if targets is None or self._numbers is None else self._numbers[targets]
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """What tells this data set from what it was before a change; plain values, for a checkpoint."""
+        targets = self.targets
+        labels = "" if targets is None else hashlib.blake2b(targets.astype("<i4").tobytes(), digest_size=16).hexdigest()
+        return {"images": len(self), "names": self.source.fingerprint, "labels": labels}
 
     def number_labels_as(self, classes: Sequence[str], owner: str, exactly: bool = False) -> None:
         """Let labels count in `classes`, the names of which belong to `owner` (for messages), whatever their order.

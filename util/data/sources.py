@@ -36,12 +36,14 @@ class Source(Protocol):
     numbered: the data tell numbers of classes, not names: `classes` are '0', '1', ... as far as labels occur.
     streamed: images cannot be read by number.
     targets: labels (number of images,) where they are known without reading the images, else None.
+    fingerprint: changes when images are added, removed or renamed, as far as that is seen at once; else ''.
     """
 
     classes: list[str] | None
     numbered: bool
     streamed: bool
     targets: np.ndarray | None
+    fingerprint: str
 
     def __len__(self) -> int: ...
 
@@ -61,6 +63,7 @@ class FileSource:
         self.index, self.in_chans, self.ignore_exif = index, in_chans, ignore_exif
         self.classes, self.numbered = index.classes, numbered
         self.targets = None if index.classes is None else index.targets
+        self.fingerprint = index.fingerprint()
 
     def __len__(self) -> int:
         return len(self.index)

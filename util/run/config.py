@@ -20,12 +20,7 @@ from typing import Any, ClassVar, TypeVar
 from util.errors import UserError
 from util.run.launch import Launch
 from util.run.optim import resolve_precision
-from util.weights.settings import (
-    CLASSIFIER_MODELS,
-    PRETRAINING_MODELS,
-    WeightSettings,
-    encoder_of,
-)
+from util.weights.settings import CLASSIFIER_MODELS, PRETRAINING_MODELS, WeightSettings, encoder_of
 
 logger = logging.getLogger(__name__)
 
@@ -138,9 +133,7 @@ class WeightFlags(Config):
         "standard deviation of each channel, likewise (default: that of the weights, else ImageNet's, or 0.25)",
         "X",
     )
-    allow_odd_statistics: bool = flag(
-        False, "go on where --mean and --std are far from those of the images", on_resume=FREE
-    )
+    allow_odd_statistics: bool = flag(False, "go on where --mean and --std do not fit the images", on_resume=FREE)
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,29 @@ def check_recipe(checkpoint: dict[str, Any], config: TrainingConfig) -> None:
         logger.warning("resuming by --resume_force with another recipe: %s", error)
 
 
+def check_data(checkpoint: dict[str, Any], data: dict[str, dict]) -> None:
+    """Warn where the images are not those of the checkpoint, and say what that means."""
+    recorded = checkpoint.get("data")
+    for split, now in data.items():
+        before = recorded.get(split) if isinstance(recorded, dict) else None
+        if not isinstance(before, dict) or before == now:
+            continue
+        if before.get("images") != now["images"]:
+            change = f"{before.get('images')} -> {now['images']} images"
+        elif before.get("names") != now["names"]:
+            change = f"{now['images']} images as before, but under other names"
+        else:
+            change = "the same images, but with other labels"
+        if split == "train":
+            meaning = (
+                "the run goes on, but not as an uninterrupted one: from here its epochs have other images in another "
+                "order, and as many steps as there are images for"
+            )
+        else:
+            meaning = "accuracies before and after cannot be compared, so the best epoch so far may not be the best"
+        logger.warning("the %s images are not those of the checkpoint: %s; %s", split, change, meaning)
+
+
 # --- The run ---
 
 
@@ -273,6 +296,7 @@ def open_run(
     progress.epoch = config.start_epoch
     if start.checkpoint is not None:
         check_recipe(start.checkpoint, config)
+        check_data(start.checkpoint, state.data)
         state.restore(start.checkpoint, steps_per_epoch)
         start.checkpoint = None  # its memory is wanted
         logger.info("resumed at %s", progress)
@@ -282,7 +306,7 @@ def open_run(
             state.model_ema.set(state.model)
     check_statistics(config, loader.dataset)
     with unreadable_is_user_error(f"{config.output_dir} or {config.log_dir} cannot be written to"):
-        write_configuration(config)
+        write_configuration(config, state.data)
         log = RunLog(
             config.output_dir,
             config.log_dir,
@@ -299,12 +323,13 @@ def open_run(
     return Run(config, device, model, state, loader, normalize.to(device), start.folder, log, guard, preemption)
 
 
-def write_configuration(config: TrainingConfig) -> None:
-    """Store the configuration and the environment in the run's folder as config.json (rank 0)."""
+def write_configuration(config: TrainingConfig, data: dict[str, dict]) -> None:
+    """Store the configuration, the data's fingerprint and the environment in the run's config.json (rank 0)."""
     if distributed.is_main_process():
         path = Path(config.output_dir) / "config.json"
         temporary = path.with_name(".config.json.tmp")
-        content = {"config": config.as_dict(), "environment": describe_environment(torch.device(config.device))}
+        environment = describe_environment(torch.device(config.device))
+        content = {"config": config.as_dict(), "data": data, "environment": environment}
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", errors="surrogateescape")
         os.replace(temporary, path)
 
