@@ -17,6 +17,7 @@ The paper's experiments, on Slurm or here:
 import argparse
 import csv
 import logging
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,7 +252,11 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
             trunc_normal_(model.head.weight, std=HEAD_INIT_STD)
 
     normalize = Normalize(config.mean, config.std)
-    return open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights), validation
+    divides = config.val_share > 0 and start.checkpoint is None and launch.rank == 0
+    run = open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights)
+    if divides:
+        write_division(config, validation.dataset)
+    return run, validation
 
 
 def train(run: Run, validation: DataLoader) -> None:
@@ -286,6 +291,39 @@ def describe_result(config: FinetuneConfig, result: Evaluation, checkpoint: str)
         f"({config.model} at {config.input_size[0]}x{config.input_size[1]}) on {result.images} images of "
         f"{config.data_path}"
     )
+
+
+def check_division(config: FinetuneConfig, dataset: ImageDataset, info: WeightsInfo) -> None:
+    """With --val_share: the images to evaluate must not have been trained on.
+
+    Raises:
+        UserError: the weights were trained with another --val_share.
+    """
+    recorded = info.args.get("val_share")
+    if recorded and config.val_share and recorded != config.val_share:
+        raise UserError(
+            f"--val_share {config.val_share:g}, but {info} was trained with --val_share {recorded:g}: others of these "
+            "images were trained on"
+        )
+    before, now = info.data.get("val"), dataset.fingerprint()
+    if config.val_share and isinstance(before, dict) and before.get("names") != now["names"]:
+        logger.warning(
+            "the %d images set aside by --val_share are not the %s of the training of %s, since images were added, "
+            "removed or renamed: some may have been trained on. Its output folder lists those that were not: val.txt",
+            now["images"], before.get("images"), info,
+        )  # fmt: skip
+
+
+def write_division(config: FinetuneConfig, dataset: ImageDataset) -> None:
+    """With --val_share: list the validation images as `val.txt` in the output folder, which --data_path takes."""
+    path = Path(config.output_dir) / "val.txt"
+    with (
+        unreadable_is_user_error(f"{path} cannot be written"),
+        open(path, "w", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        for index, target in enumerate(dataset.targets):
+            if "\n" not in (image := os.path.abspath(dataset.path_of(index))):  # which a list cannot hold
+                file.write(f"{image}\t{target}\n")
 
 
 def classes_to_evaluate(
@@ -327,6 +365,7 @@ def evaluate_only(flags: argparse.Namespace, launch: Launch) -> None:
     validation = build_validation(config, launch)
     dataset, device = validation.dataset, launch.device
     check_statistics(config, dataset)
+    check_division(config, dataset, info)
     model = build_classifier(config, classes_to_evaluate(config, dataset, weights, info))
     logger.info("%s", load_classifier(model, weights, info))
     if config.predictions and launch.rank == 0:  # while an evaluation is not yet lost

@@ -299,6 +299,7 @@ class FolderOfImages:
     dataset: str = ""
     bad_images: str = "error"
     max_bad_images: float = 0.0
+    val_share: float = 0.0
     ignore_exif: bool = False
 
 

@@ -122,6 +122,29 @@ class ImageIndex:
         table = np.array([position[name] for name in self.classes or []], dtype=np.int32)
         return replace(self, targets=table[self.targets], classes=list(classes))
 
+    def set_aside(self, share: float) -> np.ndarray:
+        """Which images are kept for validation, (number of images,) bool: `share` of each class.
+
+        At least one of each, and not all. Images are chosen by hashes of their names: the same ones on every machine
+        and for every seed, and others added later hardly change which. Raises UserError when none would be chosen.
+        """
+        hashes = [hashlib.blake2b(os.fsencode(self.names[i]), digest_size=8).digest() for i in range(len(self))]
+        classes = self.targets - self.targets.min()
+        order = np.lexsort((np.frombuffer(b"".join(hashes), dtype=">u8"), classes))
+        counts = np.bincount(classes)
+        rank = np.arange(len(self)) - np.repeat(np.cumsum(counts) - counts, counts)  # in its class
+        chosen = np.minimum(np.maximum(np.rint(share * counts).astype(int), 1), counts - 1)
+        aside = np.zeros(len(self), dtype=bool)
+        aside[order] = rank < chosen[classes[order]]
+        if not aside.any():
+            raise UserError(f"--val_share {share:g} of {len(self)} images leaves none for validation: add images")
+        return aside
+
+    def select(self, chosen: np.ndarray) -> "ImageIndex":
+        """The images where `chosen`, (number of images,) bool, is true."""
+        names = StringTable.of([os.fsencode(self.names[i]) for i in np.flatnonzero(chosen)])
+        return replace(self, names=names, targets=self.targets[chosen])
+
 
 def abbreviate(names: list[str], shown: int = 5) -> str:
     """The first few names, for a message."""

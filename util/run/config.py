@@ -162,6 +162,9 @@ class DataFlags(Config):
         on_resume=other_bits("identical only if it holds the same images in the same order"),
     )
     dataset: str = flag("", "a timm.data.create_dataset name instead of files, under --data_path", "NAME")
+    val_share: float = flag(
+        0.0, "part of each class set aside for validation, where there is no val/", "SHARE", BELOW_1
+    )
     ignore_exif: bool = flag(
         False, "do not rotate photographs as their EXIF orientation says (the authors' code does not)"
     )

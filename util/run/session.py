@@ -138,7 +138,10 @@ def check_data(checkpoint: dict[str, Any], data: dict[str, dict]) -> None:
                 "order, and as many steps as there are images for"
             )
         else:
-            meaning = "accuracies before and after cannot be compared, so the best epoch so far may not be the best"
+            meaning = (
+                "accuracies before and after cannot be compared, so the best epoch so far may not be the best; with "
+                "--val_share, some of these images may have been trained on"
+            )
         logger.warning("the %s images are not those of the checkpoint: %s; %s", split, change, meaning)
 
 

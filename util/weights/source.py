@@ -22,6 +22,7 @@ class WeightsInfo:
     args: dict[str, Any] = field(default_factory=dict)  # the recorded configuration, if there is one
     epoch: int | None = None  # the recorded epoch, if there is one
     classes: list[str] | None = None  # the recorded names of a classifier's classes, if there are any
+    data: dict[str, Any] = field(default_factory=dict)  # the recorded fingerprints of its images
 
     def __str__(self) -> str:
         return self.source
@@ -44,7 +45,7 @@ def read_weights(source: str | os.PathLike, ema: bool = False) -> tuple[dict[str
     path = locate(os.fspath(source))
     checkpoint = read_checkpoint(path, mmap=True)
     state_dict, layout = normalise_state_dict(checkpoint, path, ema)
-    args, epoch = checkpoint.get("args"), checkpoint.get("epoch")
+    args, epoch, data = checkpoint.get("args"), checkpoint.get("epoch"), checkpoint.get("data")
     return state_dict, WeightsInfo(
         source=os.fspath(source),
         path=path,
@@ -52,6 +53,7 @@ def read_weights(source: str | os.PathLike, ema: bool = False) -> tuple[dict[str
         args=args if isinstance(args, dict) else {},
         epoch=epoch if isinstance(epoch, int) else None,
         classes=recorded_classes(checkpoint, source),
+        data=data if isinstance(data, dict) else {},
     )
 
 
