@@ -43,7 +43,7 @@ def init_distributed(flags: argparse.Namespace) -> Launch:
     """Detect the launcher, choose the device and start the process groups.
 
     Args:
-        flags: those of `add_distributed_arguments`, and `device` ('auto', 'cuda', 'cuda:I' or 'cpu').
+        flags: those of `util.run.config.ProcessFlags`, and `device` ('auto', 'cuda', 'cuda:I' or 'cpu').
 
     Raises:
         LaunchError: contradictory variables or flags, or more processes on this node than GPUs.
