@@ -193,6 +193,16 @@ def match_classes(own: Sequence[str], classes: Sequence[str], owner: str, exactl
     return np.array([position[name] for name in own], dtype=np.int32)
 
 
+def check_targets(targets: torch.Tensor, nb_classes: int) -> None:
+    """Raise a BadImageError for a label that is not a class."""
+    if targets.min() < 0 or targets.max() >= nb_classes:
+        wrong = targets[(targets < 0) | (targets >= nb_classes)].unique().tolist()
+        raise BadImageError(
+            f"labels {wrong} lie outside the {nb_classes} classes (0 to {nb_classes - 1}): "
+            "correct the labels of the data, or --nb_classes"
+        )
+
+
 def build_dataset(config: DataSettings, split: str, transform: Callable, require_labels: bool = False) -> ImageDataset:
     """The data set of `split` ('train' or 'val') that `config` names (see util.data.sources).
 
