@@ -16,6 +16,7 @@ from trials import Trial
 import main_pretrain
 from util import knn
 from util.data.transforms import Normalize
+from util.run.config import given_flags
 from util.run.launch import detect_launch
 from util.weights.file import read_checkpoint, write_checkpoint
 from util.weights.settings import ENCODERS
@@ -60,13 +61,12 @@ def checkpoint(tmp_path_factory) -> str:
 SINGLE = detect_launch({})  # one process on the CPU
 
 
-def command(checkpoint: str, images: Path, *flags: str) -> argparse.Namespace:
-    """The command's flags."""
+def command(checkpoint: str, images: Path, *flags: str) -> knn.KnnConfig:
     flags = ["--checkpoint", checkpoint, "--data_path", images, "--num_workers", "0", "--device", "cpu", *flags]
-    return knn.get_args_parser().parse_args([str(flag) for flag in flags])
+    return given_flags(knn.KnnConfig, knn.get_args_parser().parse_args([str(flag) for flag in flags]))
 
 
-def measure(flags: argparse.Namespace) -> dict:
+def measure(flags: knn.KnnConfig) -> dict:
     return knn.evaluate(flags, SINGLE)
 
 
@@ -209,12 +209,12 @@ def test_a_checkpoint_that_records_nonsense_is_said_in_one_line(checkpoint, imag
     "flags, message",
     [
         (["--k", "34"], r"k must lie between 1 and the 33 training images, got \[34\]"),
-        (["--temperature", "0"], r"--temperature and --batch_size must be positive, got 0 and 64"),
+        (["--temperature", "0"], r"--temperature must be positive, got 0"),
         (["--model", "resnet50"], r"--model resnet50 is not known"),
         (["--in_chans", "3"], r"trained on images with 1 channels, the model takes 3"),
         (["--checkpoint", "nowhere.pth"], r"nowhere\.pth"),
         (["--data_path", "nowhere"], r"nowhere"),
-        (["--mean", "0.5", "0.5"], r"mean has 2 values and std 1"),
+        (["--mean", "0.5", "0.5"], r"--mean needs one value for each of 1 channels, got \(0.5, 0.5\)"),
     ],
 )
 def test_mistakes_are_explained(checkpoint, images, capfd, flags, message):
