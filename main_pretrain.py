@@ -115,7 +115,8 @@ def prepare(
     if config.compile:
         model.compile_blocks()
     scaler = make_scaler(config.precision, launch.device)
-    state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress())
+    data = {"train": dataset.fingerprint()}
+    state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress(), data=data)
     labelled = labelled_datasets(config, NEIGHBOURS) if config.knn_every else None
 
     def load_weights(weights: dict[str, Tensor], source: WeightsInfo) -> None:

@@ -339,7 +339,7 @@ def test_a_classifier_is_asked_for_and_a_pretraining_file_given():
     message = refusal(load_classifier, classifier(), classifier(num_classes=0).state_dict())
     assert "holds an encoder without a classification head" in message
     message = refusal(load_classifier, classifier(num_classes=9), classifier().state_dict())
-    assert "classifies 5 classes, the model 9: set --nb_classes 5" in message
+    assert "classifies 5 classes, the model 9: they must be the same" in message
 
 
 def test_a_pretraining_file_is_asked_for_and_a_classifier_given():

@@ -34,6 +34,7 @@ from util.run.flags import AT_LEAST_1, POSITIVE, Config, flag, get_parser, given
 from util.run.launch import Launch
 from util.run.logger import setup_logging
 from util.run.optim import autocast
+from util.run.session import check_statistics
 from util.seeding import seed_all
 from util.weights.layouts import load_encoder
 from util.weights.settings import model_arguments, weight_settings
@@ -205,6 +206,7 @@ def evaluate(given: KnnConfig, launch: Launch) -> dict:
     model, config, info = load_model(given, launch)
     normalize = Normalize(config.mean, config.std).to(launch.device)
     train, val = labelled_datasets(config, config.k)
+    check_statistics(config, train)
     accuracy = knn_accuracy(model, train, val, normalize, config, config.k, config.temperature)
     return {
         "accuracy": {str(k): value for k, value in accuracy.items()},  # k -> top-1 in percent

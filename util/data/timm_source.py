@@ -37,7 +37,8 @@ class ReaderSource:
     before class10.
     """
 
-    targets = None
+    targets, fingerprint = None, ""
+    numbered = streamed = False
 
     def __init__(self, reader, in_chans: int, ignore_exif: bool, sort_classes: bool):
         self.reader, self.in_chans, self.ignore_exif = reader, in_chans, ignore_exif
@@ -84,7 +85,8 @@ class ReaderSource:
 class PillowSource:
     """A torchvision data set, whose items are (Pillow image, target)."""
 
-    targets = None
+    targets, fingerprint = None, ""
+    numbered = streamed = False
 
     def __init__(self, dataset, name: str, in_chans: int, ignore_exif: bool):
         self.dataset, self.name, self.in_chans, self.ignore_exif = dataset, name, in_chans, ignore_exif
@@ -110,6 +112,8 @@ class StreamSource(PillowSource):
     timm shares the stream out among ranks and workers. When a worker's part is at its end, it begins again with the
     next epoch's shuffling.
     """
+
+    streamed = True
 
     def __init__(self, dataset: IterableDataset, name: str, in_chans: int, ignore_exif: bool):
         super().__init__(dataset, name, in_chans, ignore_exif)
@@ -171,7 +175,9 @@ def open_timm_source(
         logger.warning("%s is streamed: a resumed run will not see the same images as an uninterrupted one", name)
         return StreamSource(dataset, name, in_chans, ignore_exif)
     if hasattr(dataset, "reader"):
-        return ReaderSource(dataset.reader, in_chans, ignore_exif, sort_classes=not name)
+        source = ReaderSource(dataset.reader, in_chans, ignore_exif, sort_classes=not name)
+        source.fingerprint = "" if name else f"{path.stat().st_size} bytes"
+        return source
     return PillowSource(dataset, name, in_chans, ignore_exif)
 
 

@@ -65,6 +65,7 @@ class WeightFlags(Config):
         "standard deviation per channel, in the same units (default: that of the weights, else ImageNet's, or 0.25)",
         "X",
     )
+    allow_odd_statistics: bool = flag(False, "go on where --mean and --std do not fit the images", on_resume=FREE)
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,9 @@ class DataFlags(Config):
         on_resume=other_bits("identical only if it holds the same images in the same order"),
     )
     dataset: str = flag("", "a data set that timm.data.create_dataset knows, with --data_path as its root", "NAME")
+    val_share: float = flag(
+        0.0, "fraction of each class set aside for validation if there is no val/", "FRACTION", BELOW_1
+    )
     ignore_exif: bool = flag(False, "ignore the EXIF orientation of photographs, as the authors' code does")
     bad_images: str = flag(
         "error",

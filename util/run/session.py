@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from util.data.datasets import ImageDataset
 from util.data.decoding import BadImageError
+from util.data.statistics import check_images
 from util.data.transforms import Normalize
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
 from util.run.allocator import keep_freed_memory
 from util.run.checkpoint_folder import CheckpointFolder, SaveError
-from util.run.config import TrainingConfig, compare_recipes
+from util.run.config import Config, TrainingConfig, compare_recipes
 from util.run.failures import CollectiveError, explain_collective_failures, in_one_line
 from util.run.logger import RunLog, describe_environment
 from util.run.metrics import SPIKE_HISTORY, StepMeter
@@ -112,6 +114,32 @@ def check_recipe(checkpoint: dict[str, Any], config: TrainingConfig) -> None:
         )
     for error in errors:
         logger.warning("resuming by --resume_force with another recipe: %s", error)
+
+
+def check_data(checkpoint: dict[str, Any], data: dict[str, dict]) -> None:
+    """Warn where the images are not those of the checkpoint, and say what that means."""
+    recorded = checkpoint.get("data")
+    for split, now in data.items():
+        before = recorded.get(split) if isinstance(recorded, dict) else None
+        if not isinstance(before, dict) or before == now:
+            continue
+        if before.get("images") != now["images"]:
+            change = f"{before.get('images')} -> {now['images']} images"
+        elif before.get("names") != now["names"]:
+            change = f"{now['images']} images as before, but under other names"
+        else:
+            change = "the same images, but with other labels"
+        if split == "train":
+            meaning = (
+                "the run goes on, but not as an uninterrupted one: from here its epochs have other images in another "
+                "order, and as many steps as there are images for"
+            )
+        else:
+            meaning = (
+                "accuracies before and after cannot be compared, so the best epoch so far may not be the best; with "
+                "--val_share, some of these images may have been trained on"
+            )
+        logger.warning("the %s images are not those of the checkpoint: %s; %s", split, change, meaning)
 
 
 # --- The run ---
@@ -264,7 +292,7 @@ def open_run(
 
     Raises:
         CheckpointError: the checkpoint or the weights are not of this model or recipe.
-        UserError: the run's files cannot be written.
+        UserError: the run's files cannot be written, or the images are in other units than `normalize` expects.
     """
     if device.type == "cpu":
         keep_freed_memory()
@@ -273,6 +301,7 @@ def open_run(
     progress.epoch = config.start_epoch
     if start.checkpoint is not None:
         check_recipe(start.checkpoint, config)
+        check_data(start.checkpoint, state.data)
         state.restore(start.checkpoint, steps_per_epoch)
         start.checkpoint = None  # its memory is wanted
         logger.info("resumed at %s", progress)
@@ -281,8 +310,9 @@ def open_run(
         start.weights = None
         if state.model_ema is not None:
             state.model_ema.set(state.model)
+    check_statistics(config, loader.dataset)
     with unreadable_is_user_error(f"{config.output_dir} or {config.log_dir} cannot be written to"):
-        write_configuration(config, state.settings)
+        write_configuration(config, state)
         log = RunLog(
             config.output_dir,
             config.log_dir,
@@ -299,14 +329,34 @@ def open_run(
     return Run(config, device, model, state, loader, normalize.to(device), start.folder, log, guard, preemption)
 
 
-def write_configuration(config: TrainingConfig, settings: Mapping[str, Any]) -> None:
-    """Store the settings and the environment in the run's folder as config.json (rank 0)."""
+def write_configuration(config: TrainingConfig, state: TrainingState) -> None:
+    """Store the settings, the data's fingerprint and the environment in the run's folder as config.json (rank 0)."""
     if distributed.is_main_process():
         path = Path(config.output_dir) / "config.json"
         temporary = path.with_name(".config.json.tmp")
-        content = {"config": dict(settings), "environment": describe_environment(torch.device(config.device))}
+        environment = describe_environment(torch.device(config.device))
+        content = {"config": dict(state.settings), "data": state.data, "environment": environment}
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", errors="surrogateescape")
         os.replace(temporary, path)
+
+
+def check_statistics(config: Config, dataset: ImageDataset) -> None:
+    """Look at a sample of the images, on rank 0 for all, before anything is made of them.
+
+    Raises:
+        UserError: they are not in the units of `config.mean` and `config.std`, and no `config.allow_odd_statistics`.
+    """
+    found = None
+    if distributed.is_main_process() and (images := dataset.sample()):
+        found = check_images(images, config.mean, config.std)
+    error, warning = distributed.gather_objects(found)[0] or ("", "")
+    if error and not config.allow_odd_statistics:
+        raise UserError(
+            f"{config.data_path}: {error}. Give these flags (or for weights that are trained already, bring the images "
+            "into the units of their training); --allow_odd_statistics goes on all the same"
+        )
+    if error or warning:
+        logger.warning("%s: %s", config.data_path, error or warning)
 
 
 @contextlib.contextmanager
