@@ -264,6 +264,17 @@ def stop_signal(step: int, signum: int = signal.SIGTERM) -> Sabotage:
     return at_step(step, action)
 
 
+def waiting_for(path: Path, step: int = 1) -> Sabotage:
+    """Spoils nothing: step `step` ends when there is a file `path`."""
+
+    def wait(loss: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
+        while not path.exists():
+            time.sleep(0.005)
+        return loss
+
+    return at_step(step, wait)
+
+
 # --- Watching -----------------------------------------------------------------------------------------------
 
 FORBIDDEN = "FORBIDDEN"  # before what a watched run should not have done, in its output

@@ -23,6 +23,7 @@ from util.data.decoding import BadImageError
 from util.errors import UserError
 from util.run import distributed
 from util.run.distributed import CollectiveError, World
+from util.run.folder_lock import release_folder
 from util.run.launch import stated_rank
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,12 @@ def user_errors() -> Iterator[None]:
     collective are one rank's own.
     """
     try:
-        with explain_collective_failures():
-            yield
+        try:
+            with explain_collective_failures():
+                yield
+        except BaseException:
+            release_folder()
+            raise
     except (UserError, BadImageError, CollectiveError) as error:
         rank, has_companions = stated_rank(os.environ)
         message = f"{Path(sys.argv[0]).name}: error: {in_one_line(error)}"

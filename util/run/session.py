@@ -25,6 +25,7 @@ from util.run.allocator import keep_freed_memory
 from util.run.checkpoint_folder import CheckpointFolder, SaveError
 from util.run.config import TrainingConfig, compare_recipes
 from util.run.failures import CollectiveError, explain_collective_failures, in_one_line
+from util.run.folder_lock import release_folder, take_folder
 from util.run.logger import RunLog, describe_environment
 from util.run.metrics import SPIKE_HISTORY, StepMeter
 from util.run.nonfinite import NonFiniteError, NonFiniteGuard
@@ -62,18 +63,19 @@ class Start:
 
 
 def find_start(flags: Any) -> Start:
-    """Open the output folder, and find what --resume or else --finetune names; the same on all ranks.
+    """Take and open the output folder, and find what --resume or else --finetune names; the same on all ranks.
 
     Rank 0 looks for the checkpoint to resume; the others read the file that it found. A resumed run reads nothing of
     --finetune.
 
     Raises:
         CheckpointError: a file is missing, damaged or of another kind.
-        UserError: the folder cannot be written to, or holds a run that this one would replace.
+        UserError: the folder cannot be written to, is another run's, or holds one that this one would replace.
     """
     folder, found, error = None, None, None
     if distributed.is_main_process():
         try:
+            take_folder(flags.output_dir)
             folder = CheckpointFolder(flags.output_dir, flags.keep_checkpoints)
             refuse_to_replace_a_run(folder, flags.resume)
             found = folder.resume(flags.resume)
@@ -239,10 +241,11 @@ class Run:
         logger.info("epoch %d done: %s", epoch, ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
 
     def close(self) -> None:
-        """Wait for the last checkpoint to be on the disk, and close the logs."""
+        """Wait for the last checkpoint to be on the disk, close the logs and give the folder free."""
         if self.folder is not None:
             self.folder.wait(final=True)
         self.log.close()
+        release_folder()
         self.preemption.close()
 
 
@@ -351,6 +354,7 @@ def orderly_end(run: Run) -> Iterator[None]:
             logger.warning("%s", stopped)
             if run.folder is not None:
                 run.folder.wait(final=True)
+            release_folder()  # a requeued job may start elsewhere before this process has ended
             run.preemption.exit_for_requeue()
     except (NonFiniteError, BadImageError, CollectiveError, SaveError) as error:
         if distributed.is_main_process() or not isinstance(error, NonFiniteError):
@@ -358,6 +362,9 @@ def orderly_end(run: Run) -> Iterator[None]:
         if run.folder is not None:
             with contextlib.suppress(SaveError):  # of the checkpoint under way, after the error that ends the run
                 run.folder.wait()
+        release_folder()
         sys.stdout.flush()
         # At once, without Python's shutdown: a rank that hangs must not keep this one waiting for its goodbye.
         os._exit(1)
+    finally:
+        release_folder()
