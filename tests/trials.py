@@ -77,6 +77,7 @@ class Trial:
             if ranks > 1:
                 os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
             torch.set_num_threads(1)
+            os.environ["OMP_NUM_THREADS"] = "1"
             if sabotage is not None:
                 sabotage(rank)
             sys.argv = ["main_pretrain.py", *arguments]

@@ -9,6 +9,9 @@ length 1, and each of the k most similar training images votes for its class wit
 features here are the mean of the encoder's normed last stage, as the classification head sees them.
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import json
 import logging
