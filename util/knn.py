@@ -197,6 +197,10 @@ def load_model(flags: argparse.Namespace, launch: Launch) -> tuple[SwinTransform
     """
     if not flags.checkpoint:
         raise UserError("--checkpoint is missing: give a file of weights, or a published name such as base_600ep")
+    if not flags.data_path and not flags.dataset:
+        raise UserError(
+            "--data_path is missing: give a folder with train/ and val/ in it, both with one folder of images per class"
+        )
     weights, info = read_weights(flags.checkpoint, ema=flags.model_ema)
     settings = weight_settings(info.args, flags.checkpoint, vars(flags))
     config = resolve(KnnConfig, flags, launch, settings)

@@ -25,6 +25,7 @@ from util.data.timm_source import open_timm_source
 from util.errors import UserError, unreadable_is_user_error
 
 FOLDER_DATASETS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
+ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 MAX_CLASSES = 100_000  # a larger number behind a file name in a list is no label
 LIST_LINE = re.compile(rf"(.*(?:{'|'.join(map(re.escape, IMAGE_EXTENSIONS))}))(?:[ \t]+(\d{{1,18}}))?", re.IGNORECASE)
 
@@ -84,6 +85,7 @@ def open_source(config: DataSettings, split: str, require_labels: bool) -> Sourc
             different = sorted(set(source.classes or ()) ^ set(train_classes))
             raise UserError(f"{tar} and the training images differ in their classes: {abbreviate(different)}")
     elif path.is_file():
+        refuse_what_is_no_list(path)
         source = FileSource(_read_list(path, split), config.in_chans, config.ignore_exif)
     elif path.is_dir():
         index = _folder_index(path, split, require_labels)
@@ -95,6 +97,26 @@ def open_source(config: DataSettings, split: str, require_labels: bool) -> Sourc
     if require_labels and source.classes is None:
         raise UserError(f"the images of {config.data_path} ({split}) have no labels: put them in one folder per class")
     return source
+
+
+def refuse_what_is_no_list(path: Path) -> None:
+    """Raise a UserError for a file that is given as --data_path but lists no images, with what to give instead."""
+    name = path.name.lower()
+    if name.endswith(ARCHIVES):
+        raise UserError(
+            f"--data_path {path} is a compressed archive: unpack it and give the folder, or make an uncompressed .tar "
+            "of its images (they do not become smaller by compression)"
+        )
+    if name.endswith(tuple(IMAGE_EXTENSIONS)):
+        raise UserError(
+            f"--data_path {path} is one image: give the folder that holds the images ({path.parent}), or a text file "
+            "that lists them"
+        )
+    with open(path, "rb") as file:
+        if b"\0" in file.read(1024):
+            raise UserError(
+                f"--data_path {path} is neither a folder of images, nor a text file that lists them, nor a .tar of them"
+            )
 
 
 def _tar_file(data_path: Path, split: str) -> Path | None:

@@ -27,6 +27,7 @@ OPTIONAL_PACKAGES = {
     "wds": ("webdataset", "pip install webdataset"),
     "tfds": ("tensorflow_datasets", "pip install tensorflow tensorflow-datasets"),
 }
+PREFIXES = ("torch", *OPTIONAL_PACKAGES)
 SPLITS = {"train": "train", "val": "validation"}
 
 
@@ -145,6 +146,11 @@ def open_timm_source(
     if in_chans not in (1, 3):
         raise UserError(f"--dataset {name or path} holds pictures, --in_chans must be 1 or 3, got {in_chans}")
     prefix = name.partition("/")[0].lower()
+    if name and prefix not in PREFIXES:
+        raise UserError(
+            f"--dataset {name} is not known: give one of timm's, {', '.join(f'{known}/NAME' for known in PREFIXES)}, "
+            "or leave the flag out for a folder, list or tar of images"
+        )
     package, install = OPTIONAL_PACKAGES.get(prefix, (None, None))
     if package and importlib.util.find_spec(package) is None:
         raise UserError(f"--dataset {name} needs the package {package}, which is not installed: {install}")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from util.errors import UserError
+from util.run.command_line import HelpFormatter, Parser
 from util.run.launch import Launch
 from util.run.optim import resolve_precision
 from util.weights.settings import (
@@ -300,19 +301,9 @@ class TrainingConfig(WeightFlags, ModelFlags, OptimizerFlags, DataFlags, DeviceF
 # --- The command line ---
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of every flag that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS)) or action.default == ""
-        return action.help if hidden or "default" in action.help else super()._get_help_string(action)
-
-
 def get_parser(config_class: type[Config], description: str, prog: str | None = None) -> argparse.ArgumentParser:
     """The command line of a configuration class: one argument group for each class of flags that it is made of."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, prog=prog, description=description, formatter_class=HelpFormatter
-    )
+    parser = Parser(allow_abbrev=False, prog=prog, description=description, formatter_class=HelpFormatter)
     kinds = typing.get_type_hints(config_class)
     by_name = {field.name: field for field in dataclasses.fields(config_class)}
     for flags in config_class.__mro__:

@@ -24,7 +24,13 @@ from util.run import distributed
 from util.run.allocator import keep_freed_memory
 from util.run.checkpoint_folder import CheckpointFolder, SaveError
 from util.run.config import TrainingConfig, compare_recipes
-from util.run.failures import CollectiveError, explain_collective_failures, in_one_line
+from util.run.failures import (
+    CollectiveError,
+    WorkerError,
+    explain_collective_failures,
+    explain_worker_failures,
+    in_one_line,
+)
 from util.run.folder_lock import release_folder, take_folder
 from util.run.logger import RunLog, describe_environment
 from util.run.metrics import SPIKE_HISTORY, StepMeter
@@ -49,9 +55,14 @@ class Start:
     weights: tuple[dict[str, Tensor], WeightsInfo] | None = None
 
     def settings(self, flags: Any, pretraining: bool, default_model: str) -> WeightSettings:
-        """What belongs to the weights: given by flags, else recorded in the checkpoint or with the weights."""
+        """What belongs to the weights: given by flags, else recorded in the checkpoint or with the weights.
+
+        Raises:
+            CheckpointError: the checkpoint is one of the other kind of run.
+        """
         if self.checkpoint is not None:
             recorded, source = self.checkpoint.get("args", {}), "the checkpoint to resume"
+            refuse_the_other_kind_of_run(recorded, flags, pretraining)
         else:
             recorded, source = (self.weights[1].args, self.weights[1].source) if self.weights else ({}, "")
         if self.checkpoint is None:
@@ -96,6 +107,21 @@ def refuse_to_replace_a_run(folder: CheckpointFolder, resume: str) -> None:
         raise UserError(
             f"{folder.folder} holds a run already, which this one would replace: continue it by --resume auto, or give "
             "another --output_dir"
+        )
+
+
+def refuse_the_other_kind_of_run(recorded: dict[str, Any], flags: Any, pretraining: bool) -> None:
+    """Raise a CheckpointError where fine-tuning would resume a pretraining run, or the reverse."""
+    if "mask_ratio" in recorded and not pretraining:
+        path = Path(flags.output_dir) / "checkpoint.pth" if flags.resume == "auto" else Path(flags.resume)
+        raise CheckpointError(
+            f"--resume {flags.resume}: {path.parent} holds a pretraining run, which fine-tuning does not continue but "
+            f"start from: give --finetune {path} and another --output_dir"
+        )
+    if "nb_classes" in recorded and pretraining:
+        raise CheckpointError(
+            f"--resume {flags.resume}: this is a fine-tuning run, which main_finetune.py continues; give another "
+            "--output_dir to pretrain"
         )
 
 
@@ -346,7 +372,7 @@ def orderly_end(run: Run) -> Iterator[None]:
     """
     try:
         try:
-            with explain_collective_failures():
+            with explain_collective_failures(), explain_worker_failures():
                 yield
                 run.close()
                 distributed.shutdown()
@@ -356,7 +382,7 @@ def orderly_end(run: Run) -> Iterator[None]:
                 run.folder.wait(final=True)
             release_folder()  # a requeued job may start elsewhere before this process has ended
             run.preemption.exit_for_requeue()
-    except (NonFiniteError, BadImageError, CollectiveError, SaveError) as error:
+    except (NonFiniteError, BadImageError, CollectiveError, WorkerError, SaveError) as error:
         if distributed.is_main_process() or not isinstance(error, NonFiniteError):
             logger.error("%s", in_one_line(error))
         if run.folder is not None:
