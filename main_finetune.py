@@ -40,6 +40,7 @@ from util.data.transforms import BatchAugmentation, Normalize, eval_transform, t
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
 from util.run.config import (
+    AT_LEAST_1,
     BELOW_1,
     FREE,
     NOT_NEGATIVE,
@@ -48,7 +49,9 @@ from util.run.config import (
     TrainingConfig,
     flag,
     get_parser,
+    given_flags,
     resolve,
+    with_default,
 )
 from util.run.failures import user_errors
 from util.run.launch import Launch
@@ -73,8 +76,14 @@ HEAD_INIT_STD = 2e-5  # of a fresh head on a pretrained encoder: it starts at eq
 class FinetuningFlags(Config):
     TITLE: ClassVar[str] = "fine-tuning"
 
-    # FREE: a checkpoint of another number of classes does not fit the model.
-    nb_classes: int | None = flag(None, "classes (default: those of the data)", "N", on_resume=FREE)
+    # FREE, since weights of another number of classes do not fit the model: loading refuses them.
+    nb_classes: int | None = flag(
+        None,
+        "number of classes (default: as in the data)",
+        "N",
+        (lambda value: value >= 2, "must be at least 2"),
+        on_resume=FREE,
+    )
     layer_decay: float = flag(
         0.7,
         "factor of the learning rate from a layer to the one below",
@@ -96,7 +105,7 @@ class AugmentationFlags(Config):
     color_jitter: float | None = flag(None, "colour jitter, where --aa is '' (default: none)", "X", NOT_NEGATIVE)
     reprob: float = flag(0.25, "probability of random erasing", "P", PROBABILITY)
     remode: str = flag("pixel", "what erased areas become", choices=("const", "rand", "pixel"))
-    recount: int = flag(1, "most areas erased per image", "N")
+    recount: int = flag(1, "maximum number of areas erased per image", "N", AT_LEAST_1)
     resplit: bool = flag(False, "accepted, without effect, for the authors' command lines", on_resume=FREE)
     mixup: float = flag(0.0, "mixup; 0: off", "ALPHA")
     cutmix: float = flag(0.0, "cutmix; 0: off", "ALPHA")
@@ -123,7 +132,9 @@ class EvaluationFlags(Config):
 
 @dataclass(frozen=True)
 class FinetuneConfig(FinetuningFlags, AugmentationFlags, EvaluationFlags, TrainingConfig):
-    DEFAULTS: ClassVar[dict] = dict(drop_path=0.1, epochs=100, blr=5e-4, min_lr=1e-6, warmup_epochs=5)
+    drop_path: float = with_default(TrainingConfig, "drop_path", 0.1)
+    blr: float = with_default(TrainingConfig, "blr", 5e-4)
+    min_lr: float = with_default(TrainingConfig, "min_lr", 1e-6)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,14 +145,8 @@ class FinetuneConfig(FinetuningFlags, AugmentationFlags, EvaluationFlags, Traini
             )
         if (self.per_class or self.predictions) and not self.eval:
             raise UserError("--per_class and --predictions go with --eval")
-        if self.eval and self.weights_to_evaluate in ("", "auto"):
+        if self.eval and (self.finetune or self.resume) in ("", "auto"):
             raise UserError("--eval needs the weights to evaluate: --finetune WEIGHTS (or --resume PATH)")
-        if self.freeze_encoder and not (self.finetune or self.resume):
-            logger.warning("--freeze_encoder without --finetune probes an encoder of random weights")
-
-    @property
-    def weights_to_evaluate(self) -> str:
-        return self.finetune or self.resume
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -187,6 +192,8 @@ def build_classifier(config: FinetuneConfig, num_classes: int) -> SwinTransforme
 
 def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Preemption) -> tuple[Run, DataLoader]:
     """Everything before the first step: the run, and the validation images."""
+    if config.freeze_encoder and not (config.finetune or config.resume):
+        logger.warning("--freeze_encoder without --finetune probes an encoder of random weights")
     dataset = build_dataset(config, "train", train_transform(config), require_labels=True)
     num_classes = count_classes(config, dataset)
     sampler = TrainBatchSampler(
@@ -208,7 +215,8 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
     if config.compile:
         model.compile_blocks()
     scaler = make_scaler(config.precision, launch.device)
-    state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress(), model_ema)
+    recorded = config.as_dict() | {"nb_classes": num_classes}
+    state = TrainingState(model, optimizer, scaler, recorded, Progress(), model_ema)
 
     def load_weights(weights: dict[str, Tensor], source: WeightsInfo) -> None:
         if config.reset_head:
@@ -257,12 +265,12 @@ def describe_result(config: FinetuneConfig, result: Evaluation, checkpoint: str)
     )
 
 
-def evaluate_only(flags: argparse.Namespace, launch: Launch) -> None:
+def evaluate_only(given: FinetuneConfig, launch: Launch) -> None:
     """`--eval`: classify the validation images with the weights of --finetune or --resume."""
-    source = flags.finetune or flags.resume
-    weights, info = read_weights(source, ema=flags.model_ema) if source not in ("", "auto") else ({}, None)
-    settings = weight_settings(info.args if info else {}, source, vars(flags), default_model=DEFAULT_MODEL)
-    config = resolve(FinetuneConfig, flags, launch, settings)
+    source = given.finetune or given.resume
+    weights, info = read_weights(source, ema=given.model_ema)
+    settings = weight_settings(info.args, source, given.as_dict(), default_model=DEFAULT_MODEL)
+    config = resolve(given, launch, settings)
     validation = build_validation(config, launch)
     dataset, device = validation.dataset, launch.device
     model = build_classifier(config, count_classes(config, dataset))
@@ -302,17 +310,18 @@ def write_predictions(path: str, result: Evaluation, dataset: ImageDataset) -> N
 def main(flags: argparse.Namespace) -> None:
     with user_errors():
         setup_logging()
-        launch = distributed.init_distributed(flags)
-        if flags.eval:
-            evaluate_only(flags, launch)
+        given = given_flags(FinetuneConfig, flags)
+        launch = distributed.init_distributed(given)
+        if given.eval:
+            evaluate_only(given, launch)
             distributed.shutdown()
             return
         preemption = Preemption()
         preemption.install()
         log_environment(launch.device)
-        start = find_start(flags)
-        settings = start.settings(flags, pretraining=False, default_model=DEFAULT_MODEL)
-        config = resolve(FinetuneConfig, flags, launch, settings)
+        start = find_start(given)
+        settings = start.settings(given, pretraining=False, default_model=DEFAULT_MODEL)
+        config = resolve(given, launch, settings)
         run, validation = prepare(config, launch, start, preemption)
     with orderly_end(run):
         train(run, validation)

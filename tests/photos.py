@@ -24,6 +24,7 @@ def data_args(data_path, **changes) -> argparse.Namespace:
         bad_images="error",
         max_bad_images=0.01,
         ignore_exif=False,
+        max_pixels=250_000_000,
     )
     return argparse.Namespace(**{**values, **changes})
 

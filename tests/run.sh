@@ -5,6 +5,6 @@
 set -eu
 
 root=$(cd -- "$(dirname -- "$0")/.." && pwd)
-sh "$root/exp/setup.sh" pytest ruff setuptools wheel
+sh "$root/exp/setup.sh" pytest ruff 'setuptools>=77'
 cd -- "$root"
 exec .venv/bin/python -m pytest "$@"

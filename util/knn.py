@@ -33,6 +33,7 @@ from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
 from util.run.config import (
     AT_LEAST_1,
+    POSITIVE,
     Config,
     DataFlags,
     DeviceFlags,
@@ -40,6 +41,7 @@ from util.run.config import (
     WeightFlags,
     flag,
     get_parser,
+    given_flags,
     resolve,
 )
 from util.run.failures import user_errors
@@ -172,7 +174,7 @@ class KnnFlags(Config):
     k: tuple[int, ...] = flag(
         NEIGHBOURS, "how many neighbours vote", "K", (lambda value: min(value) >= 1, "must be at least 1")
     )
-    temperature: float = flag(TEMPERATURE, "of the votes", "T", (lambda value: value > 0, "must be positive"))
+    temperature: float = flag(TEMPERATURE, "of the votes", "T", POSITIVE)
     random_weights: bool = flag(False, "the checkpoint's architecture untrained, for comparison")
     model_ema: bool = flag(False, "the averaged weights in the checkpoint")
     batch_size: int = flag(64, "images per rank at a time", "N", AT_LEAST_1)
@@ -181,7 +183,12 @@ class KnnFlags(Config):
 
 @dataclass(frozen=True)
 class KnnConfig(KnnFlags, WeightFlags, DataFlags, DeviceFlags, ProcessFlags):
-    pass
+    DATA: ClassVar[str] = "a folder with train/ and val/ in it, both with one folder of images per class"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.checkpoint:
+            raise UserError("--checkpoint is missing: give a file of weights, or a published name such as base_600ep")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -189,21 +196,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     return get_parser(KnnConfig, description, "python -m util.knn")
 
 
-def load_model(flags: argparse.Namespace, launch: Launch) -> tuple[SwinTransformer, KnnConfig, WeightsInfo]:
+def load_model(given: KnnConfig, launch: Launch) -> tuple[SwinTransformer, KnnConfig, WeightsInfo]:
     """The encoder of `--checkpoint` on its device, and the configuration, completed by what is recorded with it.
 
     Raises:
         UserError: the weights cannot be used, or do not say which model they are.
     """
-    if not flags.checkpoint:
-        raise UserError("--checkpoint is missing: give a file of weights, or a published name such as base_600ep")
-    if not flags.data_path and not flags.dataset:
-        raise UserError(
-            "--data_path is missing: give a folder with train/ and val/ in it, both with one folder of images per class"
-        )
-    weights, info = read_weights(flags.checkpoint, ema=flags.model_ema)
-    settings = weight_settings(info.args, flags.checkpoint, vars(flags))
-    config = resolve(KnnConfig, flags, launch, settings)
+    weights, info = read_weights(given.checkpoint, ema=given.model_ema)
+    settings = weight_settings(info.args, given.checkpoint, given.as_dict())
+    config = resolve(given, launch, settings)
     seed_all(config.seed, "weights")
     model = timm.create_model(config.model, num_classes=0, **model_arguments(settings))
     if not config.random_weights:
@@ -211,13 +212,13 @@ def load_model(flags: argparse.Namespace, launch: Launch) -> tuple[SwinTransform
     return model.to(launch.device), config, info
 
 
-def evaluate(flags: argparse.Namespace, launch: Launch) -> dict:
+def evaluate(given: KnnConfig, launch: Launch) -> dict:
     """The result with all its settings.
 
     Raises:
         UserError: for what the user can put right.
     """
-    model, config, info = load_model(flags, launch)
+    model, config, info = load_model(given, launch)
     normalize = Normalize(config.mean, config.std).to(launch.device)
     train, val = labelled_datasets(config, config.k)
     accuracy = knn_accuracy(model, train, val, normalize, config, config.k, config.temperature)
@@ -260,16 +261,17 @@ def describe(result: dict) -> str:
 def main(flags: argparse.Namespace) -> None:
     with user_errors():
         setup_logging()
-        launch = distributed.init_distributed(flags)
-        if launch.rank == 0 and flags.out:  # while an evaluation is not yet lost
-            with unreadable_is_user_error(f"--out {flags.out} cannot be written"):
-                Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
-                open(flags.out, "ab").close()
-        result = evaluate(flags, launch)
+        given = given_flags(KnnConfig, flags)
+        launch = distributed.init_distributed(given)
+        if launch.rank == 0 and given.out:  # while an evaluation is not yet lost
+            with unreadable_is_user_error(f"--out {given.out} cannot be written"):
+                Path(given.out).parent.mkdir(parents=True, exist_ok=True)
+                open(given.out, "ab").close()
+        result = evaluate(given, launch)
         logger.info("%s", describe(result))
-        if launch.rank == 0 and flags.out:
-            with unreadable_is_user_error(f"--out {flags.out} cannot be written"):
-                Path(flags.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        if launch.rank == 0 and given.out:
+            with unreadable_is_user_error(f"--out {given.out} cannot be written"):
+                Path(given.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         distributed.shutdown()
 
 

@@ -21,9 +21,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image, ImageColor
 from torch import Tensor
 
@@ -205,12 +202,17 @@ def reconstruction_figure(
 
 def draw_page(columns: list[np.ndarray], hidden: Tensor, caption: str, source: str) -> Image.Image:
     """The columns of images, each (B, H, W, 3), on one page; `hidden` is the mask over the cells (rows, columns)."""
+    # Here, since every rank of a training run imports this module, and one draws.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
     width, height = shown_size(columns[0])
     column_pitch, pair_pitch = max(width, IMAGE_SIDE) + COLUMN_GAP, 2 * height + ROW_GAP + PAIR_GAP
     num_pairs = len(columns[0]) // 2
     caption_lines = textwrap.wrap(caption, LINE_LENGTH)
-    caption_top = HEAD + num_pairs * pair_pitch - 12
-    total_height = caption_top + (len(caption_lines) + bool(source)) * LINE + 36
+    caption_top = HEAD + num_pairs * pair_pitch + 4
+    total_height = caption_top + (len(caption_lines) + bool(source)) * LINE + 20
 
     figure = Figure((WIDTH / 72, total_height / 72), dpi=72)  # so that points are pixels
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(total_height, 0))  # pixels from the top left
@@ -225,6 +227,7 @@ def draw_page(columns: list[np.ndarray], hidden: Tensor, caption: str, source: s
     for number, (heading, explanation) in enumerate(COLUMNS):
         write(LEFT + number * column_pitch, HEAD - 56, heading, size=22)
         write(LEFT + number * column_pitch, HEAD - 29, explanation, size=SMALL, color=MUTED)
+    around, visible, replaced = (outline(region, (height, width)) for region in (hidden | True, ~hidden, hidden))
     for pair in range(num_pairs):
         tops = {"A": HEAD + pair * pair_pitch, "B": HEAD + pair * pair_pitch + height + ROW_GAP}
         axes.plot((74, 74), [top + height / 2 for top in tops.values()], color=HAIRLINE, linewidth=2)
@@ -232,15 +235,16 @@ def draw_page(columns: list[np.ndarray], hidden: Tensor, caption: str, source: s
             middle = tops[own] + height / 2
             axes.plot(74, middle, "o", color=COLOURS[own], markersize=44, markeredgecolor="white", markeredgewidth=8)
             write(74, middle, own, size=TEXT, color="white", ha="center", va="center_baseline")
-            outlines = [{own: hidden | True}, {own: ~hidden, partner: hidden}, {own: ~hidden}, {}]
-            for number, (images, regions) in enumerate(zip(columns, outlines)):
+            outlines = [{own: around}, {own: visible, partner: replaced}, {own: visible}, {}]
+            for number, (images, named_lines) in enumerate(zip(columns, outlines)):
                 image = enlarge(images[index], (width, height))
-                for name, region in regions.items():
-                    image[outline(region, (height, width))] = ImageColor.getrgb(COLOURS[name])
+                for name, lines in named_lines.items():
+                    image[lines] = ImageColor.getrgb(COLOURS[name])
                 left, top = LEFT + number * column_pitch, tops[own]
                 axes.imshow(image, extent=(left, left + width, top + height, top), aspect="auto", interpolation="none")
-    write(LEFT, caption_top, "\n".join(caption_lines), size=SMALL, va="top", linespacing=LINE / SMALL / 1.164)
-    write(LEFT, caption_top + len(caption_lines) * LINE, source, size=SMALL, color=MUTED, va="top")
+    for number, line in enumerate(caption_lines):
+        write(LEFT, caption_top + number * LINE, line, size=SMALL)
+    write(LEFT, caption_top + len(caption_lines) * LINE, source, size=SMALL, color=MUTED)
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

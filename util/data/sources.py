@@ -52,8 +52,8 @@ class Source(Protocol):
 class FileSource:
     """Images in files: a `Source`."""
 
-    def __init__(self, index: ImageIndex, in_chans: int, ignore_exif: bool):
-        self.index, self.in_chans, self.ignore_exif = index, in_chans, ignore_exif
+    def __init__(self, index: ImageIndex, in_chans: int, ignore_exif: bool, max_pixels: int):
+        self.index, self.in_chans, self.ignore_exif, self.max_pixels = index, in_chans, ignore_exif, max_pixels
         self.classes = index.classes
         self.targets = None if index.classes is None else index.targets
 
@@ -66,7 +66,7 @@ class FileSource:
     def read(self, i: int) -> tuple[torch.Tensor, int]:
         with open(self.path(i), "rb", buffering=0) as file:
             data = file.readall()
-        return decode(data, self.in_chans, self.ignore_exif), int(self.index.targets[i])
+        return decode(data, self.in_chans, self.ignore_exif, self.max_pixels), int(self.index.targets[i])
 
 
 def open_source(config: DataSettings, split: str, require_labels: bool) -> Source:
@@ -86,12 +86,12 @@ def open_source(config: DataSettings, split: str, require_labels: bool) -> Sourc
             raise UserError(f"{tar} and the training images differ in their classes: {abbreviate(different)}")
     elif path.is_file():
         refuse_what_is_no_list(path)
-        source = FileSource(_read_list(path, split), config.in_chans, config.ignore_exif)
+        source = FileSource(_read_list(path, split), config.in_chans, config.ignore_exif, config.max_pixels)
     elif path.is_dir():
         index = _folder_index(path, split, require_labels)
         if split == "val" and (train_classes := _train_classes(path, config)) is not None:
             index = index.with_classes(train_classes)
-        source = FileSource(index, config.in_chans, config.ignore_exif)
+        source = FileSource(index, config.in_chans, config.ignore_exif, config.max_pixels)
     else:
         raise UserError(f"--data_path {config.data_path} does not exist; give a folder of images, or a list of them")
     if require_labels and source.classes is None:

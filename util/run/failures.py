@@ -31,7 +31,8 @@ from util.run.launch import stated_rank
 logger = logging.getLogger(__name__)
 
 SURVIVOR_WAIT = 3.0  # seconds that the survivors of a failure give each other to report before naming who is missing
-SHARED_MEMORY = "unable to write to file </torch_"  # what PyTorch says when /dev/shm is full
+# What PyTorch says when /dev/shm is full; writing to a mapping of it is a bus error.
+SHARED_MEMORY_SIGNS = ("unable to write to file </torch_", "shared memory(shm) for file", "killed by signal: Bus error")
 # What gloo and NCCL say, in RuntimeErrors without a class of their own.
 COLLECTIVE_FAILURE_SIGNS = (
     "gloo", "nccl", "closed by peer", "reset by peer", "broken pipe", "timed out", "pair closure"
@@ -52,7 +53,7 @@ def user_errors() -> Iterator[None]:
         except BaseException:
             release_folder()
             raise
-    except (UserError, BadImageError, CollectiveError, WorkerError) as error:
+    except (UserError, CollectiveError, WorkerError) as error:
         rank, has_companions = stated_rank(os.environ)
         message = f"{Path(sys.argv[0]).name}: error: {in_one_line(error)}"
         own = isinstance(error, (BadImageError, CollectiveError, WorkerError)) or not has_companions
@@ -114,7 +115,7 @@ def explain_worker_failures() -> Iterator[None]:
         died = re.search(
             r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)", text
         )
-        no_room = SHARED_MEMORY in text or (died and "Bus error" in died[0])
+        no_room = any(sign in text for sign in SHARED_MEMORY_SIGNS)
         if not died and not no_room:
             raise
         what = "found no room in shared memory for its batch" if no_room else died[1].strip()

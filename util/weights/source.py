@@ -9,7 +9,11 @@ from torch import Tensor
 
 from util.weights.file import read_checkpoint
 from util.weights.layouts import normalise_state_dict
-from util.weights.published import locate
+from util.weights.published import PUBLISHED, locate
+from util.weights.settings import ENCODERS
+
+PRETRAINING_MODEL_OF = {encoder: model for model, encoder in ENCODERS.items()}
+SIZES = ("input_size", "patch_size", "window_size")
 
 
 @dataclass
@@ -40,14 +44,20 @@ def read_weights(source: str | os.PathLike, ema: bool = False) -> tuple[dict[str
     Raises:
         CheckpointError: nothing there, damaged, unsafe, or no (averaged) weights in it.
     """
-    path = locate(os.fspath(source))
+    source = os.fspath(source)
+    path = locate(source)
     checkpoint = read_checkpoint(path, mmap=True)
     state_dict, layout = normalise_state_dict(checkpoint, path, ema)
     args, epoch = checkpoint.get("args"), checkpoint.get("epoch")
+    args = args if isinstance(args, dict) else {}
+    if source in PUBLISHED and not os.path.exists(source):  # known better than the file may record it
+        published = PUBLISHED[source]
+        model = published.model if published.classifier else PRETRAINING_MODEL_OF[published.model]
+        args = {name: value for name, value in args.items() if name not in SIZES} | {"model": model}
     return state_dict, WeightsInfo(
-        source=os.fspath(source),
+        source=source,
         path=path,
         layout=layout,
-        args=args if isinstance(args, dict) else {},
+        args=args,
         epoch=epoch if isinstance(epoch, int) else None,
     )
