@@ -215,14 +215,15 @@ def test_bad_images_are_refused_with_the_reason(kind, tmp_path, monkeypatch):
 
 def test_an_ordinary_scan_is_within_the_limit_and_another_limit_may_be_given(tmp_path):
     scan = png_bomb(12_000, 9_000)  # a header without pixels, so what is wrong is found later
-    with pytest.raises(BadImageError, match="(?!.*max_pixels)"):
+    with pytest.raises(BadImageError) as raised:
         decode(scan, 3)
+    assert "pixels" not in str(raised.value)
     with pytest.raises(BadImageError, match="12000 x 9000 = 108000000 pixels are more than --max_pixels 1000000 "):
         decode(scan, 3, max_pixels=1_000_000)
     folder_with_bad(tmp_path / "data", 4, {2: encode(photo((11, 10)), "JPEG")})
     dataset = build_dataset(data_args(tmp_path / "data", max_pixels=100), "train", lambda image: image)
     assert dataset[(0, 1)][0].shape == (3, 8, 8)
-    with pytest.raises(BadImageError, match="00002.jpg.*110 pixels are more than --max_pixels 100"):
+    with pytest.raises(BadImageError, match=r"00002\.jpg.*110 pixels are more than --max_pixels 100"):
         dataset[(0, 2)]
 
 

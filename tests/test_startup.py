@@ -6,14 +6,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from running import make_images
-from trials import TINY
+from trials import TINY, Trial
 
 from util.run.cores import choose_threads
+from util.run.startup import on_interrupt
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ["main_pretrain.py", "main_finetune.py", "util/knn.py", "util/visualize.py", "util/replay.py"]
@@ -32,47 +32,42 @@ def test_threads_are_told_to_sleep_before_pytorch_is_imported(program):
         assert said.stdout.strip() == expected
 
 
-def interrupted(*command: object, when: str | float) -> tuple[int, str]:
-    """Exit code and output of a program that gets Ctrl-C after some seconds, or when it has said something."""
+def interrupted(*command: object, when: str) -> tuple[int, str]:
+    """Exit code and output of a program that gets Ctrl-C when it has said something."""
     command = [sys.executable, *map(str, command)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = ""
-    if isinstance(when, float):
-        time.sleep(when)
-    else:
-        while when not in said:
-            line = process.stdout.readline()
-            assert line, f"it ended before {when!r}:\n{said}"
-            said += line
+    while when not in said:
+        line = process.stdout.readline()
+        assert line, f"it ended before {when!r}:\n{said}"
+        said += line
     process.send_signal(signal.SIGINT)
     said += process.communicate(timeout=60)[0]
     return process.returncode, said
 
 
-@pytest.mark.parametrize("seconds", [0.5, 1.2])
-def test_ctrl_c_during_the_imports_is_one_line(tmp_path, seconds):
+@pytest.mark.parametrize("after", ["util.run.startup", "torch.nn"])
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path, after):
     flags = ("--data_path", tmp_path, "--device", "cpu", "--output_dir", tmp_path / "out")
-    code, said = interrupted("-X", "importtime", "main_pretrain.py", *flags, when=seconds)
+    code, said = interrupted("-X", "importtime", "main_pretrain.py", *flags, when=f" {after}\n")
     said = "\n".join(line for line in said.splitlines() if line and not line.startswith("import time:"))
     assert (code, said) == (130, "main_pretrain.py: interrupted")
 
 
 def test_ctrl_c_during_knn_is_one_line(tmp_path):
-    from main_pretrain import get_args_parser, main  # noqa: F401 - imported as a library: its handlers stay ours
-
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     for folder in ("train/a", "train/b", "val/a", "val/b"):
         make_images(tmp_path / "data" / folder, 400)
     data = ("--data_path", tmp_path / "data", "--device", "cpu")
-    subprocess.run(
-        [sys.executable, "main_pretrain.py", *TINY, *map(str, data), "--epochs", "1", "--batch_size", "400"]
-        + ["--output_dir", str(tmp_path / "out")],
-        cwd=ROOT, check=True, capture_output=True,
-    )  # fmt: skip
+    Trial(tmp_path, *TINY, *data, "--epochs", 1, "--batch_size", 400, "--output_dir", tmp_path / "out").finish()
     checkpoint = ("--checkpoint", tmp_path / "out" / "checkpoint.pth")
     code, said = interrupted("-m", "util.knn", *data, *checkpoint, "--num_workers", 2, when="val: 800 images")
     assert code == 130 and "Traceback" not in said
     assert said.splitlines()[-1] == "knn.py: interrupted"
+
+
+def test_a_program_that_imports_a_main_keeps_its_own_handler():
+    assert "main_pretrain" in sys.modules  # by the trials
+    assert signal.getsignal(signal.SIGINT) is not on_interrupt
 
 
 @pytest.mark.parametrize(
@@ -96,11 +91,11 @@ def test_the_threads_fit_the_cores(environ, cores, node, quota, threads):
 
 def test_the_log_says_once_how_many_threads_and_why(tmp_path):
     make_images(tmp_path / "data", 4)
-    flags = (*TINY, "--data_path", tmp_path / "data", "--epochs", 1, "--output_dir", tmp_path / "out")
+    flags = [*TINY, "--data_path", str(tmp_path / "data"), "--epochs", "1", "--output_dir"]
     cores = len(os.sched_getaffinity(0))
-    for given, reason in (({}, f"{cores} thread(s) per process ({cores} cores for 1 process)"),
-                          ({"OMP_NUM_THREADS": "1"}, "1 thread(s) per process (OMP_NUM_THREADS=1)")):  # fmt: skip
-        environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS",)} | given
-        command = [sys.executable, "main_pretrain.py", *map(str, flags)]
-        said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-        assert said.count("thread(s)") == 1 and f"computing in {reason}" in said
+    free = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK")}
+    command = [sys.executable, "main_pretrain.py", *flags, str(tmp_path / "free")]
+    said = subprocess.run(command, cwd=ROOT, env=free, capture_output=True, text=True, check=True).stdout
+    assert said.count("per process") == 1 and f"computing in {cores} thread(s) per process ({cores} cores for 1" in said
+    said = Trial(tmp_path, *flags, tmp_path / "given").finish()
+    assert said.count("per process") == 1 and "computing in 1 thread(s) per process (OMP_NUM_THREADS=1)" in said
