@@ -67,7 +67,7 @@ class ImageDataset(Dataset):
     @property
     def targets(self) -> np.ndarray | None:
         """The labels of all images where they are known without reading them."""
-        return self.source.targets
+        return None if self.classes is None else self.source.targets
 
     def bad_count(self) -> int:
         """How many different images could not be read so far, in all workers of this process."""
