@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from util.data.decoding import MAX_PIXELS
 from util.errors import UserError
 from util.run.flags import (
     AT_LEAST_1,
@@ -86,6 +87,7 @@ class ModelFlags(Config):
 @dataclass(frozen=True)
 class DataFlags(Config):
     TITLE: ClassVar[str] = "data"
+    DATA: ClassVar[str] = "a folder with train/ in it, a folder of images, or a list file"  # as messages call it
 
     data_path: str = flag(
         "",
@@ -98,6 +100,13 @@ class DataFlags(Config):
         0.0, "fraction of each class set aside for validation if there is no val/", "FRACTION", BELOW_1
     )
     ignore_exif: bool = flag(False, "ignore the EXIF orientation of photographs, as the authors' code does")
+    max_pixels: int = flag(
+        MAX_PIXELS,
+        "an image with more is unreadable, since decoding it may take all memory",
+        "N",
+        AT_LEAST_1,
+        on_resume=other_bits("other samples wherever an image is too large"),
+    )
     bad_images: str = flag(
         "error",
         "at an unreadable image, stop (error) or use another one (skip)",
@@ -126,7 +135,7 @@ class DataFlags(Config):
             raise UserError(
                 f"--data_path is missing: give the folder that --dataset {self.dataset} is in, or is downloaded to"
                 if self.dataset
-                else "--data_path is missing: give a folder with train/ in it, a folder of images, or a list file"
+                else f"--data_path is missing: give {self.DATA}"
             )
 
 
