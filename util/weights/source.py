@@ -9,7 +9,7 @@ from torch import Tensor
 
 from util.weights.file import CheckpointError, read_checkpoint
 from util.weights.layouts import normalise_state_dict
-from util.weights.published import locate
+from util.weights.published import PUBLISHED, locate
 
 
 @dataclass
@@ -45,11 +45,14 @@ def read_weights(source: str | os.PathLike, ema: bool = False) -> tuple[dict[str
     checkpoint = read_checkpoint(path, mmap=True)
     state_dict, layout = normalise_state_dict(checkpoint, path, ema)
     args, epoch = checkpoint.get("args"), checkpoint.get("epoch")
+    args = args if isinstance(args, dict) else {}
+    if source in PUBLISHED:  # mmpretrain's files do not say which model they are
+        args = {"model": PUBLISHED[source].model} | args
     return state_dict, WeightsInfo(
         source=os.fspath(source),
         path=path,
         layout=layout,
-        args=args if isinstance(args, dict) else {},
+        args=args,
         epoch=epoch if isinstance(epoch, int) else None,
         classes=recorded_classes(checkpoint, source),
     )
