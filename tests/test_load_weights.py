@@ -487,12 +487,12 @@ def test_the_table_of_published_checkpoints():
 
     for name, entry in PUBLISHED.items():
         assert entry.classifier == ("_ft" in name) and timm.is_model(entry.model)
-        assert ("384" in name) == ("384" in entry.model) and name.split("_")[0] in entry.model
+        assert ("384" in name) == ("384" in entry.model) and name.removeprefix("mixmim_").split("_")[0] in entry.model
     assert util.weights.published.PUBLISHED["base_600ep"].link.startswith("https://drive.google.com/file/d/1pZYm")
 
 
 def test_mmpretrains_checkpoints_are_fetched_by_name_and_verified(cache, monkeypatch):
-    """From where they are openly hosted, without gdown; the hashes in their names are theirs, so nothing else passes."""
+    """From where they are openly hosted, without gdown. Their names end in their hashes: nothing else passes."""
     content = file_bytes({"model": classifier().state_dict()})
     asked = []
 

@@ -159,27 +159,11 @@ class ModelFlags(Config):
 
 
 @dataclass(frozen=True)
-class DataFlags(Config):
-    TITLE: ClassVar[str] = "data"
+class ReadingFlags(Config):
+    TITLE: ClassVar[str] = "reading images"
 
-    data_path: str = flag(
-        "",
-        "folder with train/ (and val/), folder of images, list file, tar, or the folder of --dataset",
-        "PATH",
-        on_resume=other_bits("identical only if it holds the same images in the same order"),
-    )
-    dataset: str = flag("", "a timm.data.create_dataset name instead of files, under --data_path", "NAME")
     ignore_exif: bool = flag(
         False, "do not rotate photographs as their EXIF orientation says (the authors' code does not)"
-    )
-    bad_images: str = flag(
-        "error",
-        "stop at an unreadable image, or replace it",
-        choices=("error", "skip"),
-        on_resume=other_bits("other samples wherever an image cannot be read"),
-    )
-    max_bad_images: float = flag(
-        0.01, "with --bad_images skip: stop above this share of images", "SHARE", PROBABILITY, on_resume=FREE
     )
     num_workers: int = flag(
         min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
@@ -189,6 +173,28 @@ class DataFlags(Config):
         on_resume=FREE,
     )
     pin_mem: bool = flag(True, "page-locked memory for copies to a GPU", aliases=("--no_pin_mem",), on_resume=FREE)
+
+
+@dataclass(frozen=True)
+class DataFlags(ReadingFlags):
+    TITLE: ClassVar[str] = "data"
+
+    data_path: str = flag(
+        "",
+        "folder with train/ (and val/), folder of images, list file, tar, or the folder of --dataset",
+        "PATH",
+        on_resume=other_bits("identical only if it holds the same images in the same order"),
+    )
+    dataset: str = flag("", "a timm.data.create_dataset name instead of files, under --data_path", "NAME")
+    bad_images: str = flag(
+        "error",
+        "stop at an unreadable image, or replace it",
+        choices=("error", "skip"),
+        on_resume=other_bits("other samples wherever an image cannot be read"),
+    )
+    max_bad_images: float = flag(
+        0.01, "with --bad_images skip: stop above this share of images", "SHARE", PROBABILITY, on_resume=FREE
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
