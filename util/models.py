@@ -1,7 +1,7 @@
 """The registered models, with their sizes and published weights.
 
-    python -m util.models
-    python -m util.models --json > models.json
+python -m util.models
+python -m util.models --json > models.json
 """
 
 import argparse
