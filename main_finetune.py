@@ -29,25 +29,27 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from engine_finetune import Evaluation, check_targets, evaluate, train_one_epoch
+from engine_finetune import Evaluation, evaluate, train_one_epoch
 from models_swin import SwinTransformer
 from util.data.datasets import ImageDataset, build_dataset, build_loader
-from util.data.image_index import abbreviate
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import BatchAugmentation, Normalize, eval_transform, train_transform, uses_mixup
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
+from util.run.classes import check_division, classes_to_evaluate, count_classes, number_classes, write_division
 from util.run.config import (
+    AT_LEAST_1,
     BELOW_1,
     FREE,
     NOT_NEGATIVE,
     PROBABILITY,
     Config,
     TrainingConfig,
-    check_flags,
     flag,
     get_parser,
+    given_flags,
     resolve,
+    with_default,
 )
 from util.run.failures import user_errors
 from util.run.launch import Launch
@@ -58,11 +60,9 @@ from util.run.preemption import Preemption
 from util.run.session import Run, Start, check_statistics, find_start, open_run, orderly_end
 from util.run.state import Progress, TrainingState
 from util.seeding import seed_all
-from util.weights.file import CheckpointError
-from util.weights.layouts import count_classes as count_head_classes
 from util.weights.layouts import load_classifier, load_encoder
 from util.weights.settings import model_arguments, weight_settings
-from util.weights.source import WeightsInfo, read_weights, recorded_classes
+from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,14 @@ HEAD_INIT_STD = 2e-5  # of a fresh head on a pretrained encoder: it starts at eq
 class FinetuningFlags(Config):
     TITLE: ClassVar[str] = "fine-tuning"
 
-    # FREE: a checkpoint of another number of classes does not fit the model.
-    nb_classes: int | None = flag(None, "classes (default: those of the data)", "N", on_resume=FREE)
+    # FREE, since weights of another number of classes do not fit the model: loading refuses them.
+    nb_classes: int | None = flag(
+        None,
+        "number of classes (default: as in the data)",
+        "N",
+        (lambda value: value >= 2, "must be at least 2"),
+        on_resume=FREE,
+    )
     layer_decay: float = flag(
         0.7,
         "factor of the learning rate from a layer to the one below",
@@ -97,7 +103,7 @@ class AugmentationFlags(Config):
     color_jitter: float | None = flag(None, "colour jitter, where --aa is '' (default: none)", "X", NOT_NEGATIVE)
     reprob: float = flag(0.25, "probability of random erasing", "P", PROBABILITY)
     remode: str = flag("pixel", "what erased areas become", choices=("const", "rand", "pixel"))
-    recount: int = flag(1, "most areas erased per image", "N")
+    recount: int = flag(1, "maximum number of areas erased per image", "N", AT_LEAST_1)
     resplit: bool = flag(False, "accepted, without effect, for the authors' command lines", on_resume=FREE)
     mixup: float = flag(0.0, "mixup; 0: off", "ALPHA")
     cutmix: float = flag(0.0, "cutmix; 0: off", "ALPHA")
@@ -124,7 +130,9 @@ class EvaluationFlags(Config):
 
 @dataclass(frozen=True)
 class FinetuneConfig(FinetuningFlags, AugmentationFlags, EvaluationFlags, TrainingConfig):
-    DEFAULTS: ClassVar[dict] = dict(drop_path=0.1, epochs=100, blr=5e-4, min_lr=1e-6, warmup_epochs=5)
+    drop_path: float = with_default(TrainingConfig, "drop_path", 0.1)
+    blr: float = with_default(TrainingConfig, "blr", 5e-4)
+    min_lr: float = with_default(TrainingConfig, "min_lr", 1e-6)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,54 +149,6 @@ class FinetuneConfig(FinetuningFlags, AugmentationFlags, EvaluationFlags, Traini
 
 def get_args_parser() -> argparse.ArgumentParser:
     return get_parser(FinetuneConfig, "Fine-tune, linear-probe or evaluate a classifier.")
-
-
-def count_classes(config: FinetuneConfig, dataset: ImageDataset) -> int:
-    """The number of classes, which --nb_classes and the data set must agree on; numbered labels need not use all.
-
-    Raises:
-        UserError: they do not, or neither tells.
-    """
-    found = len(dataset.classes) if dataset.classes else None
-    number = config.nb_classes or found
-    if number is None:
-        raise UserError("the data set does not tell its number of classes: give --nb_classes")
-    if found not in (None, number) and not (dataset.source.numbered and found < number):
-        raise UserError(f"--nb_classes {number} contradicts the {found} classes in {config.data_path}")
-    if number < 2:
-        raise UserError(f"classification needs at least 2 classes, found {number} in {config.data_path}")
-    if dataset.targets is not None:
-        check_targets(torch.as_tensor(dataset.targets), number)
-    return number
-
-
-def number_classes(config: FinetuneConfig, dataset: ImageDataset, start: Start) -> int:
-    """Let labels count in the classes of a head that the run goes on with, by their names; the number of classes.
-
-    Raises:
-        UserError: the head's classes are not those of the data.
-    """
-    number = count_classes(config, dataset)
-    if start.checkpoint is not None:
-        classes, owner = recorded_classes(start.checkpoint, "the checkpoint to resume"), "the checkpoint to resume"
-    elif start.weights is not None and not config.reset_head and len(start.weights[0].get("head.weight", ())) == number:
-        classes, owner = start.weights[1].classes, str(start.weights[1])
-    else:
-        classes, owner = [str(i) for i in range(number)] if dataset.source.numbered else dataset.classes, "--nb_classes"
-    if classes is not None:
-        dataset.number_labels_as(classes, owner, exactly=True)
-        return count_classes(config, dataset)
-    if dataset.classes is not None:
-        warn_of_unknown_classes(owner)
-    return number
-
-
-def warn_of_unknown_classes(source: object) -> None:
-    logger.warning(
-        "%s does not record the names of its classes, so whether they are those of the data cannot be checked: in both "
-        "the same number must mean the same class (class folders count in alphabetical order)",
-        source,
-    )
 
 
 def build_validation(config: FinetuneConfig, launch: Launch) -> DataLoader:
@@ -238,7 +198,9 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
     if config.compile:
         model.compile_blocks()
     scaler = make_scaler(config.precision, launch.device)
-    state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress(), model_ema, dataset.classes)
+    recorded = config.as_dict() | {"nb_classes": num_classes}
+    data = {"train": dataset.fingerprint(), "val": validation.dataset.fingerprint()}
+    state = TrainingState(model, optimizer, scaler, recorded, Progress(), model_ema, dataset.classes, data)
 
     def load_weights(weights: dict[str, Tensor], source: WeightsInfo) -> None:
         if config.reset_head:
@@ -250,7 +212,11 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
             trunc_normal_(model.head.weight, std=HEAD_INIT_STD)
 
     normalize = Normalize(config.mean, config.std)
-    return open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights), validation
+    divides = config.val_share > 0 and start.checkpoint is None and launch.rank == 0
+    run = open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights)
+    if divides:
+        write_division(config, validation.dataset)
+    return run, validation
 
 
 def train(run: Run, validation: DataLoader) -> None:
@@ -287,45 +253,16 @@ def describe_result(config: FinetuneConfig, result: Evaluation, checkpoint: str)
     )
 
 
-def classes_to_evaluate(
-    config: FinetuneConfig, dataset: ImageDataset, weights: dict[str, Tensor], info: WeightsInfo
-) -> int:
-    """Let labels count in the classes of the weights, by their names; the number of classes.
-
-    Raises:
-        UserError: these are not the classes of the data.
-    """
-    number, found = count_head_classes(weights, info), len(dataset.classes or ())
-    if config.nb_classes not in (None, number):
-        raise UserError(f"--nb_classes {config.nb_classes} contradicts the {number} classes in {info}: leave it out")
-    if info.classes is not None:
-        if len(info.classes) != number:
-            raise CheckpointError(f"{info} records the names of {len(info.classes)} classes, but classifies {number}")
-        dataset.number_labels_as(info.classes, str(info))
-    else:
-        warn_of_unknown_classes(info)
-        if dataset.classes and found != number and not (dataset.source.numbered and found < number):
-            raise UserError(
-                f"{info} classifies {number} classes, but {config.data_path} has {found}, and the file does not record "
-                f"their names: put a folder train/ beside val/ that has the folders of all {number} classes"
-            )
-    if dataset.targets is not None:
-        check_targets(torch.as_tensor(dataset.targets), number)
-        used = set(dataset.targets.tolist())
-        if unused := [name for i, name in enumerate(dataset.classes or ()) if i not in used]:
-            logger.warning("%d of %d classes have no image: %s", len(unused), number, abbreviate(unused))
-    return number
-
-
-def evaluate_only(flags: argparse.Namespace, launch: Launch) -> None:
+def evaluate_only(given: FinetuneConfig, launch: Launch) -> None:
     """`--eval`: classify the validation images with the weights of --finetune or --resume."""
-    source = flags.finetune or flags.resume
-    weights, info = read_weights(source, ema=flags.model_ema)
-    settings = weight_settings(info.args, source, vars(flags), default_model=DEFAULT_MODEL)
-    config = resolve(FinetuneConfig, flags, launch, settings)
+    source = given.finetune or given.resume
+    weights, info = read_weights(source, ema=given.model_ema)
+    settings = weight_settings(info.args, source, given.as_dict(), default_model=DEFAULT_MODEL)
+    config = resolve(given, launch, settings)
     validation = build_validation(config, launch)
     dataset, device = validation.dataset, launch.device
     check_statistics(config, dataset)
+    check_division(config, dataset, info)
     model = build_classifier(config, classes_to_evaluate(config, dataset, weights, info))
     logger.info("%s", load_classifier(model, weights, info))
     if config.predictions and launch.rank == 0:  # while an evaluation is not yet lost
@@ -363,18 +300,18 @@ def write_predictions(path: str, result: Evaluation, dataset: ImageDataset) -> N
 def main(flags: argparse.Namespace) -> None:
     with user_errors():
         setup_logging()
-        check_flags(FinetuneConfig, flags)
-        launch = distributed.init_distributed(flags)
-        if flags.eval:
-            evaluate_only(flags, launch)
+        given = given_flags(FinetuneConfig, flags)
+        launch = distributed.init_distributed(given)
+        if given.eval:
+            evaluate_only(given, launch)
             distributed.shutdown()
             return
         preemption = Preemption()
         preemption.install()
         log_environment(launch.device)
-        start = find_start(flags)
-        settings = start.settings(flags, pretraining=False, default_model=DEFAULT_MODEL)
-        config = resolve(FinetuneConfig, flags, launch, settings)
+        start = find_start(given)
+        settings = start.settings(given, pretraining=False, default_model=DEFAULT_MODEL)
+        config = resolve(given, launch, settings)
         run, validation = prepare(config, launch, start, preemption)
     with orderly_end(run):
         train(run, validation)

@@ -28,7 +28,17 @@ from util.data.transforms import Normalize, pretrain_transform
 from util.errors import UserError
 from util.knn import NEIGHBOURS, knn_accuracy, labelled_datasets
 from util.run import distributed
-from util.run.config import FREE, NOT_NEGATIVE, TrainingConfig, check_flags, flag, get_parser, resolve
+from util.run.config import (
+    BELOW_1,
+    FREE,
+    NOT_NEGATIVE,
+    TrainingConfig,
+    flag,
+    get_parser,
+    given_flags,
+    resolve,
+    with_default,
+)
 from util.run.failures import user_errors
 from util.run.launch import Launch
 from util.run.logger import log_environment, setup_logging
@@ -51,10 +61,19 @@ PICTURE_IMAGES = 6
 @dataclass(frozen=True)
 class PretrainConfig(TrainingConfig):
     TITLE: ClassVar[str] = "pretraining"
-    DEFAULTS: ClassVar[dict] = dict(epochs=400, blr=1.5e-4, warmup_epochs=40)
 
-    mask_ratio: float = flag(0.5, "share of cells that is replaced by the partner's", "SHARE")
-    range_mask_ratio: float = flag(0.0, "adds U(0, SHARE) to every step's mask ratio", "SHARE")
+    epochs: int = with_default(TrainingConfig, "epochs", 400)
+    blr: float = with_default(TrainingConfig, "blr", 1.5e-4)
+    warmup_epochs: float = with_default(TrainingConfig, "warmup_epochs", 40)
+    mask_ratio: float = flag(
+        0.5,
+        "fraction of the cells that is replaced by the partner's",
+        "FRACTION",
+        (lambda value: 0 < value < 1, "must be between 0 and 1"),
+    )
+    range_mask_ratio: float = flag(
+        0.0, "add a random amount from 0 to this to each step's mask ratio", "FRACTION", BELOW_1
+    )
     norm_pix_loss: bool = flag(False, "predict pixels normalised by their cell's mean and variance")
     vis_every: int = flag(20, "epochs between pictures; 0: none", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
     knn_every: int = flag(0, "epochs between kNN tests; 0: none", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
@@ -105,7 +124,8 @@ def prepare(
     if config.compile:
         model.compile_blocks()
     scaler = make_scaler(config.precision, launch.device)
-    state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress())
+    data = {"train": dataset.fingerprint()}
+    state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress(), data=data)
     labelled = labelled_datasets(config, NEIGHBOURS) if config.knn_every else None
 
     def load_weights(weights: dict[str, Tensor], source: WeightsInfo) -> None:
@@ -141,7 +161,6 @@ def train(run: Run, labelled: tuple[ImageDataset, ImageDataset] | None) -> None:
     config, progress = run.config, run.state.progress
     if progress.epoch >= config.epochs:
         logger.info("all %d epochs were done already", config.epochs)
-    start = time.time()
     while progress.epoch < config.epochs:
         epoch_start = time.time()
         lr = train_one_epoch(run)
@@ -152,24 +171,25 @@ def train(run: Run, labelled: tuple[ImageDataset, ImageDataset] | None) -> None:
             accuracy = knn_accuracy(run.state.model, *labelled, run.normalize, config)
             record |= {f"knn_acc1_k{k}": value for k, value in accuracy.items()}
         run.finish_epoch({**record, "seconds": time.time() - epoch_start})
-    minutes = (time.time() - start) / 60
-    logger.info("pretraining took %.1f minutes; checkpoint: %s/checkpoint.pth", minutes, config.output_dir)
 
 
 def main(flags: argparse.Namespace) -> None:
     with user_errors():
         setup_logging()
-        check_flags(PretrainConfig, flags)
-        launch = distributed.init_distributed(flags)
+        given = given_flags(PretrainConfig, flags)
+        launch = distributed.init_distributed(given)
         preemption = Preemption()
         preemption.install()
         log_environment(launch.device)
-        start = find_start(flags)
-        settings = start.settings(flags, pretraining=True, default_model="mixmae_base")
-        config = resolve(PretrainConfig, flags, launch, settings)
+        start = find_start(given)
+        settings = start.settings(given, pretraining=True, default_model="mixmae_base")
+        config = resolve(given, launch, settings)
         run, labelled = prepare(config, launch, start, preemption)
+    began = time.time()
     with orderly_end(run):
         train(run, labelled)
+    minutes = (time.time() - began) / 60
+    logger.info("pretraining took %.1f minutes; checkpoint: %s/checkpoint.pth", minutes, config.output_dir)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def data_args(data_path, **changes) -> argparse.Namespace:
         pin_mem=False,
         bad_images="error",
         max_bad_images=0.01,
+        val_share=0.0,
         ignore_exif=False,
     )
     return argparse.Namespace(**{**values, **changes})

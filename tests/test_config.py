@@ -18,7 +18,7 @@ from main_pretrain import PretrainConfig
 from util import knn, visualize
 from util.errors import UserError
 from util.knn import KnnConfig
-from util.run.config import FREE, Change, get_parser, resolve
+from util.run.config import FREE, Change, get_parser, given_flags, resolve
 from util.run.launch import Launch
 from util.weights.file import read_checkpoint, write_checkpoint
 from util.weights.settings import IMAGENET_MEAN, IMAGENET_STD, weight_settings
@@ -49,8 +49,9 @@ def resolved(config_class=PretrainConfig, *flags: str, recorded: dict | None = N
     parsed = get_parser(config_class, "test").parse_args(["--data_path", "somewhere", *map(str, flags)])
     pretraining = config_class is PretrainConfig
     default = "mixmae_base" if pretraining else "swin_base_w14"
-    settings = weight_settings(recorded or {}, "a file", vars(parsed), pretraining, default)
-    return resolve(config_class, parsed, launch(world_size), settings)
+    given = given_flags(config_class, parsed)
+    settings = weight_settings(recorded or {}, "a file", given.as_dict(), pretraining, default)
+    return resolve(given, launch(world_size), settings)
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +75,10 @@ def pretrained(images, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("config_class", CONFIGS)
 def test_every_flag_is_declared_once_with_its_help_and_its_meaning_on_resuming(config_class):
-    declared = [
-        name
-        for flags in config_class.__mro__
-        for name, value in vars(flags).get("__annotations__", {}).items()
-        if "ClassVar" not in str(value)
-    ]
+    declared = []
+    for flags in filter(dataclasses.is_dataclass, config_class.__mro__):
+        inherited = {field.name for base in flags.__bases__ if base is not object for field in dataclasses.fields(base)}
+        declared += [field.name for field in dataclasses.fields(flags) if field.name not in inherited]
     assert sorted(declared) == sorted({field.name for field in dataclasses.fields(config_class)})  # none twice
     known = {
         action.dest for action in get_parser(config_class, "test")._actions if action.help and action.dest != "help"
@@ -95,14 +94,14 @@ def test_checks_name_the_flag_the_value_and_the_rule():
         (("--batch_size", 0), "--batch_size must be at least 1, got 0"),
         (("--save_steps", -1), "--save_steps must not be negative, got -1"),
         (("--drop_path", 1), "--drop_path must be at least 0 and below 1, got 1.0"),
-        (("--clip_grad", 0), "--clip_grad is a positive norm, got 0.0"),
+        (("--clip_grad", 0), "--clip_grad must be positive, got 0.0"),
         (("--max_bad_images", 2), "--max_bad_images must be between 0 and 1, got 2.0"),
         (("--batch_size", 3), "--batch_size must be even, since images are mixed in pairs; got 3"),
         (("--epochs", 3, "--warmup_epochs", 4), "--warmup_epochs 4 is longer than the run: --epochs 3"),
         (("--start_epoch", 9, "--epochs", 9), "--start_epoch 9 leaves nothing to train: --epochs is 9"),
         (("--std", 1, 0, 1), r"--std must be positive, got \(1.0, 0.0, 1.0\)"),
         (("--mean", 1), r"--mean needs one value for each of 3 channels, got \(1.0,\)"),
-        (("--model", "vit"), "--model vit is not known: choose one of mixmae_quickstart"),
+        (("--model", "vit"), "--model vit is not known: give --model one of mixmae_quickstart"),
     ):
         with pytest.raises(UserError, match=message):
             resolved(PretrainConfig, *flags)
@@ -180,6 +179,7 @@ def test_what_follows_from_flags_is_filled_in():
     config = resolved(PretrainConfig, "--batch_size", 8, "--accum_iter", 2, "--blr", 1e-3, world_size=4)
     assert config.eff_batch_size == 64 and config.lr == 1e-3 * 64 / 256 and config.world_size == 4
     assert (config.model, config.input_size, config.precision) == ("mixmae_base", (224, 224), "fp32")
+    assert (config.epochs, PretrainConfig(data_path="a").epochs) == (400, 400)  # one default, however it is made
     assert config.log_dir == config.output_dir and config.device == "cpu"
     assert resolved(PretrainConfig, "--input_size", 64).input_size == (64, 64)
     assert resolved(PretrainConfig, "--input_size", 64, 96, "--lr", 0.5).lr == 0.5
@@ -256,7 +256,7 @@ def test_statistics_of_five_channels_are_the_same_for_pictures_and_knn(tmp_path)
     write_checkpoint(out / "bare.pth", checkpoint)
     _, settings, _ = visualize.load_model(str(out / "bare.pth"))
     parsed = knn.get_args_parser().parse_args(["--checkpoint", str(out / "bare.pth"), "--data_path", str(tmp_path)])
-    _, config, _ = knn.load_model(parsed, launch())
+    _, config, _ = knn.load_model(given_flags(KnnConfig, parsed), launch())
     assert settings.mean == config.mean == (0.5,) * 5 and settings.std == config.std == (0.25,) * 5
 
 

@@ -17,9 +17,11 @@ import main_finetune
 import main_pretrain
 import util.run.session
 from engine_finetune import Evaluation
-from models_swin import SwinTransformer
+from models_swin import SwinTransformer, classification_loss
+from util.data.transforms import BatchAugmentation
 from util.run.optim import learning_rate
 from util.weights.file import read_checkpoint
+from util.weights.settings import weight_settings
 
 SHAPE = ["--input_size", "16", "--window_size", "4", "4", "4", "2"]
 SHARED = [*SHAPE, "--device", "cpu", "--num_workers", "0", "--print_freq", "1", "--warmup_epochs", "1"]
@@ -326,9 +328,10 @@ def test_bf16_and_less_memory_stay_close(data, tmp_path):
     assert losses(tmp_path / "bf16") != losses(tmp_path / "plain")
 
 
-def arguments_of(*flags: str):
-    args = main_finetune.get_args_parser().parse_args([*map(str, flags), "--nb_classes", "3"])
-    return args
+def augmentation_of(*flags: str) -> BatchAugmentation:
+    """Of 3 classes."""
+    parsed = main_finetune.get_args_parser().parse_args(list(map(str, flags)))
+    return BatchAugmentation(parsed, 3, torch.device("cpu"))
 
 
 def test_the_loss_follows_the_flags():
@@ -337,13 +340,12 @@ def test_the_loss_follows_the_flags():
     negative = -logits.log_softmax(1)
     own = negative.gather(1, targets[:, None])[:, 0]
 
-    criterion, mixup = main_finetune.build_criterion(arguments_of("--smoothing", "0"))
-    assert mixup is None
-    torch.testing.assert_close(criterion(logits, targets), own.mean())
-    criterion, mixup = main_finetune.build_criterion(arguments_of("--smoothing", "0.3"))
-    torch.testing.assert_close(criterion(logits, targets), (0.7 * own + 0.3 * negative.mean(1)).mean())
+    assert augmentation_of("--smoothing", "0").mix is None
+    torch.testing.assert_close(classification_loss(logits, targets, 0.0), own.mean())
+    expected = (0.7 * own + 0.3 * negative.mean(1)).mean()
+    torch.testing.assert_close(classification_loss(logits, targets, 0.3), expected)
 
-    criterion, mixup = main_finetune.build_criterion(arguments_of("--mixup", "1", "--smoothing", "0"))
+    mixup = augmentation_of("--mixup", "1", "--smoothing", "0").mix
     np.random.seed(0)
     imgs = torch.tensor([0.0, 1.0, 2.0, 4.0]).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone()
     mixed, soft = mixup(imgs.clone(), targets)
@@ -351,17 +353,17 @@ def test_the_loss_follows_the_flags():
     assert 0 < share < 1
     assert soft[0].tolist() == pytest.approx([share, 0, 1 - share], abs=1e-6)
     assert mixed[1, 0, 0, 0].item() == pytest.approx(share * 1 + (1 - share) * 2)
-    torch.testing.assert_close(criterion(logits, soft), (soft * negative).sum(1).mean())
+    torch.testing.assert_close(classification_loss(logits, soft), (soft * negative).sum(1).mean())
 
 
 def test_mixing_flags_arrive():
     flags = ["--mixup", "0.3", "--cutmix", "0.6", "--mixup_prob", "0.9", "--mixup_switch_prob", "0.2"]
-    _, mixup = main_finetune.build_criterion(arguments_of(*flags, "--mixup_mode", "elem", "--smoothing", "0.2"))
+    mixup = augmentation_of(*flags, "--mixup_mode", "elem", "--smoothing", "0.2").mix
     settings = "mixup_alpha cutmix_alpha mix_prob switch_prob mode label_smoothing num_classes cutmix_minmax".split()
     assert [getattr(mixup, name) for name in settings] == [0.3, 0.6, 0.9, 0.2, "elem", 0.2, 3, None]
-    _, mixup = main_finetune.build_criterion(arguments_of("--cutmix_minmax", "0.2", "0.8"))
-    assert mixup.cutmix_minmax == [0.2, 0.8] and mixup.cutmix_alpha == 1
-    _, mixup = main_finetune.build_criterion(arguments_of("--cutmix", "1"))
+    mixup = augmentation_of("--cutmix_minmax", "0.2", "0.8").mix
+    assert list(mixup.cutmix_minmax) == [0.2, 0.8] and mixup.cutmix_alpha == 1
+    mixup = augmentation_of("--cutmix", "1").mix
     mixed, _ = mixup(torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 16, 16).clone(), torch.tensor([0, 1, 2, 2]))
     assert set(mixed[0].unique().tolist()) <= {0.0, 3.0}  # cutmix pastes, it does not blend
 
@@ -385,9 +387,8 @@ def test_random_erasing_works_on_normalised_images(data, tmp_path, monkeypatch):
 
 def test_the_authors_names_of_models_are_understood():
     for theirs, ours in (("mixmim_base", "swin_base_w14"), ("mixmim_large_384", "swin_large_w16_384")):
-        args = arguments_of("--model", theirs)
-        main_finetune.resolve_model(args, torch.device("cpu"))
-        assert args.model == ours and args.input_size == ((384, 384) if "384" in ours else (224, 224))
+        settings = weight_settings({}, "nothing", {"model": theirs})
+        assert settings.model == ours and settings.input_size == ((384, 384) if "384" in ours else (224, 224))
 
 
 # --- Mistakes ---

@@ -16,7 +16,10 @@ from trials import Trial
 import main_pretrain
 from util import knn
 from util.data.transforms import Normalize
+from util.run.config import given_flags
+from util.run.launch import detect_launch
 from util.weights.file import read_checkpoint, write_checkpoint
+from util.weights.settings import ENCODERS
 
 SMALL = {"model": "mixmae_quickstart", "input_size": (16, 16), "window_size": (4, 4, 4, 2), "in_chans": 1}
 RECORDED = SMALL | {"patch_size": None, "mean": (0.4,), "std": (0.2,), "norm_pix_loss": True}
@@ -55,12 +58,16 @@ def checkpoint(tmp_path_factory) -> str:
     return str(path)
 
 
-def command(checkpoint: str, images: Path, *flags: str) -> argparse.Namespace:
-    """The command's arguments, after the start that `main` makes."""
+SINGLE = detect_launch({})  # one process on the CPU
+
+
+def command(checkpoint: str, images: Path, *flags: str) -> knn.KnnConfig:
     flags = ["--checkpoint", checkpoint, "--data_path", images, "--num_workers", "0", "--device", "cpu", *flags]
-    args = knn.get_args_parser().parse_args([str(flag) for flag in flags])
-    args.device = torch.device("cpu")
-    return args
+    return given_flags(knn.KnnConfig, knn.get_args_parser().parse_args([str(flag) for flag in flags]))
+
+
+def measure(flags: knn.KnnConfig) -> dict:
+    return knn.evaluate(flags, SINGLE)
 
 
 def textbook_accuracy(checkpoint: str, images: Path, k: int, temperature: float) -> float:
@@ -89,22 +96,22 @@ def textbook_accuracy(checkpoint: str, images: Path, k: int, temperature: float)
 
 @pytest.mark.parametrize("k, temperature", [(1, 0.07), (5, 0.07), (33, 1.0), (33, 0.001)])
 def test_accuracy_equals_the_textbook(checkpoint, images, k, temperature):
-    result = knn.evaluate(command(checkpoint, images, "--k", k, "--temperature", temperature, "--batch_size", "5"))
+    result = measure(command(checkpoint, images, "--k", k, "--temperature", temperature, "--batch_size", "5"))
     assert result["accuracy"] == {str(k): pytest.approx(textbook_accuracy(checkpoint, images, k, temperature))}
 
 
 def test_batches_and_chunks_do_not_matter(checkpoint, images, monkeypatch):
     flags = ["--k", "1", "3", "10"]
-    accuracy = knn.evaluate(command(checkpoint, images, *flags))["accuracy"]
+    accuracy = measure(command(checkpoint, images, *flags))["accuracy"]
     assert max(accuracy.values()) > 50  # of three classes
     monkeypatch.setattr(knn, "CHUNK_ELEMENTS", 70)  # two validation images at a time
-    assert knn.evaluate(command(checkpoint, images, *flags, "--batch_size", "1"))["accuracy"] == accuracy
+    assert measure(command(checkpoint, images, *flags, "--batch_size", "1"))["accuracy"] == accuracy
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_share_the_work_and_agree(checkpoint, images, tmp_path, ranks):
     """33 and 21 images on two and three ranks, with fewer than k images on each."""
-    accuracy = knn.evaluate(command(checkpoint, images, "--k", "1", "20"))["accuracy"]
+    accuracy = measure(command(checkpoint, images, "--k", "1", "20"))["accuracy"]
     flags = ("--checkpoint", checkpoint, "--data_path", images, "--num_workers", "0", "--device", "cpu")
     flags = (*flags, "--k", "1", "20", "--out", tmp_path / "result.json")
     said = Trial(tmp_path, *flags, ranks=ranks, main=knn).finish()
@@ -134,18 +141,20 @@ def test_result_names_everything(checkpoint, images, tmp_path, capfd):
 
 def test_random_weights_depend_on_the_seed_alone(checkpoint, images):
     results = [
-        knn.evaluate(command(checkpoint, images, "--random_weights", "--seed", seed, "--k", "3")) for seed in (1, 1, 2)
+        measure(command(checkpoint, images, "--random_weights", "--seed", seed, "--k", "3")) for seed in (1, 1, 2)
     ]
     assert results[0] == results[1]
     assert "of random weights (seed 2) (swin_quickstart" in knn.describe(results[2])
-    models = [knn.load_model(command(checkpoint, images, "--random_weights", "--seed", seed))[0] for seed in (1, 1, 2)]
+    models = [
+        knn.load_model(command(checkpoint, images, "--random_weights", "--seed", seed), SINGLE)[0] for seed in (1, 1, 2)
+    ]
     weights = [model.patch_embed.proj.weight for model in models]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert not torch.equal(weights[0], torch.load(checkpoint)["model"]["patch_embed.proj.weight"])
 
 
 def test_classifiers_bare_weights_and_the_authors_files(checkpoint, images, tmp_path):
-    expected = knn.evaluate(command(checkpoint, images, "--k", "3"))["accuracy"]
+    expected = measure(command(checkpoint, images, "--k", "3"))["accuracy"]
     weights = torch.load(checkpoint)["model"]
     head = {"head.weight": torch.zeros(3, 128), "head.bias": torch.zeros(3)}
     encoder = {name: tensor for name, tensor in weights.items() if not name.startswith(("decoder", "mask_token"))}
@@ -153,19 +162,19 @@ def test_classifiers_bare_weights_and_the_authors_files(checkpoint, images, tmp_
     write_checkpoint(
         tmp_path / "ours.pth", {"model": encoder | head, "epoch": 1, "args": RECORDED | {"model": "swin_quickstart"}}
     )
-    assert knn.evaluate(command(tmp_path / "ours.pth", images, "--k", "3"))["accuracy"] == expected
+    assert measure(command(tmp_path / "ours.pth", images, "--k", "3"))["accuracy"] == expected
     # The authors' files: a Namespace under 'args' that records fewer settings.
     authors = {"model": weights, "epoch": 1, "args": argparse.Namespace(**SMALL | {"model": "mixmim_quickstart"})}
     torch.save(authors, tmp_path / "authors.pth")
     statistics = ["--mean", "0.4", "--std", "0.2"]
-    assert knn.evaluate(command(tmp_path / "authors.pth", images, "--k", "3", *statistics))["accuracy"] == expected
+    assert measure(command(tmp_path / "authors.pth", images, "--k", "3", *statistics))["accuracy"] == expected
 
     torch.save(encoder, tmp_path / "bare.pth")
     with pytest.raises(ValueError, match=r"bare\.pth does not record which model it is: give --model"):
-        knn.evaluate(command(tmp_path / "bare.pth", images))
+        measure(command(tmp_path / "bare.pth", images))
     # Tables and embedding are resized from the recorded 16x16 to the model's 32x32.
     flags = ["--model", "mixmae_quickstart", "--in_chans", "1", "--k", "3", *statistics]
-    result = knn.evaluate(command(tmp_path / "bare.pth", images, *flags))
+    result = measure(command(tmp_path / "bare.pth", images, *flags))
     assert result["input_size"] == [32, 32] and result["epoch"] is None
 
 
@@ -173,8 +182,8 @@ def test_averaged_weights(checkpoint, images, tmp_path):
     plain = torch.load(checkpoint)
     both = plain | {"model_ema": plain["model"], "model": {"head.bias": torch.ones(1)}}
     write_checkpoint(tmp_path / "both.pth", both)
-    result = knn.evaluate(command(tmp_path / "both.pth", images, "--model_ema", "--k", "3"))
-    assert result["accuracy"] == knn.evaluate(command(checkpoint, images, "--k", "3"))["accuracy"]
+    result = measure(command(tmp_path / "both.pth", images, "--model_ema", "--k", "3"))
+    assert result["accuracy"] == measure(command(checkpoint, images, "--k", "3"))["accuracy"]
     assert "both.pth after epoch 4 (averaged weights)" in knn.describe(result)
 
 
@@ -200,12 +209,12 @@ def test_a_checkpoint_that_records_nonsense_is_said_in_one_line(checkpoint, imag
     "flags, message",
     [
         (["--k", "34"], r"k must lie between 1 and the 33 training images, got \[34\]"),
-        (["--temperature", "0"], r"--temperature and --batch_size must be positive, got 0 and 64"),
+        (["--temperature", "0"], r"--temperature must be positive, got 0"),
         (["--model", "resnet50"], r"--model resnet50 is not known"),
         (["--in_chans", "3"], r"trained on images with 1 channels, the model takes 3"),
         (["--checkpoint", "nowhere.pth"], r"nowhere\.pth"),
         (["--data_path", "nowhere"], r"nowhere"),
-        (["--mean", "0.5", "0.5"], r"mean has 2 values and std 1"),
+        (["--mean", "0.5", "0.5"], r"--mean needs one value for each of 1 channels, got \(0.5, 0.5\)"),
     ],
 )
 def test_mistakes_are_explained(checkpoint, images, capfd, flags, message):
@@ -226,7 +235,7 @@ def test_pretraining_measures_itself(images, tmp_path):
     run(main_pretrain, *flags, "--output_dir", tmp_path / "measured", "--knn_every", "2")
     records = read_lines(tmp_path / "measured" / "log.txt")
     assert [record["epoch"] for record in records if "knn_acc1_k20" in record] == [1, 3, 4]  # and at the end
-    result = knn.evaluate(command(tmp_path / "measured" / "checkpoint.pth", images))
+    result = measure(command(tmp_path / "measured" / "checkpoint.pth", images))
     assert records[-1]["knn_acc1_k10"] == result["accuracy"]["10"]
     assert records[-1]["knn_acc1_k20"] == result["accuracy"]["20"]
     run(main_pretrain, *flags, "--output_dir", tmp_path / "plain")
@@ -245,13 +254,13 @@ def test_pretraining_without_labels_cannot_be_measured(images, tmp_path, capfd):
 
 def test_model_is_left_in_its_mode(checkpoint, images):
     args = command(checkpoint, images, "--precision", "fp32")
-    model, _ = knn.load_model(args)
-    datasets = knn.labelled_datasets(args, [1])
+    model, config, _ = knn.load_model(args, SINGLE)
+    datasets = knn.labelled_datasets(config, [1])
     for mode in (True, False):
         model.train(mode)
-        knn.knn_accuracy(model, *datasets, Normalize(args.mean, args.std), args, [1])
+        knn.knn_accuracy(model, *datasets, Normalize(config.mean, config.std), config, [1])
         assert model.training is mode
 
 
 def test_every_pretraining_model_has_its_encoder():
-    assert re.fullmatch(r"swin_base_w14", knn.ENCODERS["mixmae_base"]) and len(set(knn.ENCODERS.values())) == 5
+    assert re.fullmatch(r"swin_base_w14", ENCODERS["mixmae_base"]) and len(set(ENCODERS.values())) == 5

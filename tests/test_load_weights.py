@@ -507,12 +507,3 @@ def test_mmpretrains_checkpoints_are_fetched_by_name_and_verified(cache, monkeyp
         with pytest.raises(CheckpointError, match=f'invalid hash value \\(expected "{digits}"'):
             read_weights(name)
         assert asked.pop() == PUBLISHED[name].url and not list(cache.glob(f"{digits}*"))
-
-
-def test_a_published_name_tells_the_model_where_the_file_does_not(cache):
-    cache.mkdir(parents=True)
-    torch.save({"model": classifier().state_dict()}, cache / "mixmae_large_600ep_ft.pth")
-    assert read_weights("large_600ep_ft")[1].args == {"model": "swin_large_w14"}
-    recorded = {"model": "mixmim_large", "nb_classes": 5}
-    torch.save({"model": classifier().state_dict(), "args": recorded}, cache / "mixmae_large_600ep_ft.pth")
-    assert read_weights("large_600ep_ft")[1].args == recorded

@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from engine_finetune import last_learning_rate
 from models_swin import SwinTransformer
-from util.run.optim import adjust_learning_rate, layer_ids, learning_rate, param_groups_layer_decay
+from util.run.optim import adjust_learning_rate, last_learning_rate, layer_ids, learning_rate, param_groups_layer_decay
 
 SCHEDULE = dict(lr=2e-3, min_lr=1e-6, warmup_epochs=5, epochs=100)
 SMALL = dict(img_size=64, embed_dim=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], window_size=[8, 4, 4, 2])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from photos import PHOTOS, data_args, photo_folder
 from running import fails, losses, make_images, run
+from trials import Trial
 
 import main_finetune
 import main_pretrain
@@ -158,3 +159,10 @@ def test_evaluation_fine_tuning_and_knn_stop_too(tmp_path, capfd):
     fails(main_finetune, capfd, message, *cpu, *shared, *weights)
     fails(util.knn, capfd, message, *cpu, *shared, "--checkpoint", out / "checkpoint.pth", "--k", "1")
     run(util.knn, *cpu, *shared, "--checkpoint", out / "checkpoint.pth", "--k", "1", "--allow_odd_statistics")
+
+
+def test_all_ranks_stop_with_one_message(tmp_path):
+    data = arrays(tmp_path / "data", "uint16")
+    flags = [*PRETRAIN, "--in_chans", "2", "--data_path", data, "--batch_size", "2"]
+    said = Trial(tmp_path / "out", *flags, "--output_dir", tmp_path / "out", ranks=2).finish(2, 2)
+    assert said.count("far from 0 and 1. Measured on 8 of them") == 1 and "Traceback" not in said

@@ -30,14 +30,15 @@ from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
 from util.run.config import (
     AT_LEAST_1,
+    POSITIVE,
     Config,
     DataFlags,
     DeviceFlags,
     ProcessFlags,
     WeightFlags,
-    check_flags,
     flag,
     get_parser,
+    given_flags,
     resolve,
 )
 from util.run.failures import user_errors
@@ -171,7 +172,7 @@ class KnnFlags(Config):
     k: tuple[int, ...] = flag(
         NEIGHBOURS, "how many neighbours vote", "K", (lambda value: min(value) >= 1, "must be at least 1")
     )
-    temperature: float = flag(TEMPERATURE, "of the votes", "T", (lambda value: value > 0, "must be positive"))
+    temperature: float = flag(TEMPERATURE, "of the votes", "T", POSITIVE)
     random_weights: bool = flag(False, "the checkpoint's architecture untrained, for comparison")
     model_ema: bool = flag(False, "the averaged weights in the checkpoint")
     batch_size: int = flag(64, "images per rank at a time", "N", AT_LEAST_1)
@@ -191,15 +192,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     return get_parser(KnnConfig, description, "python -m util.knn")
 
 
-def load_model(flags: argparse.Namespace, launch: Launch) -> tuple[SwinTransformer, KnnConfig, WeightsInfo]:
+def load_model(given: KnnConfig, launch: Launch) -> tuple[SwinTransformer, KnnConfig, WeightsInfo]:
     """The encoder of `--checkpoint` on its device, and the configuration, completed by what is recorded with it.
 
     Raises:
         UserError: the weights cannot be used, or do not say which model they are.
     """
-    weights, info = read_weights(flags.checkpoint, ema=flags.model_ema)
-    settings = weight_settings(info.args, flags.checkpoint, vars(flags))
-    config = resolve(KnnConfig, flags, launch, settings)
+    weights, info = read_weights(given.checkpoint, ema=given.model_ema)
+    settings = weight_settings(info.args, given.checkpoint, given.as_dict())
+    config = resolve(given, launch, settings)
     seed_all(config.seed, "weights")
     model = timm.create_model(config.model, num_classes=0, **model_arguments(settings))
     if not config.random_weights:
@@ -207,13 +208,13 @@ def load_model(flags: argparse.Namespace, launch: Launch) -> tuple[SwinTransform
     return model.to(launch.device), config, info
 
 
-def evaluate(flags: argparse.Namespace, launch: Launch) -> dict:
+def evaluate(given: KnnConfig, launch: Launch) -> dict:
     """The result with all its settings.
 
     Raises:
         UserError: for what the user can put right.
     """
-    model, config, info = load_model(flags, launch)
+    model, config, info = load_model(given, launch)
     normalize = Normalize(config.mean, config.std).to(launch.device)
     train, val = labelled_datasets(config, config.k)
     check_statistics(config, train)
@@ -257,17 +258,17 @@ def describe(result: dict) -> str:
 def main(flags: argparse.Namespace) -> None:
     with user_errors():
         setup_logging()
-        check_flags(KnnConfig, flags)
-        launch = distributed.init_distributed(flags)
-        if launch.rank == 0 and flags.out:  # while an evaluation is not yet lost
-            with unreadable_is_user_error(f"--out {flags.out} cannot be written"):
-                Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
-                open(flags.out, "ab").close()
-        result = evaluate(flags, launch)
+        given = given_flags(KnnConfig, flags)
+        launch = distributed.init_distributed(given)
+        if launch.rank == 0 and given.out:  # while an evaluation is not yet lost
+            with unreadable_is_user_error(f"--out {given.out} cannot be written"):
+                Path(given.out).parent.mkdir(parents=True, exist_ok=True)
+                open(given.out, "ab").close()
+        result = evaluate(given, launch)
         logger.info("%s", describe(result))
-        if launch.rank == 0 and flags.out:
-            with unreadable_is_user_error(f"--out {flags.out} cannot be written"):
-                Path(flags.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        if launch.rank == 0 and given.out:
+            with unreadable_is_user_error(f"--out {given.out} cannot be written"):
+                Path(given.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         distributed.shutdown()
 
 

@@ -18,9 +18,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image, ImageColor
 from torch import Tensor
 
@@ -202,6 +199,11 @@ def reconstruction_figure(
 
 def draw_page(columns: list[np.ndarray], hidden: Tensor, caption: str, source: str) -> Image.Image:
     """The columns of images, each (B, H, W, 3), on one page; `hidden` is the mask over the cells (rows, columns)."""
+    # Here, since every rank of a training run imports this module, and one draws.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
     width, height = shown_size(columns[0])
     column_pitch, pair_pitch = max(width, IMAGE_SIDE) + COLUMN_GAP, 2 * height + ROW_GAP + PAIR_GAP
     num_pairs = len(columns[0]) // 2
@@ -299,6 +301,7 @@ class FolderOfImages:
     dataset: str = ""
     bad_images: str = "error"
     max_bad_images: float = 0.0
+    val_share: float = 0.0
     ignore_exif: bool = False
 
 

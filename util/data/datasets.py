@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import hashlib
 import logging
 import multiprocessing
 import os
@@ -75,6 +76,12 @@ class ImageDataset(Dataset):
         """The labels of all images where they are known without reading them."""
         targets = self.source.targets
         return targets if targets is None or self._numbers is None else self._numbers[targets]
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """What tells this data set from what it was before a change; plain values, for a checkpoint."""
+        targets = self.targets
+        labels = "" if targets is None else hashlib.blake2b(targets.astype("<i4").tobytes(), digest_size=16).hexdigest()
+        return {"images": len(self), "names": self.source.fingerprint, "labels": labels}
 
     def number_labels_as(self, classes: Sequence[str], owner: str, exactly: bool = False) -> None:
         """Let labels count in `classes`, the names of which belong to `owner` (for messages), whatever their order.
@@ -213,6 +220,16 @@ def match_classes(own: Sequence[str], classes: Sequence[str], owner: str, exactl
             "folders the names that they had; or fine-tune on other classes by --finetune with --reset_head"
         )
     return np.array([position[name] for name in own], dtype=np.int32)
+
+
+def check_targets(targets: torch.Tensor, nb_classes: int) -> None:
+    """Raise a BadImageError for a label that is not a class."""
+    if targets.min() < 0 or targets.max() >= nb_classes:
+        wrong = targets[(targets < 0) | (targets >= nb_classes)].unique().tolist()
+        raise BadImageError(
+            f"labels {wrong} lie outside the {nb_classes} classes (0 to {nb_classes - 1}): "
+            "correct the labels of the data, or --nb_classes"
+        )
 
 
 def build_dataset(config: DataSettings, split: str, transform: Callable, require_labels: bool = False) -> ImageDataset:

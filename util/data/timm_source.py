@@ -37,7 +37,7 @@ class ReaderSource:
     before class10.
     """
 
-    targets = None
+    targets, fingerprint = None, ""
     numbered = streamed = False
 
     def __init__(self, reader, in_chans: int, ignore_exif: bool, sort_classes: bool):
@@ -85,7 +85,7 @@ class ReaderSource:
 class PillowSource:
     """A torchvision data set, whose items are (Pillow image, target)."""
 
-    targets = None
+    targets, fingerprint = None, ""
     numbered = streamed = False
 
     def __init__(self, dataset, name: str, in_chans: int, ignore_exif: bool):
@@ -175,7 +175,9 @@ def open_timm_source(
         logger.warning("%s is streamed: a resumed run will not see the same images as an uninterrupted one", name)
         return StreamSource(dataset, name, in_chans, ignore_exif)
     if hasattr(dataset, "reader"):
-        return ReaderSource(dataset.reader, in_chans, ignore_exif, sort_classes=not name)
+        source = ReaderSource(dataset.reader, in_chans, ignore_exif, sort_classes=not name)
+        source.fingerprint = "" if name else f"{path.stat().st_size} bytes"
+        return source
     return PillowSource(dataset, name, in_chans, ignore_exif)
 
 

@@ -20,12 +20,7 @@ from typing import Any, ClassVar, TypeVar
 from util.errors import UserError
 from util.run.launch import Launch
 from util.run.optim import resolve_precision
-from util.weights.settings import (
-    CLASSIFIER_MODELS,
-    PRETRAINING_MODELS,
-    WeightSettings,
-    encoder_of,
-)
+from util.weights.settings import CLASSIFIER_MODELS, PRETRAINING_MODELS, WeightSettings, is_authors_name
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +47,10 @@ def other_bits(difference: str) -> Change:
 
 
 BATCHES = other_bits("steps are made of other images, or averaged in another order")
-ROUNDING = other_bits("the same computation, rounded differently")
+ROUNDING = other_bits("the same computation, but it rounds differently")
 
 Check = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and the rule in words
+POSITIVE: Check = (lambda value: value > 0, "must be positive")
 AT_LEAST_1: Check = (lambda value: value >= 1, "must be at least 1")
 NOT_NEGATIVE: Check = (lambda value: value >= 0, "must not be negative")
 PROBABILITY: Check = (lambda value: 0 <= value <= 1, "must be between 0 and 1")
@@ -85,6 +81,11 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def with_default(flags: type["Config"], name: str, default: Any) -> Any:
+    """The field of a flag that `flags` declares, with another default for one main."""
+    return dataclasses.field(default=default, metadata=flags.__dataclass_fields__[name].metadata)
+
+
 # --- The flags that mains and commands share ---
 
 
@@ -95,8 +96,6 @@ class Config:
     Raises:
         UserError: on construction, for a value that is not allowed; says which flag, what was given, what is allowed.
     """
-
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {}  # of flags whose default depends on the main or command
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -138,9 +137,7 @@ class WeightFlags(Config):
         "standard deviation of each channel, likewise (default: that of the weights, else ImageNet's, or 0.25)",
         "X",
     )
-    allow_odd_statistics: bool = flag(
-        False, "go on where --mean and --std are far from those of the images", on_resume=FREE
-    )
+    allow_odd_statistics: bool = flag(False, "go on where --mean and --std do not fit the images", on_resume=FREE)
 
 
 @dataclass(frozen=True)
@@ -186,6 +183,9 @@ class DataFlags(ReadingFlags):
         on_resume=other_bits("identical only if it holds the same images in the same order"),
     )
     dataset: str = flag("", "a timm.data.create_dataset name instead of files, under --data_path", "NAME")
+    val_share: float = flag(
+        0.0, "part of each class set aside for validation, where there is no val/", "SHARE", BELOW_1
+    )
     bad_images: str = flag(
         "error",
         "stop at an unreadable image, or replace it",
@@ -213,9 +213,7 @@ class OptimizerFlags(Config):
     batch_size: int = flag(64, "images per rank and micro-batch", "N", AT_LEAST_1, on_resume=BATCHES)
     epochs: int = flag(100, "epochs of the whole schedule", "N", AT_LEAST_1)
     accum_iter: int = flag(1, "micro-batches accumulated into one optimizer step", "N", AT_LEAST_1, on_resume=BATCHES)
-    clip_grad: float | None = flag(
-        None, "clip the gradient norm (default: no clipping)", "NORM", (lambda value: value > 0, "is a positive norm")
-    )
+    clip_grad: float | None = flag(None, "clip the gradient norm (default: no clipping)", "NORM", POSITIVE)
     weight_decay: float = flag(0.05, "AdamW's weight decay", "X", NOT_NEGATIVE)
     lr: float | None = flag(None, "learning rate (default: blr * effective batch / 256)", "X", NOT_NEGATIVE)
     blr: float = flag(1e-4, "base learning rate, for 256 images", "X", NOT_NEGATIVE)
@@ -332,20 +330,18 @@ def get_parser(config_class: type[Config], description: str, prog: str | None = 
         allow_abbrev=False, prog=prog, description=description, formatter_class=HelpFormatter
     )
     kinds = typing.get_type_hints(config_class)
-    by_name = {field.name: field for field in dataclasses.fields(config_class)}
     for flags in config_class.__mro__:
-        if "TITLE" not in vars(flags):
-            continue
-        group = parser.add_argument_group(flags.TITLE, vars(flags).get("DESCRIPTION"))
-        for name in vars(flags).get("__annotations__", {}):
-            if name in by_name:
-                _add_flag(group, by_name[name], kinds[name], config_class.DEFAULTS)
+        if "TITLE" in vars(flags):
+            group = parser.add_argument_group(flags.TITLE, vars(flags).get("DESCRIPTION"))
+            own = set(flags.__dataclass_fields__).difference(*(base.__dataclass_fields__ for base in flags.__bases__))
+            for field in dataclasses.fields(config_class):  # with the defaults of this class
+                if field.name in own:
+                    _add_flag(group, field, kinds[field.name])
     return parser
 
 
-def _add_flag(group: Any, field: dataclasses.Field, kind: Any, defaults: Mapping[str, Any]) -> None:
-    name, metadata = f"--{field.name}", field.metadata
-    default = defaults.get(field.name, field.default)
+def _add_flag(group: Any, field: dataclasses.Field, kind: Any) -> None:
+    name, metadata, default = f"--{field.name}", field.metadata, field.default
     optional = isinstance(kind, types.UnionType)  # X | None
     kind = typing.get_args(kind)[0] if optional else kind
     if kind is bool:
@@ -363,37 +359,36 @@ def _add_flag(group: Any, field: dataclasses.Field, kind: Any, defaults: Mapping
     group.add_argument(name, *metadata["aliases"], type=kind, default=default, **options)
 
 
-def check_flags(config_class: type[Config], flags: argparse.Namespace) -> None:
-    """Raise a UserError for what is wrong with the flags by themselves, before anything is read or written."""
-    config_class(**_values(config_class, flags))
-
-
-def _values(config_class: type[Config], flags: argparse.Namespace) -> dict[str, Any]:
-    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(config_class)}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def resolve(config_class: type[C], flags: argparse.Namespace, launch: Launch, settings: WeightSettings) -> C:
-    """The configuration: what was given, and what follows from it. Nothing is written to it afterwards.
-
-    Args:
-        config_class: which configuration.
-        flags: as parsed by `get_parser(config_class)`.
-        launch: the processes of the run.
-        settings: what belongs to the weights (`util.weights.settings.weight_settings`), for what was not given.
+def given_flags(config_class: type[C], flags: argparse.Namespace) -> C:
+    """The parsed flags, checked one by one and against each other, before anything is read or written.
 
     Raises:
         UserError: naming the flag, what was given and what is allowed.
     """
-    values = _values(config_class, flags)
-    values |= {name: value for name, value in settings.values().items() if name in values}
+    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(config_class)}
+    return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def resolve(given: C, launch: Launch, settings: WeightSettings) -> C:
+    """The configuration: what was given, and what follows from it.
+
+    Args:
+        given: of `given_flags`.
+        launch: the processes of the run; `world_size` and `device` become what they are.
+        settings: what belongs to the weights (`util.weights.settings.weight_settings`), for what was not given.
+
+    Raises:
+        UserError: a precision that the device does not have.
+    """
+    names = {field.name for field in dataclasses.fields(given)}
+    values = {name: value for name, value in settings.values().items() if name in names}
     values |= {"world_size": launch.world_size, "device": launch.device.type}
-    values["precision"] = resolve_precision(values["precision"], launch.device)
-    if "log_dir" in values:
-        values["log_dir"] = values["log_dir"] or values["output_dir"]
-    if values.get("lr", 0.0) is None:
-        values["lr"] = values["blr"] * effective_batch(values) / 256
-    config = config_class(**values)
+    values["precision"] = resolve_precision(given.precision, launch.device)
+    if "log_dir" in names:
+        values["log_dir"] = given.log_dir or given.output_dir
+    config = dataclasses.replace(given, **values)
+    if "lr" in names and config.lr is None:
+        config = dataclasses.replace(config, lr=config.blr * config.eff_batch_size / 256)
     logger.info("configuration: %s", " ".join(f"{name}={value!r}" for name, value in config.as_dict().items()))
     return config
 
@@ -423,7 +418,7 @@ def compare_recipes(
     for name in sorted((saved.keys() & now.keys()) - free):
         before, after, change = _comparable(name, saved[name]), _comparable(name, now[name]), changes[name]
         difference = f"{name}: {before} -> {after}"
-        if before == after:
+        if before == after or (name == "model" and is_authors_name(before, after)):
             continue
         if change.allowed:
             warnings.append(f"{difference} ({change.difference})")
@@ -455,6 +450,4 @@ def _comparable(name: str, value: Any) -> Any:
         return (value, value)
     if name == "device":
         return str(value).partition(":")[0]
-    if name == "model":
-        return encoder_of(value)
     return tuple(value) if isinstance(value, list) else value

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from util.run.launch import Launch, LaunchError, choose_device, detect_launch
 
@@ -43,7 +45,7 @@ def init_distributed(flags: argparse.Namespace) -> Launch:
     """Detect the launcher, choose the device and start the process groups.
 
     Args:
-        flags: those of `add_distributed_arguments`, and `device` ('auto', 'cuda', 'cuda:I' or 'cpu').
+        flags: those of `util.run.config.ProcessFlags`, and `device` ('auto', 'cuda', 'cuda:I' or 'cpu').
 
     Raises:
         LaunchError: contradictory variables or flags, or more processes on this node than GPUs.
@@ -153,3 +155,31 @@ def gather_objects(obj: Any) -> list[Any]:
     gathered: list[Any] = [None] * get_world_size()
     dist.all_gather_object(gathered, obj, group=world.control)
     return gathered
+
+
+def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as it is called: in DistributedDataParallel where there are several ranks."""
+    if get_world_size() == 1:
+        return model
+    # Without device_ids, inputs are left where they are: masks belong on the CPU. Buffers are constants.
+    model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    if device.type == "cpu" and get_world_size() > 2:
+        model.register_comm_hook(None, average_in_rank_order)
+    return model
+
+
+def average_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average gradients over ranks, added in the order of ranks, for a resumed run to be identical.
+
+    The order of gloo's own sum depends on where in a bucket a value lies, and DistributedDataParallel packs its buckets
+    anew after the first step of a process. Between two ranks there is but one order, and gloo's is faster.
+    """
+    gradients = [torch.empty_like(bucket.buffer()) for _ in range(dist.get_world_size())]
+
+    def average(_: torch.futures.Future) -> Tensor:
+        total = gradients[0]
+        for gradient in gradients[1:]:
+            total += gradient
+        return total.div_(len(gradients))
+
+    return dist.all_gather(gradients, bucket.buffer(), async_op=True).get_future().then(average)

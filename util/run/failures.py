@@ -44,7 +44,7 @@ def user_errors() -> Iterator[None]:
     try:
         with explain_collective_failures():
             yield
-    except (UserError, BadImageError, CollectiveError) as error:
+    except (UserError, CollectiveError) as error:
         rank, has_companions = stated_rank(os.environ)
         message = f"{Path(sys.argv[0]).name}: error: {in_one_line(error)}"
         own = isinstance(error, (BadImageError, CollectiveError)) or not has_companions

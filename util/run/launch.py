@@ -74,7 +74,7 @@ def detect_launch(
         f"--world_size {world_size} contradicts the {started} process(es) that were started (launcher: {launcher}): "
         f"leave the flag out, or start {world_size} processes",
     )
-    meeting_point = _meeting_point(environ, launcher, local_world_size == started, dist_url, port)
+    meeting_point = _meeting_point(environ, launcher, started in (1, local_world_size), dist_url, port)
     return Launch(*ids, launcher, *meeting_point, torch.device("cpu"))
 
 

@@ -71,7 +71,7 @@ def log_environment(device: torch.device) -> None:
 
 def git_commit() -> str:
     """The commit of this code, marked when files were changed since."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

@@ -26,7 +26,7 @@ class NonFiniteError(RuntimeError):
 class NonFiniteGuard:
     """Reads a step's loss and gradient norm without making a GPU wait: one step later, before the next update.
 
-    The update of the bad step itself did not happen (`util.precision.clip_and_step`). Since the gradient norm is the
+    The update of the bad step itself did not happen (`util.run.optim.clip_and_step`). Since the gradient norm is the
     same on all ranks, they all come to the same decision without talking, and only then exchange their losses.
 
     Args:

@@ -71,7 +71,7 @@ class Preemption:
         if distributed.get_world_size() == 1:
             self._flags = self._local_flags()
             return bool(self._flags.any())
-        self._finish_reduction()
+        self.finish()
         if self._flags.any():
             return True
         self._flags = self._local_flags()
@@ -90,7 +90,7 @@ class Preemption:
         Raises:
             SystemExit: with `EXIT_REQUEUE`, or whatever submitit's handler exits with.
         """
-        self._finish_reduction()
+        self.finish()
         requeue, terminated = bool(self._flags[0]), bool(self._flags[1])
         try:
             if requeue and not terminated and distributed.is_main_process():
@@ -103,7 +103,7 @@ class Preemption:
 
     def close(self) -> None:
         """Wait for the reduction under way and give the signals back to their previous handlers."""
-        self._finish_reduction()
+        self.finish()
         for signum, handler in self._previous.items():
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         self._previous.clear()
@@ -113,7 +113,8 @@ class Preemption:
         ended = any(signum in self._seen for signum in END_SIGNALS)
         return torch.tensor([requeue, ended], dtype=torch.int32)
 
-    def _finish_reduction(self) -> None:
+    def finish(self) -> None:
+        """Wait for the reduction under way, on all ranks."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.wait()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -49,21 +48,17 @@ class Start:
     checkpoint: dict[str, Any] | None = None
     weights: tuple[dict[str, Tensor], WeightsInfo] | None = None
 
-    def settings(self, flags: Any, pretraining: bool, default_model: str) -> WeightSettings:
+    def settings(self, given: TrainingConfig, pretraining: bool, default_model: str) -> WeightSettings:
         """What belongs to the weights: given by flags, else recorded in the checkpoint or with the weights."""
+        recorded, source = {}, ""
         if self.checkpoint is not None:
             recorded, source = self.checkpoint.get("args", {}), "the checkpoint to resume"
-        else:
-            recorded, source = (self.weights[1].args, self.weights[1].source) if self.weights else ({}, "")
-        if self.checkpoint is None:
-            for name in ("mean", "std"):
-                given, known = getattr(flags, name), recorded.get(name)
-                if given and known and list(given) != list(known):
-                    logger.warning("--%s %s, but %s was trained with %s", name, given, source, known)
-        return weight_settings(recorded, source, vars(flags), pretraining, default_model)
+        elif self.weights is not None:
+            recorded, source = self.weights[1].args, self.weights[1].source
+        return weight_settings(recorded, source, given.as_dict(), pretraining, default_model)
 
 
-def find_start(flags: Any) -> Start:
+def find_start(given: TrainingConfig) -> Start:
     """Open the output folder, and find what --resume or else --finetune names; the same on all ranks.
 
     Rank 0 looks for the checkpoint to resume; the others read the file that it found. A resumed run reads nothing of
@@ -76,9 +71,9 @@ def find_start(flags: Any) -> Start:
     folder, found, error = None, None, None
     if distributed.is_main_process():
         try:
-            folder = CheckpointFolder(flags.output_dir, flags.keep_checkpoints)
-            refuse_to_replace_a_run(folder, flags.resume)
-            found = folder.resume(flags.resume)
+            folder = CheckpointFolder(given.output_dir, given.keep_checkpoints)
+            refuse_to_replace_a_run(folder, given.resume)
+            found = folder.resume(given.resume)
         except UserError as caught:
             error = str(caught)
     path, error = distributed.gather_objects((found and os.fspath(found[0]), error))[0]
@@ -86,7 +81,7 @@ def find_start(flags: Any) -> Start:
         raise UserError(error)
     if path is not None:
         return Start(folder, checkpoint=found[1] if found is not None else read_checkpoint(path))
-    return Start(folder, weights=read_weights(flags.finetune) if flags.finetune else None)
+    return Start(folder, weights=read_weights(given.finetune) if given.finetune else None)
 
 
 def refuse_to_replace_a_run(folder: CheckpointFolder, resume: str) -> None:
@@ -117,6 +112,32 @@ def check_recipe(checkpoint: dict[str, Any], config: TrainingConfig) -> None:
         )
     for error in errors:
         logger.warning("resuming by --resume_force with another recipe: %s", error)
+
+
+def check_data(checkpoint: dict[str, Any], data: dict[str, dict]) -> None:
+    """Warn where the images are not those of the checkpoint, and say what that means."""
+    recorded = checkpoint.get("data")
+    for split, now in data.items():
+        before = recorded.get(split) if isinstance(recorded, dict) else None
+        if not isinstance(before, dict) or before == now:
+            continue
+        if before.get("images") != now["images"]:
+            change = f"{before.get('images')} -> {now['images']} images"
+        elif before.get("names") != now["names"]:
+            change = f"{now['images']} images as before, but under other names"
+        else:
+            change = "the same images, but with other labels"
+        if split == "train":
+            meaning = (
+                "the run goes on, but not as an uninterrupted one: from here its epochs have other images in another "
+                "order, and as many steps as there are images for"
+            )
+        else:
+            meaning = (
+                "accuracies before and after cannot be compared, so the best epoch so far may not be the best; with "
+                "--val_share, some of these images may have been trained on"
+            )
+        logger.warning("the %s images are not those of the checkpoint: %s; %s", split, change, meaning)
 
 
 # --- The run ---
@@ -241,10 +262,15 @@ class Run:
         logger.info("epoch %d done: %s", epoch, ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
 
     def close(self) -> None:
-        """Wait for the last checkpoint to be on the disk, and close the logs."""
+        """Wait for the last checkpoint to be on the disk, close the logs and leave the other ranks.
+
+        Requests to stop have no effect any more, and must not end this process while rank 0 is writing.
+        """
         if self.folder is not None:
             self.folder.wait(final=True)
         self.log.close()
+        self.preemption.finish()
+        distributed.shutdown()
         self.preemption.close()
 
 
@@ -273,16 +299,18 @@ def open_run(
     progress.epoch = config.start_epoch
     if start.checkpoint is not None:
         check_recipe(start.checkpoint, config)
+        check_data(start.checkpoint, state.data)
         state.restore(start.checkpoint, steps_per_epoch)
         start.checkpoint = None  # its memory is wanted
         logger.info("resumed at %s", progress)
     elif start.weights is not None:
         load_weights(*start.weights)
+        start.weights = None
         if state.model_ema is not None:
             state.model_ema.set(state.model)
     check_statistics(config, loader.dataset)
     with unreadable_is_user_error(f"{config.output_dir} or {config.log_dir} cannot be written to"):
-        write_configuration(config)
+        write_configuration(config, state)
         log = RunLog(
             config.output_dir,
             config.log_dir,
@@ -295,16 +323,17 @@ def open_run(
         "effective batch %d = %d images x %d micro-batches x %d ranks; learning rate %.3g; %d steps per epoch",
         config.eff_batch_size, config.batch_size, config.accum_iter, config.world_size, config.lr, steps_per_epoch,
     )  # fmt: skip
-    model = wrap_model(state.model, device)
+    model = distributed.wrap_model(state.model, device)
     return Run(config, device, model, state, loader, normalize.to(device), start.folder, log, guard, preemption)
 
 
-def write_configuration(config: TrainingConfig) -> None:
-    """Store the configuration and the environment in the run's folder as config.json (rank 0)."""
+def write_configuration(config: TrainingConfig, state: TrainingState) -> None:
+    """Store the settings, the data's fingerprint and the environment in the run's folder as config.json (rank 0)."""
     if distributed.is_main_process():
         path = Path(config.output_dir) / "config.json"
         temporary = path.with_name(".config.json.tmp")
-        content = {"config": config.as_dict(), "environment": describe_environment(torch.device(config.device))}
+        environment = describe_environment(torch.device(config.device))
+        content = {"config": dict(state.settings), "data": state.data, "environment": environment}
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", errors="surrogateescape")
         os.replace(temporary, path)
 
@@ -328,34 +357,6 @@ def check_statistics(config: Config, dataset: ImageDataset) -> None:
         logger.warning("%s: %s", config.data_path, error or warning)
 
 
-def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as it is called: in DistributedDataParallel where there are several ranks."""
-    if distributed.get_world_size() == 1:
-        return model
-    # Without device_ids, inputs are left where they are: masks belong on the CPU. Buffers are constants.
-    model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-    if device.type == "cpu" and distributed.get_world_size() > 2:
-        model.register_comm_hook(None, average_in_rank_order)
-    return model
-
-
-def average_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Average gradients over ranks, added in the order of ranks, for a resumed run to be identical.
-
-    The order of gloo's own sum depends on where in a bucket a value lies, and DistributedDataParallel packs its buckets
-    anew after the first step of a process. Between two ranks there is but one order, and gloo's is faster.
-    """
-    gradients = [torch.empty_like(bucket.buffer()) for _ in range(dist.get_world_size())]
-
-    def average(_: torch.futures.Future) -> Tensor:
-        total = gradients[0]
-        for gradient in gradients[1:]:
-            total += gradient
-        return total.div_(len(gradients))
-
-    return dist.all_gather(gradients, bucket.buffer(), async_op=True).get_future().then(average)
-
-
 @contextlib.contextmanager
 def orderly_end(run: Run) -> Iterator[None]:
     """Around training: ends the process in the way that fits how training ended, with the last checkpoint written.
@@ -368,7 +369,6 @@ def orderly_end(run: Run) -> Iterator[None]:
             with explain_collective_failures():
                 yield
                 run.close()
-                distributed.shutdown()
         except Preempted as stopped:
             logger.warning("%s", stopped)
             if run.folder is not None:

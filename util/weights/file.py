@@ -186,8 +186,10 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, An
             checkpoint = _as_plain(_restricted_load(path, mmap=mmap and kind == "zip"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, RecursionError) as error:
+    except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {error}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is not a checkpoint: it holds itself") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a dict of weights: not a checkpoint")
     if isinstance(checkpoint.get("format"), int) and checkpoint["format"] > FORMAT:

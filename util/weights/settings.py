@@ -3,6 +3,7 @@
 Whoever uses a checkpoint gets them from `weight_settings`, so that all commands agree on what a file leaves open.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,14 +15,19 @@ import models_swin
 from util.errors import UserError
 from util.weights.file import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 PRETRAINING_MODELS = [name.removesuffix(".") for name in models_mixmae.default_cfgs]
 CLASSIFIER_MODELS = [name.removesuffix(".") for name in models_swin.default_cfgs]
 ENCODERS = {  # pretraining model -> the classifier with the same encoder
-    name: next(encoder for encoder in CLASSIFIER_MODELS if encoder.startswith(name.replace("mixmae", "swin")))
-    for name in PRETRAINING_MODELS
+    "mixmae_quickstart": "swin_quickstart",
+    "mixmae_tiny": "swin_tiny_w14",
+    "mixmae_base": "swin_base_w14",
+    "mixmae_large": "swin_large_w14",
+    "mixmae_huge": "swin_huge_w14",
 }
 AUTHORS_PRETRAINING_NAMES = {name.replace("mixmae_", "mixmim_"): name for name in PRETRAINING_MODELS}
 AUTHORS_CLASSIFIER_NAMES = {
@@ -83,10 +89,12 @@ def weight_settings(
     """
     check_recorded(recorded, source)
     given = {name: value for name, value in (given or {}).items() if value is not None}
-    name = given.get("model") or recorded.get("model") or default_model
+    name, origin = given.get("model"), "--model"
+    if name is None:
+        name, origin = recorded.get("model") or default_model, f"{source}, which records the model"
     if name is None:
         raise CheckpointError(f"{source} does not record which model it is: give --model")
-    model = resolve_model_name(name, pretraining)
+    model = resolve_model_name(name, pretraining, origin)
     if recorded.get("model") is not None and encoder_of(recorded["model"]) != encoder_of(model):
         recorded = {name: recorded.get(name) for name in ("in_chans", "mean", "std")}
 
@@ -96,7 +104,7 @@ def weight_settings(
     in_chans = choose("in_chans") or 3
     input_size = choose("input_size") or timm.get_pretrained_cfg(model).input_size[1:]
     input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
-    if len(input_size) > 2:
+    if len(given.get("input_size", ())) > 2:
         raise UserError(f"--input_size takes one side, or height and width, got {input_size}")
     window_size = choose("window_size")
     photos = in_chans == len(IMAGENET_MEAN)
@@ -105,33 +113,38 @@ def weight_settings(
         "std": IMAGENET_STD if photos else (0.25,) * in_chans,
     }
     for name in statistics:
-        fits = len(recorded.get(name) or ()) == in_chans
-        statistics[name] = tuple(given.get(name) or (recorded[name] if fits else statistics[name]))
+        if len(recorded.get(name) or ()) == in_chans:
+            statistics[name] = tuple(recorded[name])
+            if name in given and tuple(given[name]) != statistics[name]:
+                logger.warning("--%s %s, but %s was trained with %s", name, given[name], source, statistics[name])
+        statistics[name] = tuple(given.get(name) or statistics[name])
     return WeightSettings(
         model=model,
         in_chans=in_chans,
-        input_size=(input_size[0], input_size[-1]),
+        input_size=tuple(input_size[-2:]) if len(input_size) > 1 else (input_size[0], input_size[0]),
         patch_size=choose("patch_size"),
         window_size=None if window_size is None else tuple(window_size),
         **statistics,
     )
 
 
-def resolve_model_name(name: str, pretraining: bool) -> str:
+def resolve_model_name(name: str, pretraining: bool, origin: str = "--model") -> str:
     """Our name of a model given by our name or the authors'; where no pretraining model is wanted, its encoder's.
 
     Raises:
-        UserError: for an unknown name; lists the known ones.
+        UserError: for an unknown name, or a classifier where a pretraining model is wanted; says what is known.
     """
     if pretraining:
         names, aliases = PRETRAINING_MODELS, AUTHORS_PRETRAINING_NAMES
+        if name in CLASSIFIER_MODELS:
+            raise UserError(f"{origin} {name}: this is a classifier, a pretraining model is needed: {', '.join(names)}")
     else:
         names, aliases = CLASSIFIER_MODELS, AUTHORS_CLASSIFIER_NAMES
     ours = aliases.get(name, name)
     if not pretraining:
         ours = ENCODERS.get(AUTHORS_PRETRAINING_NAMES.get(ours, ours), ours)
     if ours not in names:
-        raise UserError(f"--model {name} is not known: choose one of {', '.join([*names, *aliases])}")
+        raise UserError(f"{origin} {name} is not known: give --model one of {', '.join([*names, *aliases])}")
     return ours
 
 
@@ -139,6 +152,11 @@ def encoder_of(name: str) -> str:
     """The encoder in a model that is given by our name or the authors'; the name itself where it is not known."""
     ours = AUTHORS_CLASSIFIER_NAMES.get(name) or AUTHORS_PRETRAINING_NAMES.get(name, name)
     return ENCODERS.get(ours, ours)
+
+
+def is_authors_name(name: str, ours: str) -> bool:
+    """Whether `name` is what the authors call the model, or the encoder in the model, that we call `ours`."""
+    return name in {**AUTHORS_CLASSIFIER_NAMES, **AUTHORS_PRETRAINING_NAMES} and encoder_of(name) == encoder_of(ours)
 
 
 def model_arguments(settings: Any) -> dict[str, Any]:

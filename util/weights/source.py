@@ -10,6 +10,10 @@ from torch import Tensor
 from util.weights.file import CheckpointError, read_checkpoint
 from util.weights.layouts import normalise_state_dict
 from util.weights.published import PUBLISHED, locate
+from util.weights.settings import ENCODERS
+
+PRETRAINING_MODEL_OF = {encoder: model for model, encoder in ENCODERS.items()}
+SIZES = ("input_size", "patch_size", "window_size")
 
 
 @dataclass
@@ -22,6 +26,7 @@ class WeightsInfo:
     args: dict[str, Any] = field(default_factory=dict)  # the recorded configuration, if there is one
     epoch: int | None = None  # the recorded epoch, if there is one
     classes: list[str] | None = None  # the recorded names of a classifier's classes, if there are any
+    data: dict[str, Any] = field(default_factory=dict)  # the recorded fingerprints of its images
 
     def __str__(self) -> str:
         return self.source
@@ -41,20 +46,24 @@ def read_weights(source: str | os.PathLike, ema: bool = False) -> tuple[dict[str
     Raises:
         CheckpointError: nothing there, damaged, unsafe, or no (averaged) weights in it.
     """
-    path = locate(os.fspath(source))
+    source = os.fspath(source)
+    path = locate(source)
     checkpoint = read_checkpoint(path, mmap=True)
     state_dict, layout = normalise_state_dict(checkpoint, path, ema)
-    args, epoch = checkpoint.get("args"), checkpoint.get("epoch")
+    args, epoch, data = checkpoint.get("args"), checkpoint.get("epoch"), checkpoint.get("data")
     args = args if isinstance(args, dict) else {}
-    if source in PUBLISHED:  # mmpretrain's files do not say which model they are
-        args = {"model": PUBLISHED[source].model} | args
+    if source in PUBLISHED and not os.path.exists(source):  # known better than the file may record it
+        published = PUBLISHED[source]
+        model = published.model if published.classifier else PRETRAINING_MODEL_OF[published.model]
+        args = {name: value for name, value in args.items() if name not in SIZES} | {"model": model}
     return state_dict, WeightsInfo(
-        source=os.fspath(source),
+        source=source,
         path=path,
         layout=layout,
         args=args,
         epoch=epoch if isinstance(epoch, int) else None,
         classes=recorded_classes(checkpoint, source),
+        data=data if isinstance(data, dict) else {},
     )
 
 
