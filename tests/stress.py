@@ -110,7 +110,7 @@ def kills(bench: Bench) -> tuple[str, str]:
         unfinished = [name for name in unfinished_files(out) if name.startswith(".checkpoint-")]
         while_saving += bool(unfinished)
         said = bench.finish_and_compare(out, "--save_steps", 2)
-        before_any += "starting anew" in said
+        before_any += "starting from scratch" in said
         assert not unfinished_files(out)
         bench.report(killed, total, "killed and resumed")
     trials = f"{killed} `kill -9`, {while_saving} of them while a checkpoint was being written"

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +32,9 @@ from torch import Tensor
 from util.data.sources import open_images
 from util.data.transforms import Normalize, crop_ratio, eval_transform
 from util.errors import UserError, unreadable_is_user_error
-from util.run.config import Config, WeightFlags, check_flags, flag, get_parser
+from util.run.config import WeightFlags
 from util.run.failures import user_errors
+from util.run.flags import Config, flag, get_parser, given_flags
 from util.run.logger import setup_logging
 from util.seeding import keyed_generator
 from util.weights.file import FORMAT, RECORD, read_checkpoint, sync_folder, temporary_path, write_checkpoint
@@ -230,7 +231,7 @@ def as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
-def example_images(paths: list[str] | None, settings: WeightSettings) -> Tensor:
+def example_images(paths: Sequence[str] | None, settings: WeightSettings) -> Tensor:
     """Images (5, C, H, W), prepared as for evaluation: the first ones of `paths`, over again if they are fewer."""
     count = max(BATCHES)
     if not paths:
@@ -266,40 +267,39 @@ def largest_difference(run: Runner, part: Part, imgs: Tensor) -> float:
 
 
 @torch.no_grad()
-def export_model(flags: argparse.Namespace) -> None:
+def export_model(config: ExportConfig) -> None:
     """Write the exported model, once it has been compared.
 
     Raises:
         UserError: for what the user can put right.
     """
-    out = Path(flags.out)
-    if out.is_dir() or (out.exists() and flags.format == "timm"):
+    out = Path(config.out)
+    if out.is_dir() or (out.exists() and config.format == "timm"):
         raise UserError(f"--out {out} exists already: give another name")
-    weights, info = read_weights(flags.checkpoint, ema=flags.model_ema)
-    part, settings, report = load_part(weights, info, vars(flags), flags.part)
+    weights, info = read_weights(config.checkpoint, ema=config.model_ema)
+    part, settings, report = load_part(weights, info, config.as_dict(), config.part)
     logger.info("%s", report)
-    export = Export(part, settings, info, example_images(flags.images, settings), flags.model_ema)
-    write, load_back = FORMATS[flags.format]
+    export = Export(part, settings, info, example_images(config.images, settings), config.model_ema)
+    write, load_back = FORMATS[config.format]
     with ExitStack() as cleaning, unreadable_is_user_error(f"--out {out} cannot be written"):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_path(out)
         cleaning.callback(shutil.rmtree, temporary, ignore_errors=True)
-        cleaning.callback(temporary.unlink, missing_ok=True) if flags.format != "timm" else None
+        cleaning.callback(temporary.unlink, missing_ok=True) if config.format != "timm" else None
         write(export, temporary)
         difference = largest_difference(load_back(export, temporary), part, export.imgs)
         os.replace(temporary, out)
         sync_folder(out.parent)
     logger.info(
         "wrote %s: %s of %s as %s; loaded back, its outputs differ by at most %.2g (%s images)",
-        out, part.name, settings.model, flags.format, difference, " and ".join(map(str, BATCHES)),
+        out, part.name, settings.model, config.format, difference, " and ".join(map(str, BATCHES)),
     )  # fmt: skip
 
 
 def main(flags: argparse.Namespace) -> None:
     with user_errors():
         setup_logging()
-        check_flags(ExportConfig, flags)
-        export_model(flags)
+        export_model(given_flags(ExportConfig, flags))
 
 
 if __name__ == "__main__":

@@ -39,19 +39,9 @@ from util.data.sources import open_images
 from util.data.transforms import Normalize, eval_transform
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
-from util.run.config import (
-    AT_LEAST_1,
-    Config,
-    DeviceFlags,
-    ProcessFlags,
-    ReadingFlags,
-    WeightFlags,
-    check_flags,
-    flag,
-    get_parser,
-    resolve,
-)
+from util.run.config import DeviceFlags, ProcessFlags, ReadingFlags, WeightFlags, resolve
 from util.run.failures import user_errors
+from util.run.flags import AT_LEAST_1, Config, flag, get_parser, given_flags
 from util.run.launch import Launch
 from util.run.logger import setup_logging
 from util.run.optim import autocast
@@ -118,20 +108,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_model(flags: argparse.Namespace, launch: Launch) -> tuple[Model, PredictConfig, WeightsInfo]:
+def load_model(given: PredictConfig, launch: Launch) -> tuple[Model, PredictConfig, WeightsInfo]:
     """The model as a function, the configuration completed by what is recorded with it, and where it came from.
 
     Raises:
         UserError: the checkpoint cannot be used for what is asked.
     """
-    given = vars(flags)
-    if flags.checkpoint.endswith(".onnx"):
-        return load_onnx(flags, launch)
-    weights, info = read_weights(flags.checkpoint, ema=flags.model_ema)
-    part = "encoder" if flags.features else "pyramid" if flags.dense else "classifier"
-    module, settings, report = load_part(weights, info, given, part)
+    if given.checkpoint.endswith(".onnx"):
+        return load_onnx(given, launch)
+    weights, info = read_weights(given.checkpoint, ema=given.model_ema)
+    module, settings, report = load_part(weights, info, given.as_dict(), given.part)
     logger.info("%s", report)
-    config = resolve(PredictConfig, flags, launch, settings)
+    config = resolve(given, launch, settings)
     module = module.to(launch.device)
 
     def run(imgs: Tensor) -> list[Tensor]:
@@ -142,24 +130,24 @@ def load_model(flags: argparse.Namespace, launch: Launch) -> tuple[Model, Predic
     return run, config, info
 
 
-def load_onnx(flags: argparse.Namespace, launch: Launch) -> tuple[Model, PredictConfig, WeightsInfo]:
+def load_onnx(given: PredictConfig, launch: Launch) -> tuple[Model, PredictConfig, WeightsInfo]:
     """As `load_model`, for an exported ONNX file, whose model and image size are fixed."""
-    path = Path(flags.checkpoint)
+    path = Path(given.checkpoint)
     if not path.is_file():
         raise UserError(f"--checkpoint {path} does not exist")
     run, record, info = open_onnx(path)
-    settings = weight_settings(info.args, str(path))
+    fixed, config = (weight_settings(info.args, str(path), flags) for flags in (None, given.as_dict()))
     for name in ("model", "in_chans", "input_size"):
-        given, fixed = getattr(flags, name), getattr(settings, name)
-        given = tuple(given) * (2 if len(given) == 1 else 1) if isinstance(given, (list, tuple)) else given
-        if given not in (None, fixed):
-            raise UserError(f"--{name} {given}: {path} was exported with {fixed}; export the weights again for another")
-    config = resolve(PredictConfig, flags, launch, weight_settings(info.args, str(path), vars(flags)))
-    if record["part"] != config.part:
+        if getattr(config, name) != getattr(fixed, name):
+            raise UserError(
+                f"--{name} {getattr(config, name)}: {path} was exported with {getattr(fixed, name)}; export the weights "
+                "again for another"
+            )
+    if record["part"] != given.part:
         raise UserError(
-            f"{path} holds a model's {record['part']}; its {config.part} is asked for: export --part {config.part}"
+            f"{path} holds a model's {record['part']}; its {given.part} is asked for: export --part {given.part}"
         )
-    return run, config, info
+    return run, resolve(given, launch, config), info
 
 
 # --- Images through the model ---
@@ -330,16 +318,16 @@ def shared_folder(out: str) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def predict(flags: argparse.Namespace, launch: Launch) -> None:
+def predict(given: PredictConfig, images: list[str], launch: Launch) -> None:
     """Write or show what the model makes of the images.
 
     Raises:
         UserError: for what the user can put right.
     """
-    model, config, info = load_model(flags, launch)
+    model, config, info = load_model(given, launch)
     if launch.world_size > 1 and not config.out:
         raise UserError("several processes need --out, in a folder that all of them see")
-    source = open_images(flags.images, config)
+    source = open_images(images, config)
     if source.streamed:
         raise UserError("these images can only be streamed: give files, folders or a list of them")
     dataset = NumberedImages(source, eval_transform(config), config.seed, skip_bad=config.bad_images == "skip")
@@ -378,9 +366,9 @@ def finish(results: Results, config: PredictConfig, info: WeightsInfo, bad: int)
 def main(flags: argparse.Namespace) -> None:
     with user_errors():
         setup_logging()
-        check_flags(PredictConfig, flags)
+        given = given_flags(PredictConfig, flags)
         launch = distributed.init_distributed(flags)
-        predict(flags, launch)
+        predict(given, flags.images, launch)
         distributed.shutdown()
 
 

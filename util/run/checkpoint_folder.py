@@ -201,7 +201,7 @@ class CheckpointFolder:
         Files that are skipped are named in the log, with the reason.
 
         Raises:
-            CheckpointError: there are checkpoints, but not one is whole: starting anew would waste or overwrite a run.
+            CheckpointError: there are checkpoints, but none is whole. Starting from scratch would overwrite a run.
         """
         reasons: list[str] = []
         seen: set[tuple[int, int]] = set()
@@ -223,7 +223,7 @@ class CheckpointFolder:
                 f"{self.folder} has checkpoints, but none to resume from: {'; '.join(reasons)}. "
                 "Move them away to start anew, or give another --output_dir"
             )
-        logger.info("no checkpoint in %s: starting anew", self.folder)
+        logger.info("no checkpoint in %s: starting from scratch", self.folder)
         return None
 
 

@@ -89,8 +89,8 @@ def refuse_to_replace_a_run(folder: CheckpointFolder, resume: str) -> None:
     continues = resume == "auto" or (resume and Path(resume).parent.resolve() == folder.folder.resolve())
     if not continues and any(folder.folder.glob("checkpoint*.pth")):
         raise UserError(
-            f"{folder.folder} holds a run already, which this one would replace: continue it by --resume auto, or give "
-            "another --output_dir"
+            f"{folder.folder} holds a run already, which this one would replace: continue it with --resume auto, or "
+            "give another --output_dir"
         )
 
 
@@ -101,7 +101,9 @@ def check_recipe(checkpoint: dict[str, Any], config: TrainingConfig) -> None:
         CheckpointError: the checkpoint was made with another model or recipe.
     """
     if "format" not in checkpoint:
-        logger.warning("the checkpoint is not of this program: only settings that both programs know are compared")
+        logger.warning(
+            "the checkpoint was not written by this program: only settings that both programs know are compared"
+        )
     errors, warnings = compare_recipes(checkpoint.get("args", {}), config.as_dict(), type(config))
     for warning in warnings:
         logger.warning("resuming with another setting: %s", warning)
