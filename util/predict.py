@@ -36,6 +36,7 @@ from tqdm import tqdm
 from util.data.datasets import NumberedImages, build_loader
 from util.data.samplers import EvalBatchSampler
 from util.data.sources import open_images
+from util.data.statistics import check_images
 from util.data.transforms import Normalize, eval_transform
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
@@ -140,8 +141,8 @@ def load_onnx(given: PredictConfig, launch: Launch) -> tuple[Model, PredictConfi
     for name in ("model", "in_chans", "input_size"):
         if getattr(config, name) != getattr(fixed, name):
             raise UserError(
-                f"--{name} {getattr(config, name)}: {path} was exported with {getattr(fixed, name)}; export the weights "
-                "again for another"
+                f"--{name} {getattr(config, name)}: {path} was exported with {getattr(fixed, name)}; export again for "
+                "another"
             )
     if record["part"] != given.part:
         raise UserError(
@@ -332,6 +333,9 @@ def predict(given: PredictConfig, images: list[str], launch: Launch) -> None:
         raise UserError("these images can only be streamed: give files, folders or a list of them")
     dataset = NumberedImages(source, eval_transform(config), config.seed, skip_bad=config.bad_images == "skip")
     logger.info("%d images", len(dataset))
+    for doubt in check_images(dataset.sample(), config.mean, config.std):
+        if doubt:  # no error, since a single image may be as dark as it likes
+            logger.warning("%s", doubt)
     sampler = EvalBatchSampler(len(dataset), config.batch_size, launch.rank, launch.world_size)
     loader = build_loader(dataset, sampler, config, launch.device)
     normalize = Normalize(config.mean, config.std).to(launch.device)
@@ -367,7 +371,7 @@ def main(flags: argparse.Namespace) -> None:
     with user_errors():
         setup_logging()
         given = given_flags(PredictConfig, flags)
-        launch = distributed.init_distributed(flags)
+        launch = distributed.init_distributed(given)
         predict(given, flags.images, launch)
         distributed.shutdown()
 

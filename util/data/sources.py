@@ -137,7 +137,7 @@ def open_images(paths: Sequence[str], config: DataSettings) -> JoinedSource:
                 index = replace(load_index(path), root=path)  # named as it was given
                 sources.append(FileSource(index, config.in_chans, config.ignore_exif))
             elif os.path.isfile(path):
-                sources.append(FileSource(_read_list(Path(path), "train"), config.in_chans, config.ignore_exif))
+                sources.append(FileSource(_read_list(Path(path)), config.in_chans, config.ignore_exif))
             else:
                 raise UserError(f"{path} does not exist; give images, folders of images, lists of images or tars")
     return JoinedSource(sources, config.in_chans)

@@ -87,11 +87,15 @@ def segment_attention(qkv: Tensor, segments: Segments, biases: Sequence[Tensor |
         (B, T, nH, d)
     """
     learned = biases[0] is not None and biases[0].requires_grad and biases[0].dtype == qkv.dtype
-    fused = torch.backends.cuda.flash_sdp_enabled()  # on CPUs too; False under `sdpa_kernel(SDPBackend.MATH)`
-    if learned and qkv.device.type == "cpu" and not dropout and fused and runs_eagerly():
+    if learned and qkv.device.type == "cpu" and not dropout and runs_eagerly() and fused_kernels_allowed():
         return BiasedAttention.apply(qkv, segments, *biases)
     parts = zip(split_segments(qkv, segments), biases)
     return torch.cat([fused_attention(part, bias, dropout).flatten(1, 2) for part, bias in parts], dim=1)
+
+
+def fused_kernels_allowed() -> bool:
+    """False under `sdpa_kernel(SDPBackend.MATH)`, by which one asks for operations that have all derivatives."""
+    return torch.backends.cuda.flash_sdp_enabled()  # of CPUs too
 
 
 def split_segments(x: Tensor, segments: Segments) -> list[Tensor]:
