@@ -110,7 +110,7 @@ class DataFlags(ReadingFlags):
     )
     dataset: str = flag("", "a data set that timm.data.create_dataset knows, with --data_path as its root", "NAME")
     val_share: float = flag(
-        0.0, "part of each class set aside for validation, where there is no val/", "SHARE", BELOW_1
+        0.0, "fraction of each class set aside for validation if there is no val/", "FRACTION", BELOW_1
     )
     bad_images: str = flag(
         "error",
