@@ -179,6 +179,35 @@ class ImageDataset(Dataset):
             )
 
 
+class NumberedImages(ImageDataset):
+    """`dataset[(0, index)]` -> (image (C, H, W) after the transform, index): every image once, none replaced.
+
+    With `skip_bad`, (any image, -1) for one that cannot be read.
+    """
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        _, index = key
+        try:
+            return self.transform(self._read(index)[0]), index
+        except BadImageError:
+            if not self.skip_bad:
+                raise
+            return self.transform(self._blank), -1
+
+    def why_bad(self, index: int) -> str:
+        """Why an image cannot be read; '' if it can."""
+        try:
+            self._read(index)
+        except BadImageError as error:
+            return str(error)
+        return ""
+
+    def _first_image_pixels(self) -> PixelType:
+        pixels = super()._first_image_pixels()
+        self._blank = torch.zeros(self.source.in_chans, 1, 1, dtype=pixels.dtype)
+        return pixels
+
+
 def match_classes(own: Sequence[str], classes: Sequence[str], owner: str, exactly: bool) -> np.ndarray:
     """The position in `classes` of each of `own`. Raises UserError: see `ImageDataset.number_labels_as`."""
     position = {name: i for i, name in enumerate(classes)}

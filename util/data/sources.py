@@ -12,9 +12,13 @@ With `--val_share`, a folder or list without validation images is divided into t
 `--data_path` as its root.
 """
 
+import bisect
+import itertools
 import logging
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -84,6 +88,62 @@ class FileSource:
         with open(self.path(i), "rb", buffering=0) as file:
             data = file.readall()
         return decode(data, self.in_chans, self.ignore_exif, self.max_pixels), int(self.index.targets[i])
+
+
+class JoinedSource:
+    """Several sources, one after another, without labels: a `Source`."""
+
+    classes, numbered, targets, fingerprint, streamed = None, False, None, "", False
+
+    def __init__(self, sources: Sequence[Source], in_chans: int):
+        self.sources, self.in_chans = sources, in_chans
+        self.ends = list(itertools.accumulate(map(len, sources)))
+        self.streamed = any(source.streamed for source in sources)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def path(self, i: int) -> str:
+        source, i = self._find(i)
+        return source.path(i)
+
+    def read(self, i: int) -> tuple[torch.Tensor, int]:
+        source, i = self._find(i)
+        return source.read(i)[0], -1
+
+    def _find(self, i: int) -> tuple[Source, int]:
+        number = bisect.bisect_right(self.ends, i)
+        return self.sources[number], i - (self.ends[number - 1] if number else 0)
+
+
+def open_images(paths: Sequence[str], config: DataSettings) -> JoinedSource:
+    """The images in `paths`, in the given order: image files, folders (however nested), lists of images, tars.
+
+    A folder's images come in the order of their folders, then of their names. Raises UserError.
+    """
+    sources = []
+    for is_image, group in itertools.groupby(paths, lambda path: path.lower().endswith(IMAGE_EXTENSIONS)):
+        group = list(group)
+        if is_image and (missing := [path for path in group if not os.path.exists(path)]):
+            raise UserError(f"images that do not exist: {abbreviate(missing)}")
+        if is_image and not any(map(os.path.isdir, group)):
+            names = StringTable.of([os.fsencode(path) for path in group])
+            index = ImageIndex("", names, np.full(len(group), -1, dtype=np.int32), None)
+            sources.append(FileSource(index, config.in_chans, config.ignore_exif, config.max_pixels))
+            continue
+        for path in group:
+            if path.lower().endswith(".tar"):
+                sources.append(open_timm_source("", Path(path), "train", config))
+            elif os.path.isdir(path):
+                index = replace(load_index(path), root=path)  # named as it was given
+                sources.append(FileSource(index, config.in_chans, config.ignore_exif, config.max_pixels))
+            elif os.path.isfile(path):
+                sources.append(
+                    FileSource(_read_list(Path(path)), config.in_chans, config.ignore_exif, config.max_pixels)
+                )
+            else:
+                raise UserError(f"{path} does not exist; give images, folders of images, lists of images or tars")
+    return JoinedSource(sources, config.in_chans)
 
 
 def open_source(config: DataSettings, split: str, require_labels: bool) -> Source:

@@ -186,7 +186,12 @@ def train_transform(config: TransformSettings) -> Callable[[torch.Tensor], torch
 
 def eval_transform(config: SizeSettings) -> Callable[[torch.Tensor], torch.Tensor]:
     """Evaluation: resize to input_size / 0.875 and crop the centre; above 224 pixels no margin (ratio 1)."""
-    return ResizeAndCentreCrop(config.input_size, CROP_RATIO if max(config.input_size) <= 224 else 1.0)
+    return ResizeAndCentreCrop(config.input_size, crop_ratio(config.input_size))
+
+
+def crop_ratio(input_size: tuple[int, int]) -> float:
+    """What share of the resized image's side the crop of evaluation takes."""
+    return CROP_RATIO if max(input_size) <= 224 else 1.0
 
 
 class BatchAugmentation:

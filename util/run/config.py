@@ -85,7 +85,29 @@ class ModelFlags(Config):
 
 
 @dataclass(frozen=True)
-class DataFlags(Config):
+class ReadingFlags(Config):
+    TITLE: ClassVar[str] = "reading images"
+
+    ignore_exif: bool = flag(False, "ignore the EXIF orientation of photographs, as the authors' code does")
+    max_pixels: int = flag(
+        MAX_PIXELS,
+        "an image with more is unreadable, since decoding it may take all memory",
+        "N",
+        AT_LEAST_1,
+        on_resume=other_bits("other samples wherever an image is too large"),
+    )
+    num_workers: int = flag(
+        min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
+        "data-loading processes per rank",
+        "N",
+        NOT_NEGATIVE,
+        on_resume=FREE,
+    )
+    pin_mem: bool = flag(True, "page-locked memory for copies to a GPU", aliases=("--no_pin_mem",), on_resume=FREE)
+
+
+@dataclass(frozen=True)
+class DataFlags(ReadingFlags):
     TITLE: ClassVar[str] = "data"
     DATA: ClassVar[str] = "a folder with train/ in it, a folder of images, or a list file"  # as messages call it
 
@@ -98,14 +120,6 @@ class DataFlags(Config):
     dataset: str = flag("", "a data set that timm.data.create_dataset knows, with --data_path as its root", "NAME")
     val_share: float = flag(
         0.0, "fraction of each class set aside for validation if there is no val/", "FRACTION", BELOW_1
-    )
-    ignore_exif: bool = flag(False, "ignore the EXIF orientation of photographs, as the authors' code does")
-    max_pixels: int = flag(
-        MAX_PIXELS,
-        "an image with more is unreadable, since decoding it may take all memory",
-        "N",
-        AT_LEAST_1,
-        on_resume=other_bits("other samples wherever an image is too large"),
     )
     bad_images: str = flag(
         "error",
@@ -120,14 +134,6 @@ class DataFlags(Config):
         PROBABILITY,
         on_resume=FREE,
     )
-    num_workers: int = flag(
-        min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
-        "data-loading processes per rank",
-        "N",
-        NOT_NEGATIVE,
-        on_resume=FREE,
-    )
-    pin_mem: bool = flag(True, "page-locked memory for copies to a GPU", aliases=("--no_pin_mem",), on_resume=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

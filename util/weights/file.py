@@ -7,6 +7,7 @@ and the SHA-256 of every byte before the digest. It finds any damage, also where
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import pickle
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file as read_safetensors
 from torch import Tensor, nn
 
 from util.errors import UserError
 
+RECORD = "mixmae"  # under which exported files keep what belongs to their weights, as JSON
 FORMAT = 1  # the number under 'format' in our files: raised when an older reader could misread a newer file
 
 SEAL = re.compile(rb"mixmae seal time=(\d{20}) sha256=([0-9a-f]{64})")
@@ -167,7 +169,8 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, An
     """Everything in a file of weights, on the CPU, after the file's bytes have been verified.
 
     Opens our files, the authors' (their `args`, an `argparse.Namespace`, becomes a dict), any other that
-    `torch.load(weights_only=True)` opens, and `.safetensors` (as {'model': tensors}). Nothing in the file is executed.
+    `torch.load(weights_only=True)` opens, and `.safetensors` (as {'model': tensors}, with what `util.export` recorded).
+    Nothing in the file is executed.
     With `mmap` the tensors stay in the file until they are used.
 
     Raises:
@@ -176,11 +179,12 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, An
     path = Path(path)
     try:
         kind = _kind_of(path)
-        if kind == "safetensors":
-            return {"model": read_safetensors(path)}
         if kind == "zip":
             _verify_zip(path)
-        checkpoint = _as_plain(_restricted_load(path, mmap=mmap and kind == "zip"))
+        if kind == "safetensors":
+            checkpoint = _read_safetensors(path)
+        else:
+            checkpoint = _as_plain(_restricted_load(path, mmap=mmap and kind == "zip"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
@@ -236,6 +240,15 @@ def _kind_of(path: Path) -> str:
     if head.startswith(b"PK\x03\x04"):
         return "zip"
     return "safetensors" if head[4:9] == b"\0\0\0\0{" else "pickle"  # the header's length (8 bytes), then its JSON
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        record = (file.metadata() or {}).get(RECORD, "{}")
+    try:
+        return {**json.loads(record), "model": read_safetensors(path)}
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: its record of the model is not JSON ({error})") from error
 
 
 def _last_bytes(path: Path, count: int) -> bytes:
