@@ -47,6 +47,7 @@ def train_one_epoch(run: Run, augment: Callable[[Tensor, Tensor], tuple[Tensor, 
             imgs, targets = augment(imgs, targets.to(run.device, non_blocking=True))
             with run.gradients_in_sync(micro):
                 with autocast(config.precision, run.device):
+                    # With mixup the smoothing has no effect here: the mixed targets are smoothed already.
                     micro_loss = classification_loss(run.model(imgs).float(), targets, config.smoothing)
                 micro_loss = micro_loss / config.accum_iter
                 backward(micro_loss, state.scaler)

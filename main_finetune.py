@@ -14,6 +14,9 @@ The paper's experiments, on Slurm or here:
     sh exp/base_600ep/finetune.sh local 8 /path/to/imagenet
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import csv
 import logging
@@ -37,21 +40,20 @@ from util.data.transforms import BatchAugmentation, Normalize, eval_transform, t
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
 from util.run.classes import check_division, classes_to_evaluate, count_classes, number_classes, write_division
-from util.run.config import (
+from util.run.config import TrainingConfig, resolve
+from util.run.failures import user_errors
+from util.run.flags import (
     AT_LEAST_1,
     BELOW_1,
     FREE,
     NOT_NEGATIVE,
     PROBABILITY,
     Config,
-    TrainingConfig,
     flag,
     get_parser,
     given_flags,
-    resolve,
     with_default,
 )
-from util.run.failures import user_errors
 from util.run.launch import Launch
 from util.run.logger import log_environment, setup_logging
 from util.run.metrics import count_work
@@ -84,14 +86,14 @@ class FinetuningFlags(Config):
     )
     layer_decay: float = flag(
         0.7,
-        "factor of the learning rate from a layer to the one below",
+        "learning-rate factor from each layer to the one below it",
         "X",
         (lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
     )
-    freeze_encoder: bool = flag(False, "train the head alone (linear probe)")
-    reset_head: bool = flag(False, "draw the head anew even where the weights hold one that fits", on_resume=FREE)
+    freeze_encoder: bool = flag(False, "train only the head (linear probe)")
+    reset_head: bool = flag(False, "re-initialise the head even if the weights contain one that fits", on_resume=FREE)
     smoothing: float = flag(0.1, "label smoothing", "X", BELOW_1)
-    model_ema: bool = flag(False, "average the weights, and evaluate the average too")
+    model_ema: bool = flag(False, "keep a moving average of the weights and evaluate it too")
     model_ema_decay: float = flag(0.9999, "decay of the average per step", "X", PROBABILITY)
 
 
@@ -99,23 +101,27 @@ class FinetuningFlags(Config):
 class AugmentationFlags(Config):
     TITLE: ClassVar[str] = "augmentation"
 
-    aa: str = flag("rand-m9-mstd0.5-inc1", "timm's auto-augment; '' for none", "POLICY")
-    color_jitter: float | None = flag(None, "colour jitter, where --aa is '' (default: none)", "X", NOT_NEGATIVE)
+    aa: str = flag("rand-m9-mstd0.5-inc1", "timm auto-augment policy; '' for none", "POLICY")
+    color_jitter: float | None = flag(
+        None, "strength of colour jitter, used only if --aa is '' (default: none)", "X", NOT_NEGATIVE
+    )
     reprob: float = flag(0.25, "probability of random erasing", "P", PROBABILITY)
-    remode: str = flag("pixel", "what erased areas become", choices=("const", "rand", "pixel"))
+    remode: str = flag("pixel", "what erased areas are filled with", choices=("const", "rand", "pixel"))
     recount: int = flag(1, "maximum number of areas erased per image", "N", AT_LEAST_1)
-    resplit: bool = flag(False, "accepted, without effect, for the authors' command lines", on_resume=FREE)
-    mixup: float = flag(0.0, "mixup; 0: off", "ALPHA")
-    cutmix: float = flag(0.0, "cutmix; 0: off", "ALPHA")
+    resplit: bool = flag(False, "no effect; accepted so that the authors' command lines work", on_resume=FREE)
+    mixup: float = flag(0.0, "mixup alpha (0: off)", "ALPHA")
+    cutmix: float = flag(0.0, "cutmix alpha (0: off)", "ALPHA")
     cutmix_minmax: tuple[float, float] | None = flag(
         None,
-        "least and greatest cutmix size, instead of alpha",
+        "minimum and maximum box size, instead of alpha",
         ("MIN", "MAX"),
         (lambda value: 0 <= value[0] <= value[1] <= 1, "takes MIN and MAX, 0 <= MIN <= MAX <= 1"),
     )
-    mixup_prob: float = flag(1.0, "probability of either, when on", "P", PROBABILITY)
-    mixup_switch_prob: float = flag(0.5, "probability of cutmix, when both are on", "P", PROBABILITY)
-    mixup_mode: str = flag("batch", "for whom one draw holds", choices=("batch", "pair", "elem"))
+    mixup_prob: float = flag(1.0, "probability that a batch is mixed, if mixup or cutmix is on", "P", PROBABILITY)
+    mixup_switch_prob: float = flag(0.5, "probability of cutmix, if both are on", "P", PROBABILITY)
+    mixup_mode: str = flag(
+        "batch", "draw the mixing once per batch, per pair or per image", choices=("batch", "pair", "elem")
+    )
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class EvaluationFlags(Config):
     TITLE: ClassVar[str] = "evaluation"
 
     eval: bool = flag(False, "only evaluate the weights of --finetune or --resume", on_resume=FREE)
-    dist_eval: bool = flag(False, "accepted; evaluation always uses all ranks and is always exact", on_resume=FREE)
+    dist_eval: bool = flag(False, "no effect: evaluation always uses all ranks and is always exact", on_resume=FREE)
     per_class: bool = flag(False, "with --eval: print top-1 per class", on_resume=FREE)
     predictions: str = flag("", "with --eval: write the top-5 of every image", "FILE.csv", on_resume=FREE)
 

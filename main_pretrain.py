@@ -9,6 +9,9 @@ The paper's experiments, on Slurm or here:
     sh exp/base_600ep/pretrain.sh local 8 /path/to/imagenet
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import logging
 import time
@@ -28,18 +31,9 @@ from util.data.transforms import Normalize, pretrain_transform
 from util.errors import UserError
 from util.knn import NEIGHBOURS, knn_accuracy, labelled_datasets
 from util.run import distributed
-from util.run.config import (
-    BELOW_1,
-    FREE,
-    NOT_NEGATIVE,
-    TrainingConfig,
-    flag,
-    get_parser,
-    given_flags,
-    resolve,
-    with_default,
-)
+from util.run.config import TrainingConfig, resolve
 from util.run.failures import user_errors
+from util.run.flags import BELOW_1, FREE, NOT_NEGATIVE, flag, get_parser, given_flags, with_default
 from util.run.launch import Launch
 from util.run.logger import log_environment, setup_logging
 from util.run.metrics import count_work
@@ -75,8 +69,8 @@ class PretrainConfig(TrainingConfig):
         0.0, "add a random amount from 0 to this to each step's mask ratio", "FRACTION", BELOW_1
     )
     norm_pix_loss: bool = flag(False, "predict pixels normalised by their cell's mean and variance")
-    vis_every: int = flag(20, "epochs between pictures; 0: none", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
-    knn_every: int = flag(0, "epochs between kNN tests; 0: none", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
+    vis_every: int = flag(20, "draw a picture every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
+    knn_every: int = flag(0, "test by kNN every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,8 @@ from main_pretrain import PretrainConfig
 from util import knn, visualize
 from util.errors import UserError
 from util.knn import KnnConfig
-from util.run.config import FREE, Change, get_parser, given_flags, resolve
+from util.run.config import resolve
+from util.run.flags import FREE, Change, get_parser, given_flags
 from util.run.launch import Launch
 from util.weights.file import read_checkpoint, write_checkpoint
 from util.weights.settings import IMAGENET_MEAN, IMAGENET_STD, weight_settings

@@ -18,8 +18,9 @@ import torch
 
 from util.errors import UserError
 from util.run import distributed, failures
-from util.run.config import DeviceFlags, ProcessFlags, get_parser
+from util.run.config import DeviceFlags, ProcessFlags
 from util.run.distributed import describe_placement
+from util.run.flags import get_parser
 from util.run.launch import LaunchError, choose_device, detect_launch, device_index, first_host, job_port
 from util.run.preemption import EXIT_REQUEUE, Preemption
 
@@ -379,7 +380,8 @@ from util.run.preemption import Preemption
 logging.basicConfig(level=logging.INFO)
 torch.set_num_threads(1)
 from dataclasses import dataclass
-from util.run.config import DeviceFlags, ProcessFlags, get_parser
+from util.run.config import DeviceFlags, ProcessFlags
+from util.run.flags import get_parser
 
 @dataclass(frozen=True)
 class Flags(ProcessFlags, DeviceFlags):

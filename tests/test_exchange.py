@@ -66,7 +66,7 @@ def test_a_fine_tuning_run_goes_on_whatever_the_order_of_its_groups(images, tmp_
     assert [len(group["params"]) for group in original] != [len(group["params"]) for group in swapped]
     run(main_finetune, *flags, "--output_dir", tmp_path / "gone_on", "--resume", theirs)
     said = capfd.readouterr().out
-    assert "the checkpoint is not of this program" in said
+    assert "the checkpoint was not written by this program" in said
     whole, gone_on = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "gone_on"))
     assert same(whole["model"], gone_on["model"]) and same(whole["optimizer"], gone_on["optimizer"])
 

@@ -16,7 +16,7 @@ from trials import Trial
 import main_pretrain
 from util import knn
 from util.data.transforms import Normalize
-from util.run.config import given_flags
+from util.run.flags import given_flags
 from util.run.launch import detect_launch
 from util.weights.file import read_checkpoint, write_checkpoint
 from util.weights.settings import ENCODERS

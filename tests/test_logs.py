@@ -48,7 +48,7 @@ def test_after_a_kill_each_epoch_and_step_stands_there_once(place, tmp_path, sav
     flags = (*RECIPE, "--data_path", place / "images", "--output_dir", out, "--save_steps", save_steps)
     for steps in (7, 15):
         kill_after(Trial(tmp_path, *flags, "--resume", "auto"), out, steps)
-    assert "starting anew" in Trial(tmp_path, *flags, "--resume", "auto").finish() or save_steps == 4
+    assert "starting from scratch" in Trial(tmp_path, *flags, "--resume", "auto").finish() or save_steps == 4
     assert differences(out, place / "reference") == []
     assert [line["step"] for line in steps_of(out)] == list(range(1, STEPS + 1))
     assert [line["epoch"] for line in epochs_of(out)] == [0, 1, 2]

@@ -84,7 +84,7 @@ def test_a_finished_run_is_left_as_it_is_and_no_new_one_replaces_it(place, tmp_p
     Trial(place, *flags, "--resume", "auto").finish()
     assert differences(out, place / "reference") == []
     said = Trial(place, *flags).finish(2)
-    assert "holds a run already, which this one would replace: continue it by --resume auto" in said
+    assert "holds a run already, which this one would replace: continue it with --resume auto" in said
     assert differences(out, place / "reference") == []
 
 

@@ -159,7 +159,7 @@ def test_what_is_not_plain_is_an_error_where_it_is_saved(tmp_path):
 def test_the_newest_whole_checkpoint_is_taken_and_skipped_ones_are_named(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     folder = CheckpointFolder(tmp_path)
-    assert folder.resume("auto") is None and "starting anew" in caplog.text
+    assert folder.resume("auto") is None and "starting from scratch" in caplog.text
     assert folder.resume("") is None
     save_steps(folder, 1, 2, 3)
     path, checkpoint = folder.resume("auto")

@@ -9,6 +9,9 @@ length 1, and each of the k most similar training images votes for its class wit
 features here are the mean of the encoder's normed last stage, as the classification head sees them.
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import json
 import logging
@@ -28,20 +31,9 @@ from util.data.samplers import EvalBatchSampler
 from util.data.transforms import Normalize, eval_transform
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
-from util.run.config import (
-    AT_LEAST_1,
-    POSITIVE,
-    Config,
-    DataFlags,
-    DeviceFlags,
-    ProcessFlags,
-    WeightFlags,
-    flag,
-    get_parser,
-    given_flags,
-    resolve,
-)
+from util.run.config import DataFlags, DeviceFlags, ProcessFlags, WeightFlags, resolve
 from util.run.failures import user_errors
+from util.run.flags import AT_LEAST_1, POSITIVE, Config, flag, get_parser, given_flags
 from util.run.launch import Launch
 from util.run.logger import setup_logging
 from util.run.optim import autocast
@@ -172,15 +164,17 @@ class KnnFlags(Config):
     k: tuple[int, ...] = flag(
         NEIGHBOURS, "how many neighbours vote", "K", (lambda value: min(value) >= 1, "must be at least 1")
     )
-    temperature: float = flag(TEMPERATURE, "of the votes", "T", POSITIVE)
-    random_weights: bool = flag(False, "the checkpoint's architecture untrained, for comparison")
-    model_ema: bool = flag(False, "the averaged weights in the checkpoint")
-    batch_size: int = flag(64, "images per rank at a time", "N", AT_LEAST_1)
-    out: str = flag("", "write the result with all its settings", "FILE.json")
+    temperature: float = flag(TEMPERATURE, "temperature of the votes", "T", POSITIVE)
+    random_weights: bool = flag(False, "use the checkpoint's architecture with random weights, for comparison")
+    model_ema: bool = flag(False, "use the averaged weights in the checkpoint")
+    batch_size: int = flag(64, "batch size per rank", "N", AT_LEAST_1)
+    out: str = flag("", "write the result and all settings to this file", "FILE.json")
 
 
 @dataclass(frozen=True)
 class KnnConfig(KnnFlags, WeightFlags, DataFlags, DeviceFlags, ProcessFlags):
+    DATA: ClassVar[str] = "a folder with train/ and val/ in it, both with one folder of images per class"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.checkpoint:

@@ -8,6 +8,9 @@ the weights before the step. Masks, drop path, mixup and erasing are therefore w
 device.
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import logging
 from collections.abc import Callable, Iterator
@@ -19,8 +22,8 @@ from torch import Tensor, nn
 
 from models_swin import classification_loss
 from util.data.transforms import BatchAugmentation, Normalize
-from util.run.config import HelpFormatter
 from util.run.failures import user_errors
+from util.run.flags import HelpFormatter
 from util.run.logger import setup_logging
 from util.run.optim import autocast, make_scaler, resolve_precision
 from util.seeding import seed_all

@@ -6,6 +6,9 @@ Every row shows an image, the mixture that the encoder sees, the image with its 
 predicted as a whole. Rows come in pairs, since images are mixed in pairs.
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import logging
 import textwrap
@@ -27,8 +30,8 @@ from util.data.decoding import BadImageError, PixelType, decode
 from util.data.image_index import IMAGE_EXTENSIONS
 from util.data.transforms import Normalize, ResizeAndCentreCrop
 from util.errors import UserError, unreadable_is_user_error
-from util.run.config import HelpFormatter
 from util.run.failures import user_errors
+from util.run.flags import HelpFormatter
 from util.run.logger import setup_logging
 from util.seeding import keyed_generator
 from util.weights.file import CheckpointError

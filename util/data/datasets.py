@@ -74,7 +74,7 @@ class ImageDataset(Dataset):
     @property
     def targets(self) -> np.ndarray | None:
         """The labels of all images where they are known without reading them."""
-        targets = self.source.targets
+        targets = None if self.classes is None else self.source.targets
         return targets if targets is None or self._numbers is None else self._numbers[targets]
 
     def fingerprint(self) -> dict[str, int | str]:

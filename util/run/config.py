@@ -1,111 +1,40 @@
 """The configuration of a run: every flag is declared once, all are resolved once, and then they are only read.
 
-A flag is a field of one of the classes below (a main or command adds its own): its annotation is its type, and `flag`
-gives its default, its help, its check, and what a change of it means for a run that is resumed. `get_parser` makes the
-command line of a configuration class, and `resolve` an object of it, which cannot be written to.
-
-The flags of the authors' scripts keep their names and meanings.
+Here are the flags that mains and commands share; each adds its own. The flags of the authors' scripts keep their names
+and meanings.
 """
 
-import argparse
 import dataclasses
 import logging
 import os
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from util.data.decoding import MAX_PIXELS
 from util.errors import UserError
+from util.run.flags import (
+    AT_LEAST_1,
+    BATCHES,
+    BELOW_1,
+    FREE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    ROUNDING,
+    Config,
+    flag,
+    other_bits,
+)
 from util.run.launch import Launch
 from util.run.optim import resolve_precision
 from util.weights.settings import CLASSIFIER_MODELS, PRETRAINING_MODELS, WeightSettings, is_authors_name
 
 logger = logging.getLogger(__name__)
 
-C = TypeVar("C", bound="Config")
+C = TypeVar("C", bound=Config)
 
-# --- Declaring flags ---
-
-
-@dataclass(frozen=True)
-class Change:
-    """What changing a flag means for a run that is resumed: whether it may, and what is then no longer identical."""
-
-    allowed: bool
-    difference: str = ""
-
-
-RECIPE = Change(allowed=False)  # another experiment
-FREE = Change(allowed=True)  # where things are, how fast they go, what is reported and kept
-
-
-def other_bits(difference: str) -> Change:
-    """The same recipe, but not the same bits."""
-    return Change(allowed=True, difference=difference)
-
-
-BATCHES = other_bits("steps are made of other images, or averaged in another order")
-ROUNDING = other_bits("the same computation, but it rounds differently")
-
-Check = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and the rule in words
-POSITIVE: Check = (lambda value: value > 0, "must be positive")
-AT_LEAST_1: Check = (lambda value: value >= 1, "must be at least 1")
-NOT_NEGATIVE: Check = (lambda value: value >= 0, "must not be negative")
-PROBABILITY: Check = (lambda value: 0 <= value <= 1, "must be between 0 and 1")
-BELOW_1: Check = (lambda value: 0 <= value < 1, "must be at least 0 and below 1")
-
-
-def flag(
-    default: Any,
-    help: str,
-    metavar: str | None = None,
-    check: Check | None = None,
-    on_resume: Change = RECIPE,
-    choices: Sequence[str] | None = None,
-    aliases: Sequence[str] = (),
-) -> Any:
-    """A field of a configuration class that is a flag.
-
-    Args:
-        default: its value where it is not given; None means that `resolve` or the data decide.
-        help: what `--help` says.
-        metavar: what `--help` calls the value.
-        check: what values are allowed (None, where it is the default, always is).
-        on_resume: what changing it means for a run that is resumed.
-        choices: the allowed words.
-        aliases: other spellings, with their dashes.
-    """
-    metadata = dict(help=help, metavar=metavar, check=check, on_resume=on_resume, choices=choices, aliases=aliases)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def with_default(flags: type["Config"], name: str, default: Any) -> Any:
-    """The field of a flag that `flags` declares, with another default for one main."""
-    return dataclasses.field(default=default, metadata=flags.__dataclass_fields__[name].metadata)
-
-
-# --- The flags that mains and commands share ---
-
-
-@dataclass(frozen=True)
-class Config:
-    """What all configurations can do. Writing to one is a `dataclasses.FrozenInstanceError`.
-
-    Raises:
-        UserError: on construction, for a value that is not allowed; says which flag, what was given, what is allowed.
-    """
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, check = getattr(self, field.name), field.metadata["check"]
-            if check is not None and value is not None and not check[0](value):
-                raise UserError(f"--{field.name} {check[1]}, got {value}")
-
-    def as_dict(self) -> dict[str, Any]:
-        """All values by name, plain ones, as checkpoints store them."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+# --- Shared flags ---
 
 
 @dataclass(frozen=True)
@@ -117,7 +46,7 @@ class WeightFlags(Config):
     model: str | None = flag(
         None,
         f"{', '.join(PRETRAINING_MODELS)} to pretrain; {', '.join(CLASSIFIER_MODELS)} to fine-tune; or the authors' "
-        "mixmim_* names (default: the one that the weights record, else Base)",
+        "mixmim_* names (default: the one recorded with the weights, else base)",
         "NAME",
     )
     in_chans: int | None = flag(
@@ -134,7 +63,7 @@ class WeightFlags(Config):
     )
     std: tuple[float, ...] | None = flag(
         None,
-        "standard deviation of each channel, likewise (default: that of the weights, else ImageNet's, or 0.25)",
+        "standard deviation per channel, in the same units (default: that of the weights, else ImageNet's, or 0.25)",
         "X",
     )
     allow_odd_statistics: bool = flag(False, "go on where --mean and --std do not fit the images", on_resume=FREE)
@@ -144,13 +73,13 @@ class WeightFlags(Config):
 class ModelFlags(Config):
     TITLE: ClassVar[str] = "model"
 
-    patch_size: int | None = flag(None, "side of a patch (default: that of the weights, else the model's)", "PIXELS")
+    patch_size: int | None = flag(None, "patch side length (default: that of the weights, else the model's)", "PIXELS")
     window_size: tuple[int, int, int, int] | None = flag(
-        None, "window side of each stage (default: those of the weights, else the model's)", "TOKENS"
+        None, "window side length in each stage (default: those of the weights, else the model's)", "TOKENS"
     )
-    drop_path: float = flag(0.0, "stochastic depth of the last block", "RATE", BELOW_1)
+    drop_path: float = flag(0.0, "stochastic-depth rate of the last block", "RATE", BELOW_1)
     grad_checkpointing: bool = flag(
-        False, "store less and compute blocks twice: slower, less memory", on_resume=ROUNDING
+        False, "recompute blocks in the backward pass: slower, less memory", on_resume=ROUNDING
     )
     compile: bool = flag(False, "compile the encoder's stages with torch.compile", on_resume=ROUNDING)
 
@@ -158,32 +87,42 @@ class ModelFlags(Config):
 @dataclass(frozen=True)
 class DataFlags(Config):
     TITLE: ClassVar[str] = "data"
+    DATA: ClassVar[str] = "a folder with train/ in it, a folder of images, or a list file"  # as messages call it
 
     data_path: str = flag(
         "",
-        "folder with train/ (and val/), folder of images, list file, tar, or the folder of --dataset",
+        "folder with train/ (and val/), folder of images, list file, tar, or the root folder for --dataset",
         "PATH",
         on_resume=other_bits("identical only if it holds the same images in the same order"),
     )
-    dataset: str = flag("", "a timm.data.create_dataset name instead of files, under --data_path", "NAME")
+    dataset: str = flag("", "a data set that timm.data.create_dataset knows, with --data_path as its root", "NAME")
     val_share: float = flag(
-        0.0, "part of each class set aside for validation, where there is no val/", "SHARE", BELOW_1
+        0.0, "fraction of each class set aside for validation if there is no val/", "FRACTION", BELOW_1
     )
-    ignore_exif: bool = flag(
-        False, "do not rotate photographs as their EXIF orientation says (the authors' code does not)"
+    ignore_exif: bool = flag(False, "ignore the EXIF orientation of photographs, as the authors' code does")
+    max_pixels: int = flag(
+        MAX_PIXELS,
+        "an image with more is unreadable, since decoding it may take all memory",
+        "N",
+        AT_LEAST_1,
+        on_resume=other_bits("other samples wherever an image is too large"),
     )
     bad_images: str = flag(
         "error",
-        "stop at an unreadable image, or replace it",
+        "at an unreadable image, stop (error) or use another one (skip)",
         choices=("error", "skip"),
         on_resume=other_bits("other samples wherever an image cannot be read"),
     )
     max_bad_images: float = flag(
-        0.01, "with --bad_images skip: stop above this share of images", "SHARE", PROBABILITY, on_resume=FREE
+        0.01,
+        "with --bad_images skip: stop if more than this fraction of the images is unreadable",
+        "FRACTION",
+        PROBABILITY,
+        on_resume=FREE,
     )
     num_workers: int = flag(
         min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
-        "data-loading processes per rank, here at most one per CPU",
+        "data-loading processes per rank",
         "N",
         NOT_NEGATIVE,
         on_resume=FREE,
@@ -196,7 +135,7 @@ class DataFlags(Config):
             raise UserError(
                 f"--data_path is missing: give the folder that --dataset {self.dataset} is in, or is downloaded to"
                 if self.dataset
-                else "--data_path is missing: give a folder with train/ in it, a folder of images, or a list file"
+                else f"--data_path is missing: give {self.DATA}"
             )
 
 
@@ -210,7 +149,7 @@ class OptimizerFlags(Config):
     clip_grad: float | None = flag(None, "clip the gradient norm (default: no clipping)", "NORM", POSITIVE)
     weight_decay: float = flag(0.05, "AdamW's weight decay", "X", NOT_NEGATIVE)
     lr: float | None = flag(None, "learning rate (default: blr * effective batch / 256)", "X", NOT_NEGATIVE)
-    blr: float = flag(1e-4, "base learning rate, for 256 images", "X", NOT_NEGATIVE)
+    blr: float = flag(1e-4, "base learning rate, per 256 images", "X", NOT_NEGATIVE)
     min_lr: float = flag(0.0, "learning rate at the end", "X", NOT_NEGATIVE)
     warmup_epochs: float = flag(5, "epochs of linear warm-up", "N", NOT_NEGATIVE)
 
@@ -222,11 +161,11 @@ class DeviceFlags(Config):
     device: str = flag("auto", "auto, cuda, cuda:N or cpu", on_resume=ROUNDING)
     precision: str | None = flag(
         None,
-        "default: bf16 where a GPU has it, else fp16; on a CPU fp32",
+        "numeric precision (default: bf16 if the GPU supports it, else fp16; fp32 on a CPU)",
         choices=("fp32", "bf16", "fp16"),
         on_resume=ROUNDING,
     )
-    seed: int = flag(0, "all randomness follows from it", "N")
+    seed: int = flag(0, "random seed", "N")
 
 
 @dataclass(frozen=True)
@@ -248,7 +187,7 @@ class RunFlags(Config):
     resume_force: bool = flag(
         False, "continue even though the model or recipe differs from the checkpoint's", on_resume=FREE
     )
-    start_epoch: int = flag(0, "first epoch when nothing is resumed", "N", NOT_NEGATIVE, on_resume=FREE)
+    start_epoch: int = flag(0, "epoch to start from if no run is resumed", "N", NOT_NEGATIVE, on_resume=FREE)
     print_freq: int = flag(20, "optimizer steps between log lines", "STEPS", AT_LEAST_1, on_resume=FREE)
     save_every: int = flag(1, "epochs between checkpoints", "EPOCHS", AT_LEAST_1, on_resume=FREE)
     save_steps: int = flag(
@@ -264,7 +203,9 @@ class RunFlags(Config):
 @dataclass(frozen=True)
 class ProcessFlags(Config):
     TITLE: ClassVar[str] = "distributed run"
-    DESCRIPTION: ClassVar[str] = "Detected from torchrun, srun or (with --dist_on_itp) MPI; normally nothing to set."
+    DESCRIPTION: ClassVar[str] = (
+        "Detected from torchrun, srun or (with --dist_on_itp) MPI; normally these need not be set."
+    )
 
     world_size: int | None = flag(
         None, "number of processes; must agree with the launcher (default: the launcher's)", "N", on_resume=BATCHES
@@ -278,14 +219,14 @@ class ProcessFlags(Config):
     )
     dist_on_itp: bool = flag(False, "take rank and world size from Open MPI's variables", on_resume=FREE)
     dist_url: str = flag(
-        "env://", "where processes meet: env://, tcp://HOST:PORT or file:///SHARED/NEW_FILE", "URL", on_resume=FREE
+        "env://", "rendezvous address: env://, tcp://HOST:PORT or file:///SHARED/NEW_FILE", "URL", on_resume=FREE
     )
     port: int | None = flag(
-        None, "TCP port on which rank 0 is met under srun and MPI (default: derived from the job id)", "P",
+        None, "TCP port of rank 0 under srun and MPI (default: derived from the job id)", "P",
         on_resume=FREE,
     )  # fmt: skip
     dist_timeout: float = flag(
-        1800.0, "a rank that keeps the others waiting for longer than this many seconds ends the run", "SECONDS",
+        1800.0, "end the run if a rank keeps the others waiting longer than this", "SECONDS",
         on_resume=FREE,
     )  # fmt: skip
 
@@ -307,60 +248,7 @@ class TrainingConfig(WeightFlags, ModelFlags, OptimizerFlags, DataFlags, DeviceF
         return self.batch_size * self.accum_iter * self.world_size
 
 
-# --- The command line ---
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of every flag that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS)) or action.default == ""
-        return action.help if hidden or "default" in action.help else super()._get_help_string(action)
-
-
-def get_parser(config_class: type[Config], description: str, prog: str | None = None) -> argparse.ArgumentParser:
-    """The command line of a configuration class: one argument group for each class of flags that it is made of."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, prog=prog, description=description, formatter_class=HelpFormatter
-    )
-    kinds = typing.get_type_hints(config_class)
-    for flags in config_class.__mro__:
-        if "TITLE" in vars(flags):
-            group = parser.add_argument_group(flags.TITLE, vars(flags).get("DESCRIPTION"))
-            own = set(flags.__dataclass_fields__).difference(*(base.__dataclass_fields__ for base in flags.__bases__))
-            for field in dataclasses.fields(config_class):  # with the defaults of this class
-                if field.name in own:
-                    _add_flag(group, field, kinds[field.name])
-    return parser
-
-
-def _add_flag(group: Any, field: dataclasses.Field, kind: Any) -> None:
-    name, metadata, default = f"--{field.name}", field.metadata, field.default
-    optional = isinstance(kind, types.UnionType)  # X | None
-    kind = typing.get_args(kind)[0] if optional else kind
-    if kind is bool:
-        action = argparse.BooleanOptionalAction if default else "store_true"
-        group.add_argument(name, action=action, default=default, help=metadata["help"])
-        for alias in metadata["aliases"]:  # of one that is on by default
-            group.add_argument(
-                alias, action="store_false", dest=field.name, default=argparse.SUPPRESS, help="the opposite"
-            )
-        return
-    options = {key: metadata[key] for key in ("help", "metavar", "choices") if metadata[key] is not None}
-    if typing.get_origin(kind) is tuple:
-        items = typing.get_args(kind)
-        options["nargs"], kind = "+" if items[-1] is Ellipsis else len(items), items[0]
-    group.add_argument(name, *metadata["aliases"], type=kind, default=default, **options)
-
-
-def given_flags(config_class: type[C], flags: argparse.Namespace) -> C:
-    """The parsed flags, checked one by one and against each other, before anything is read or written.
-
-    Raises:
-        UserError: naming the flag, what was given and what is allowed.
-    """
-    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(config_class)}
-    return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+# --- Resolving ---
 
 
 def resolve(given: C, launch: Launch, settings: WeightSettings) -> C:

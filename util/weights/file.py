@@ -31,6 +31,7 @@ FORMAT = 1  # the number under 'format' in our files: raised when an older reade
 
 SEAL = re.compile(rb"mixmae seal time=(\d{20}) sha256=([0-9a-f]{64})")
 SEAL_SIZE = len("mixmae seal time=") + 20 + len(" sha256=") + 64
+CONTROL_BYTES = frozenset(range(32)) - frozenset(b"\t\n\f\r")  # no text holds them, every pickle, zip, ... does
 ZIP_END, ZIP_END_SIZE = b"PK\x05\x06", 22  # a zip's last record; its last two bytes are the length of the comment
 
 # What the authors' files hold besides: paths (submitit's output_dir) become pure ones, which never touch the disk.
@@ -230,6 +231,8 @@ def _kind_of(path: Path) -> str:
         raise CheckpointError(f"{path} is a web page, not a checkpoint: download the file itself")
     if text.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the checkpoint itself: run `git lfs pull`")
+    if head[:1] != b"\x80" and not CONTROL_BYTES.intersection(head):
+        raise CheckpointError(f"{path} is a text file, not a checkpoint: name a .pth or .safetensors file")
     if head.startswith(b"PK\x03\x04"):
         return "zip"
     return "safetensors" if head[4:9] == b"\0\0\0\0{" else "pickle"  # the header's length (8 bytes), then its JSON

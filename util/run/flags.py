@@ -1,0 +1,168 @@
+"""How flags are declared, parsed and checked.
+
+A flag is a field of a configuration class: its annotation is its type, and `flag` gives its default, its help, its
+check, and what a change of it means for a run that is resumed. `get_parser` makes the command line of such a class, and
+`given_flags` an object of it, which cannot be written to.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from util.errors import UserError
+
+C = TypeVar("C", bound="Config")
+
+# --- Declaring flags ---
+
+
+@dataclass(frozen=True)
+class Change:
+    """What changing a flag means for a run that is resumed: whether it may, and what is then no longer identical."""
+
+    allowed: bool
+    difference: str = ""
+
+
+RECIPE = Change(allowed=False)  # another experiment
+FREE = Change(allowed=True)  # where things are, how fast they go, what is reported and kept
+
+
+def other_bits(difference: str) -> Change:
+    """The same recipe, but not the same bits."""
+    return Change(allowed=True, difference=difference)
+
+
+BATCHES = other_bits("steps are made of other images, or averaged in another order")
+ROUNDING = other_bits("the same computation, but it rounds differently")
+
+Check = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and the rule in words
+POSITIVE: Check = (lambda value: value > 0, "must be positive")
+AT_LEAST_1: Check = (lambda value: value >= 1, "must be at least 1")
+NOT_NEGATIVE: Check = (lambda value: value >= 0, "must not be negative")
+PROBABILITY: Check = (lambda value: 0 <= value <= 1, "must be between 0 and 1")
+BELOW_1: Check = (lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+
+
+def flag(
+    default: Any,
+    help: str,
+    metavar: str | None = None,
+    check: Check | None = None,
+    on_resume: Change = RECIPE,
+    choices: Sequence[str] | None = None,
+    aliases: Sequence[str] = (),
+) -> Any:
+    """A field of a configuration class that is a flag.
+
+    Args:
+        default: its value where it is not given; None means that `resolve` or the data decide.
+        help: what `--help` says.
+        metavar: what `--help` calls the value.
+        check: what values are allowed (None, where it is the default, always is).
+        on_resume: what changing it means for a run that is resumed.
+        choices: the allowed words.
+        aliases: other spellings, with their dashes.
+    """
+    metadata = dict(help=help, metavar=metavar, check=check, on_resume=on_resume, choices=choices, aliases=aliases)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def with_default(flags: type["Config"], name: str, default: Any) -> Any:
+    """The field of a flag that `flags` declares, with another default for one main."""
+    return dataclasses.field(default=default, metadata=flags.__dataclass_fields__[name].metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What all configurations can do. Writing to one is a `dataclasses.FrozenInstanceError`.
+
+    Raises:
+        UserError: on construction, for a value that is not allowed; says which flag, what was given, what is allowed.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, check = getattr(self, field.name), field.metadata["check"]
+            if check is not None and value is not None and not check[0](value):
+                raise UserError(f"--{field.name} {check[1]}, got {value}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """All values by name, plain ones, as checkpoints store them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+# --- The command line ---
+
+
+class Parser(argparse.ArgumentParser):
+    """Names the flag that an unknown one may have been meant to be."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            given = [argument.partition("=")[0] for argument in unknown if argument.startswith("--")]
+            meant = [difflib.get_close_matches(name, self._option_string_actions, n=1) for name in given]
+            hints = [f"{name}: did you mean {match[0]}?" for name, match in zip(given, meant) if match]
+            self.error("; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
+        return parsed
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS)) or action.default == ""
+        return action.help if hidden or "default" in action.help else super()._get_help_string(action)
+
+
+def get_parser(config_class: type[Config], description: str, prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line of a configuration class: one argument group for each class of flags that it is made of."""
+    parser = Parser(allow_abbrev=False, prog=prog, description=description, formatter_class=HelpFormatter)
+    kinds = typing.get_type_hints(config_class)
+    for flags in config_class.__mro__:
+        if "TITLE" in vars(flags):
+            group = parser.add_argument_group(flags.TITLE, vars(flags).get("DESCRIPTION"))
+            own = set(flags.__dataclass_fields__).difference(*(base.__dataclass_fields__ for base in flags.__bases__))
+            for field in dataclasses.fields(config_class):  # with the defaults of this class
+                if field.name in own:
+                    _add_flag(group, field, kinds[field.name])
+    return parser
+
+
+def _add_flag(group: Any, field: dataclasses.Field, kind: Any) -> None:
+    name, metadata, default = f"--{field.name}", field.metadata, field.default
+    optional = isinstance(kind, types.UnionType)  # X | None
+    kind = typing.get_args(kind)[0] if optional else kind
+    if kind is bool:
+        action = argparse.BooleanOptionalAction if default else "store_true"
+        group.add_argument(name, action=action, default=default, help=metadata["help"])
+        for alias in metadata["aliases"]:  # of one that is on by default
+            group.add_argument(
+                alias,
+                action="store_false",
+                dest=field.name,
+                default=argparse.SUPPRESS,
+                help=f"the same as --no-{field.name}",
+            )
+        return
+    options = {key: metadata[key] for key in ("help", "metavar", "choices") if metadata[key] is not None}
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        options["nargs"], kind = "+" if items[-1] is Ellipsis else len(items), items[0]
+    group.add_argument(name, *metadata["aliases"], type=kind, default=default, **options)
+
+
+def given_flags(config_class: type[C], flags: argparse.Namespace) -> C:
+    """The parsed flags, checked one by one and against each other, before anything is read or written.
+
+    Raises:
+        UserError: naming the flag, what was given and what is allowed.
+    """
+    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(config_class)}
+    return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
