@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from models_swin import classification_loss
-from util.data.decoding import BadImageError
+from util.data.datasets import check_targets
 from util.data.transforms import Normalize
 from util.run import distributed
 from util.run.optim import adjust_learning_rate, autocast, backward, clip_and_step, last_learning_rate
@@ -58,16 +58,6 @@ def train_one_epoch(run: Run, augment: Callable[[Tensor, Tensor], tuple[Tensor, 
             state.model_ema.update(state.model)
         run.finish_step(meter, lr, loss, grad_norm, batch)
     return lr
-
-
-def check_targets(targets: Tensor, nb_classes: int) -> None:
-    """Raise a BadImageError for a label that is not a class."""
-    if targets.min() < 0 or targets.max() >= nb_classes:
-        wrong = targets[(targets < 0) | (targets >= nb_classes)].unique().tolist()
-        raise BadImageError(
-            f"labels {wrong} lie outside the {nb_classes} classes (0 to {nb_classes - 1}): "
-            "correct the labels of the data, or --nb_classes"
-        )
 
 
 @dataclass

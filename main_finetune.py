@@ -14,6 +14,9 @@ The paper's experiments, on Slurm or here:
     sh exp/base_600ep/finetune.sh local 8 /path/to/imagenet
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import csv
 import logging
@@ -29,13 +32,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from engine_finetune import Evaluation, check_targets, evaluate, train_one_epoch
+from engine_finetune import Evaluation, evaluate, train_one_epoch
 from models_swin import SwinTransformer
 from util.data.datasets import ImageDataset, build_dataset, build_loader
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import BatchAugmentation, Normalize, eval_transform, train_transform, uses_mixup
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
+from util.run.classes import check_division, classes_to_evaluate, count_classes, number_classes, write_division
 from util.run.config import TrainingConfig, resolve
 from util.run.failures import user_errors
 from util.run.flags import (
@@ -55,7 +59,7 @@ from util.run.logger import log_environment, setup_logging
 from util.run.metrics import count_work
 from util.run.optim import make_scaler, param_groups_layer_decay
 from util.run.preemption import Preemption
-from util.run.session import Run, Start, find_start, open_run, orderly_end
+from util.run.session import Run, Start, check_statistics, find_start, open_run, orderly_end
 from util.run.state import Progress, TrainingState
 from util.seeding import seed_all
 from util.weights.layouts import load_classifier, load_encoder
@@ -153,25 +157,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     return get_parser(FinetuneConfig, "Fine-tune, linear-probe or evaluate a classifier.")
 
 
-def count_classes(config: FinetuneConfig, dataset: ImageDataset) -> int:
-    """The number of classes, which --nb_classes and the data set must agree on.
-
-    Raises:
-        UserError: they do not, or neither tells.
-    """
-    found = len(dataset.classes) if dataset.classes else None
-    number = config.nb_classes or found
-    if number is None:
-        raise UserError("the data set does not tell its number of classes: give --nb_classes")
-    if found not in (None, number):
-        raise UserError(f"--nb_classes {number} contradicts the {found} classes in {config.data_path}")
-    if number < 2:
-        raise UserError(f"classification needs at least 2 classes, found {number} in {config.data_path}")
-    if dataset.targets is not None:
-        check_targets(torch.as_tensor(dataset.targets), number)
-    return number
-
-
 def build_validation(config: FinetuneConfig, launch: Launch) -> DataLoader:
     dataset = build_dataset(config, "val", eval_transform(config))
     sampler = EvalBatchSampler(len(dataset), config.batch_size, launch.rank, launch.world_size)
@@ -195,12 +180,16 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
     if config.freeze_encoder and not (config.finetune or config.resume):
         logger.warning("--freeze_encoder without --finetune probes an encoder of random weights")
     dataset = build_dataset(config, "train", train_transform(config), require_labels=True)
-    num_classes = count_classes(config, dataset)
+    if dataset.pixels.dtype != torch.uint8 and config.in_chans == 3 and (config.aa or config.color_jitter):
+        logger.warning("auto-augment and colour jitter need 8-bit images; on these, of more bits, they are off")
+    num_classes = number_classes(config, dataset, start)
     sampler = TrainBatchSampler(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
     )
     loader = build_loader(dataset, sampler, config, launch.device)
     validation = build_validation(config, launch)
+    if dataset.classes:
+        validation.dataset.number_labels_as(dataset.classes, "the training images")
     count_classes(config, validation.dataset)
     model = build_classifier(config, num_classes).to(launch.device)
     if launch.rank == 0:
@@ -216,7 +205,8 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
         model.compile_blocks()
     scaler = make_scaler(config.precision, launch.device)
     recorded = config.as_dict() | {"nb_classes": num_classes}
-    state = TrainingState(model, optimizer, scaler, recorded, Progress(), model_ema)
+    data = {"train": dataset.fingerprint(), "val": validation.dataset.fingerprint()}
+    state = TrainingState(model, optimizer, scaler, recorded, Progress(), model_ema, dataset.classes, data)
 
     def load_weights(weights: dict[str, Tensor], source: WeightsInfo) -> None:
         if config.reset_head:
@@ -228,7 +218,11 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
             trunc_normal_(model.head.weight, std=HEAD_INIT_STD)
 
     normalize = Normalize(config.mean, config.std)
-    return open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights), validation
+    divides = config.val_share > 0 and start.checkpoint is None and launch.rank == 0
+    run = open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights)
+    if divides:
+        write_division(config, validation.dataset)
+    return run, validation
 
 
 def train(run: Run, validation: DataLoader) -> None:
@@ -273,7 +267,9 @@ def evaluate_only(given: FinetuneConfig, launch: Launch) -> None:
     config = resolve(given, launch, settings)
     validation = build_validation(config, launch)
     dataset, device = validation.dataset, launch.device
-    model = build_classifier(config, count_classes(config, dataset))
+    check_statistics(config, dataset)
+    check_division(config, dataset, info)
+    model = build_classifier(config, classes_to_evaluate(config, dataset, weights, info))
     logger.info("%s", load_classifier(model, weights, info))
     if config.predictions and launch.rank == 0:  # while an evaluation is not yet lost
         with unreadable_is_user_error(f"--predictions {config.predictions} cannot be written"):

@@ -9,6 +9,9 @@ The paper's experiments, on Slurm or here:
     sh exp/base_600ep/pretrain.sh local 8 /path/to/imagenet
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import logging
 import time
@@ -115,7 +118,8 @@ def prepare(
     if config.compile:
         model.compile_blocks()
     scaler = make_scaler(config.precision, launch.device)
-    state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress())
+    data = {"train": dataset.fingerprint()}
+    state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress(), data=data)
     labelled = labelled_datasets(config, NEIGHBOURS) if config.knn_every else None
 
     def load_weights(weights: dict[str, Tensor], source: WeightsInfo) -> None:

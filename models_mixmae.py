@@ -143,6 +143,12 @@ class MixMAE(SwinTransformer):
                 f"a mask is 0 or 1 for each of the {self.num_cells} cells, shape ({self.num_cells},); "
                 f"got shape {tuple(mask.shape)} with values from {mask.min():g} to {mask.max():g}"
             )
+        if self.num_cells < 2:
+            height, width = self.img_size
+            raise UserError(
+                f"an image of {height}x{width} is one cell of {self.encoder_stride}x{self.encoder_stride} pixels, of "
+                "which no part can be hidden and another visible: use a larger input size or smaller patches"
+            )
         if not 0 < hidden < self.num_cells:
             raise UserError(
                 f"the mask hides {hidden} of {self.num_cells} cells: there is nothing to learn unless at least one is "

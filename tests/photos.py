@@ -23,7 +23,9 @@ def data_args(data_path, **changes) -> argparse.Namespace:
         pin_mem=False,
         bad_images="error",
         max_bad_images=0.01,
+        val_share=0.0,
         ignore_exif=False,
+        max_pixels=250_000_000,
     )
     return argparse.Namespace(**{**values, **changes})
 

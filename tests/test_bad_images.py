@@ -3,12 +3,14 @@
 MIXMAE_STRESS=1 counts 1% bad images among 10,000 instead of 1,000.
 """
 
+import argparse
 import io
 import logging
 import os
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +20,8 @@ from PIL import Image, ImageOps
 
 from util.data import decoding
 from util.data.datasets import BadImageError, build_dataset, build_loader
-from util.data.decoding import MAX_PIXELS, decode
-from util.data.transforms import eval_transform, pretrain_transform
+from util.data.decoding import MAX_PIXELS, PixelType, decode
+from util.data.transforms import eval_transform, pretrain_transform, train_transform
 from util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -103,11 +105,120 @@ def test_palettes_are_expanded_and_transparency_dropped(form):
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
-def test_16_bits_are_reduced_to_8(form):
+def test_16_bits_are_kept_unless_others_have_8(form):
     values = np.array([[0, 128, 129, 257], [25700, 32768, 65406, 65535]], np.uint16)
     image = decode(encode(Image.fromarray(values), form), 1)
-    assert image.dtype == torch.uint8 and image[0].tolist() == [[0, 0, 1, 1], [100, 128, 254, 255]]
+    assert image.dtype == torch.uint16 and image[0].tolist() == values.tolist()
     assert decode(encode(Image.fromarray(values), form), 3)[2].tolist() == image[0].tolist()
+    reduced = PixelType.BYTES.convert(image)
+    assert reduced.dtype == torch.uint8 and reduced[0].tolist() == [[0, 0, 1, 1], [100, 128, 254, 255]]
+    assert np.array_equal(PixelType.DEEP_PICTURES.convert(image)[0], (values / 65535).astype(np.float32))
+    every = torch.arange(65536, dtype=torch.int32).to(torch.uint16)
+    assert torch.equal(PixelType.BYTES.convert(every).int(), (every.int() + 128) // 257)
+
+
+def deep_png(values: np.ndarray, colour: int, exif: bytes = b"") -> bytes:
+    """A 16-bit PNG of (h, w, channels) values; colour type 0 grey, 2 RGB, 4 grey + alpha, 6 RGB + alpha."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width = values.shape[:2]
+    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = [(b"IHDR", header), *([(b"eXIf", exif)] if exif else []), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+@pytest.mark.parametrize("colour, channels", [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_16_bit_pngs_of_all_kinds_keep_their_bits(colour, channels):
+    """Pillow reads those in colour with 8 bits, those with alpha too."""
+    values = np.random.default_rng(0).integers(0, 65536, (5, 7, channels), dtype=np.uint16)
+    data = deep_png(values, colour)
+    rgb = decode(data, 3)
+    expected = values[..., :3] if channels >= 3 else values[..., :1].repeat(3, 2)
+    assert rgb.dtype == torch.uint16 and np.array_equal(rgb.permute(1, 2, 0), expected)
+    assert np.abs(decode(data, 1)[0].numpy() - expected @ [0.299, 0.587, 0.114]).max() < 1
+    with pytest.raises(BadImageError, match="damaged PNG"):
+        decode(data[:70], 3)
+    turned = deep_png(values, colour, exif=Image.Exif.tobytes(sideways())[6:])
+    assert np.array_equal(decode(turned, 3).permute(1, 2, 0), np.rot90(expected, -1))
+    assert np.array_equal(decode(turned, 3, ignore_exif=True).permute(1, 2, 0), expected)
+
+
+def sideways() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def test_bombs_of_16_bits_are_refused_before_decoding():
+    data = bytearray(deep_png(np.zeros((1, 1, 3), np.uint16), 2))
+    data[16:24] = struct.pack(">II", 1_000_000, 1_000_000)
+    with pytest.raises(BadImageError, match="above the limit"):
+        decode(bytes(data), 3)
+
+
+def deep_tiff(values: np.ndarray) -> bytes:
+    """A 16-bit RGB TIFF of (h, w, 3) values."""
+    height, width = values.shape[:2]
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 134), (259, 3, 1, 1), (262, 3, 1, 2)]
+    tags += [(273, 4, 1, 140), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, values.nbytes), (284, 3, 1, 1)]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return b"II*\0\x08\0\0\0" + directory + struct.pack("<3H", 16, 16, 16) + values.astype("<u2").tobytes()
+
+
+def test_16_bits_that_would_be_lost_are_refused():
+    values = np.full((4, 4, 3), 1000, np.uint16)
+    assert Image.open(io.BytesIO(deep_tiff(values))).mode == "RGB"
+    ppm = b"P6\n# made by hand\n4 4\n65535\n" + values.astype(">u2").tobytes()
+    for data in (deep_tiff(values), ppm):
+        with pytest.raises(BadImageError, match="16 bits per colour in a file that is read with 8"):
+            decode(data, 3)
+    pgm = b"P5 4 4 65535\n" + values[..., 0].astype(">u2").tobytes()
+    assert decode(pgm, 1).dtype == torch.uint16 and decode(pgm, 1).unique().tolist() == [1000]
+
+
+def mixed(root: Path, *names: str) -> argparse.Namespace:
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for number, name in enumerate(names):
+        (root / "train").mkdir(parents=True, exist_ok=True)
+        path = root / "train" / f"{number}.{'npy' if name == 'array' else 'png'}"
+        if name == "array":
+            np.save(path, np.zeros((16, 16, 1), np.float32))
+        else:
+            Image.fromarray(values.astype(np.uint8) if name == "8" else values * 257).save(path)
+    return data_args(root, in_chans=1)
+
+
+def test_sets_that_mix_8_and_16_bits(tmp_path, caplog):
+    """The same picture in 8 and in 16 bits is the same image, whichever is first."""
+    for order, dtype in ((("8", "16", "16"), torch.uint8), (("16", "8"), torch.float32)):
+        caplog.clear()
+        dataset = build_dataset(mixed(tmp_path / order[0], *order), "train", lambda image: image)
+        images = [dataset[(0, i)][0] for i in range(len(order))]
+        assert all(image.dtype == dtype for image in images)
+        assert all(torch.allclose(image, images[0], rtol=1e-6) for image in images)
+        assert caplog.text.count("1.png has 16 bits, and is reduced to 8") == (dtype == torch.uint8)
+    for number, order in enumerate((("16", "array"), ("array", "16"), ("array", "8"), ("8", "array"))):
+        dataset = build_dataset(mixed(tmp_path / f"a{number}", *order), "train", lambda image: image)
+        with pytest.raises(BadImageError, match="use one type for all"):
+            dataset[(0, 1)]
+
+
+def test_12_bits_in_files_of_16_keep_their_levels(tmp_path):
+    """They kept 17 of 255."""
+    (tmp_path / "train").mkdir()
+    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save(tmp_path / "train" / "a.png")
+    args = data_args(tmp_path, in_chans=1, input_size=(64, 64))
+    image, _ = build_dataset(args, "train", lambda image: image)[(0, 0)]
+    assert len(image.unique()) == 4096 and 0 <= image.min() and image.max() == np.float32(4095 / 65535)
+    for transform in (pretrain_transform(args), train_transform(args), eval_transform(args)):
+        image, _ = build_dataset(args, "train", transform)[(0, 0)]
+        assert image.dtype == torch.float32 and len(image.unique()) > 1000
+    colour = data_args(tmp_path, input_size=(64, 64))  # with RandAugment, which is defined for 8 bits
+    image, _ = build_dataset(colour, "train", train_transform(colour))[(0, 0)]
+    assert image.shape == (3, 64, 64) and len(image.unique()) > 1000
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -183,10 +294,10 @@ REFUSED = {
     "truncated photo": (PHOTOS[0].read_bytes()[:20_000], "truncated"),
     "PNG bomb": (png_bomb(50_000, 50_000), "pixels"),
     "smaller PNG bomb": (
-        png_bomb(10_000, 10_000),
-        f"10000 x 10000 = 100000000 pixels, above .* {MAX_PIXELS}",
+        png_bomb(25_000, 10_001),
+        f"25000 x 10001 = 250025000 pixels are more than --max_pixels {MAX_PIXELS} allows",
     ),
-    "JPEG bomb": (jpeg_bomb(60_000, 60_000), "60000 x 60000 = 3600000000 pixels, above the limit"),
+    "JPEG bomb": (jpeg_bomb(60_000, 60_000), "60000 x 60000 = 3600000000 pixels are more than --max_pixels"),
     "float TIFF": (encode(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "32-bit float pixels"),
     "32-bit TIFF": (encode(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"), "outside 0..65535"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in a known format"),
@@ -211,6 +322,20 @@ def test_bad_images_are_refused_with_the_reason(kind, tmp_path, monkeypatch):
         decode(data, 3)
     assert time.monotonic() - started < 2 and issubclass(BadImageError, UserError)
     assert not list(tmp_path.iterdir())  # nothing was unpickled or written
+
+
+def test_an_ordinary_scan_is_within_the_limit_and_another_limit_may_be_given(tmp_path):
+    scan = png_bomb(12_000, 9_000)  # a header without pixels, so what is wrong is found later
+    with pytest.raises(BadImageError) as raised:
+        decode(scan, 3)
+    assert "pixels" not in str(raised.value)
+    with pytest.raises(BadImageError, match="12000 x 9000 = 108000000 pixels are more than --max_pixels 1000000 "):
+        decode(scan, 3, max_pixels=1_000_000)
+    folder_with_bad(tmp_path / "data", 4, {2: encode(photo((11, 10)), "JPEG")})
+    dataset = build_dataset(data_args(tmp_path / "data", max_pixels=100), "train", lambda image: image)
+    assert dataset[(0, 1)][0].shape == (3, 8, 8)
+    with pytest.raises(BadImageError, match=r"00002\.jpg.*110 pixels are more than --max_pixels 100"):
+        dataset[(0, 2)]
 
 
 def test_random_damage_is_an_image_or_a_bad_image():

@@ -228,3 +228,52 @@ def test_the_index_is_a_few_flat_arrays():
     assert index.path(number - 1) == "/data/n00000999/99999.JPEG" and index.path(0) == "/data/n00000000/0.JPEG"
     held = [value for value in vars(table).values()] + [index.targets]
     assert all(isinstance(value, np.ndarray) and value.dtype != object for value in held)
+
+
+LEFT_OUT = [".thumbs/a.jpg", "b/.thumbs/x/c.jpg", "b/._2.jpg", "b/.DS_Store", "b/1.HEIC", "a/2.heic", "a/3.avif"]
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
+    """Hidden files and folders, and images in formats that are not read; scanned, then cached."""
+    root = tree(tmp_path / "data", NAMES)
+    expected = paths(load_index(root)), load_index(root).classes
+    tree(root, LEFT_OUT)
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            index = load_index(root)
+        assert (paths(index), index.classes) == expected
+        assert class_folders(root) == expected[1]
+        assert index.unreadable == {".heic": 2, ".avif": 1} and index.hidden == 3
+        assert f"{root}: left out are 1 .avif, 2 .heic, which this program does not read: convert" in caplog.text
+        assert "left out are 3 hidden images or folders" in caplog.text
+    hidden_root = tree(tmp_path / ".data", ["a/1.jpg"])
+    assert len(load_index(hidden_root)) == 1  # what was asked for is not left out
+
+
+def test_a_folder_of_formats_that_are_not_read(tmp_path, caplog):
+    with pytest.raises(UserError, match="no images found under"):
+        load_index(tree(tmp_path / "data", ["1.heic", "2.heic"]))
+    assert "2 .heic" in caplog.text
+
+
+def test_a_scan_asks_nothing_of_single_files(tmp_path, monkeypatch):
+    """A stat of each would be slow on network file systems: the listing of a folder has names and kinds."""
+    root = tree(tmp_path / "data", [*NAMES, *LEFT_OUT])
+    asked, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **options: asked.append(path) or stat(path, **options))
+    load_index(root)
+    assert asked and not [path for path in asked if str(path).lower().endswith((".jpg", ".heic", ".png"))]
+
+
+def test_the_fingerprint_follows_names_and_order_alone(tmp_path):
+    first = load_index(tree(tmp_path / "data", NAMES))
+    os.rename(tmp_path / "data", tmp_path / "moved")
+    moved = load_index(tmp_path / "moved")
+    assert moved.fingerprint() == first.fingerprint()
+    os.rename(tmp_path / "moved" / "b" / "2.jpg", tmp_path / "moved" / "b" / "3.jpg")
+    assert load_index(tmp_path / "moved").fingerprint() != first.fingerprint()
+    one, other = (
+        ImageIndex("/", StringTable.of(names), np.zeros(2, np.int32), None) for names in ([b"a", b"bc"], [b"ab", b"c"])
+    )
+    assert one.fingerprint() != other.fingerprint()

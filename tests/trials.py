@@ -77,6 +77,7 @@ class Trial:
             if ranks > 1:
                 os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
             torch.set_num_threads(1)
+            os.environ["OMP_NUM_THREADS"] = "1"
             if sabotage is not None:
                 sabotage(rank)
             sys.argv = ["main_pretrain.py", *arguments]
@@ -262,6 +263,17 @@ def stop_signal(step: int, signum: int = signal.SIGTERM) -> Sabotage:
         return loss
 
     return at_step(step, action)
+
+
+def waiting_for(path: Path, step: int = 1) -> Sabotage:
+    """Spoils nothing: step `step` ends when there is a file `path`."""
+
+    def wait(loss: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
+        while not path.exists():
+            time.sleep(0.005)
+        return loss
+
+    return at_step(step, wait)
 
 
 # --- Watching -----------------------------------------------------------------------------------------------

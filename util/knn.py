@@ -9,6 +9,9 @@ length 1, and each of the k most similar training images votes for its class wit
 features here are the mean of the encoder's normed last stage, as the classification head sees them.
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import json
 import logging
@@ -34,6 +37,7 @@ from util.run.flags import AT_LEAST_1, POSITIVE, Config, flag, get_parser, given
 from util.run.launch import Launch
 from util.run.logger import setup_logging
 from util.run.optim import autocast
+from util.run.session import check_statistics
 from util.seeding import seed_all
 from util.weights.layouts import load_encoder
 from util.weights.settings import model_arguments, weight_settings
@@ -169,6 +173,8 @@ class KnnFlags(Config):
 
 @dataclass(frozen=True)
 class KnnConfig(KnnFlags, WeightFlags, DataFlags, DeviceFlags, ProcessFlags):
+    DATA: ClassVar[str] = "a folder with train/ and val/ in it, both with one folder of images per class"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.checkpoint:
@@ -205,6 +211,7 @@ def evaluate(given: KnnConfig, launch: Launch) -> dict:
     model, config, info = load_model(given, launch)
     normalize = Normalize(config.mean, config.std).to(launch.device)
     train, val = labelled_datasets(config, config.k)
+    check_statistics(config, train)
     accuracy = knn_accuracy(model, train, val, normalize, config, config.k, config.temperature)
     return {
         "accuracy": {str(k): value for k, value in accuracy.items()},  # k -> top-1 in percent

@@ -6,6 +6,9 @@ Every row shows an image, the mixture that the encoder sees, the image with its 
 predicted as a whole. Rows come in pairs, since images are mixed in pairs.
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import logging
 import textwrap
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from models_mixmae import MixMAE
 from util.data.datasets import build_dataset
-from util.data.decoding import BadImageError, decode
+from util.data.decoding import BadImageError, PixelType, decode
 from util.data.image_index import IMAGE_EXTENSIONS
 from util.data.transforms import Normalize, ResizeAndCentreCrop
 from util.errors import UserError, unreadable_is_user_error
@@ -301,6 +304,7 @@ class FolderOfImages:
     dataset: str = ""
     bad_images: str = "error"
     max_bad_images: float = 0.0
+    val_share: float = 0.0
     ignore_exif: bool = False
 
 
@@ -320,7 +324,8 @@ def load_images(paths: list[str], num_images: int, in_chans: int, seed: int) -> 
     images = []
     for path in paths:
         try:
-            images.append(decode(Path(path).read_bytes(), in_chans))
+            image = decode(Path(path).read_bytes(), in_chans)
+            images.append(PixelType(image.dtype).convert(image))
         except (BadImageError, OSError) as error:
             raise BadImageError(f"{path}: {error}") from error
     return images, paths

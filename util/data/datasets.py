@@ -1,28 +1,33 @@
 """Data sets whose every sample is a function of (seed, epoch, index), and their loaders."""
 
 import atexit
+import contextlib
 import functools
 import gc
+import hashlib
 import logging
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from util.data.decoding import BadImageError
+from util.data.decoding import BadImageError, PixelType
+from util.data.image_index import abbreviate
 from util.data.settings import DataSettings
 from util.data.sources import Source, open_source
-from util.errors import unreadable_is_user_error
+from util.errors import UserError, unreadable_is_user_error
 from util.seeding import derive_seed, keyed_generator, seed_all
 
 logger = logging.getLogger(__name__)
 
 REPLACEMENT_TRIES = 100
+SAMPLE = 32  # images that are looked at before a run
 # Forked workers share the index of a data set; Linux's own default since Python 3.14 would send each a copy.
 WORKERS = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 
@@ -30,7 +35,7 @@ WORKERS = multiprocessing.get_context("fork" if sys.platform == "linux" else Non
 class ImageDataset(Dataset):
     """`dataset[(epoch, index)]` -> (image (C, H, W) after the transform, target); -1 without labels.
 
-    Images are uint8, or float32 where the source has more than 8 bits (see util.data.decoding).
+    Images are uint8, or float32 where the first image has more than 8 bits (see util.data.decoding).
     Before the transform all generators are seeded with (seed, epoch, index): a sample depends on nothing
     else, neither on the worker that makes it nor on the samples before it. (With num_workers 0 the generators
     are those of the training process.)
@@ -47,10 +52,12 @@ class ImageDataset(Dataset):
         self.source, self.transform, self.seed = source, transform, seed
         self.skip_bad, self.max_bad_share = skip_bad, max_bad_share
         self.classes = source.classes
+        self._numbers: np.ndarray | None = None  # of the source's classes in `classes`, where they differ
         self._bad = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # shared with the workers
         self._bad_lock = WORKERS.Lock()
-        self.dtype: torch.dtype | None = None
-        self.dtype = self._first_image_dtype()
+        self._reduced = torch.zeros(1, dtype=torch.uint8).share_memory_()  # whether an image lost bits, and it was said
+        self.pixels: PixelType | None = None
+        self.pixels = self._first_image_pixels()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -67,18 +74,58 @@ class ImageDataset(Dataset):
     @property
     def targets(self) -> np.ndarray | None:
         """The labels of all images where they are known without reading them."""
-        return self.source.targets
+        targets = None if self.classes is None else self.source.targets
+        return targets if targets is None or self._numbers is None else self._numbers[targets]
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """What tells this data set from what it was before a change; plain values, for a checkpoint."""
+        targets = self.targets
+        labels = "" if targets is None else hashlib.blake2b(targets.astype("<i4").tobytes(), digest_size=16).hexdigest()
+        return {"images": len(self), "names": self.source.fingerprint, "labels": labels}
+
+    def number_labels_as(self, classes: Sequence[str], owner: str, exactly: bool = False) -> None:
+        """Let labels count in `classes`, the names of which belong to `owner` (for messages), whatever their order.
+
+        Data that tell numbers instead of names are taken at their word, with a warning. To be called before the data
+        set is read. Raises UserError when it has a class that is not among `classes` (with `exactly` also the reverse).
+        """
+        if self.source.classes is None or self.source.numbered:
+            if list(classes) != self.classes and not all(map(str.isdigit, classes)):
+                logger.warning(
+                    "the labels of these images are numbers: they are taken as positions in the classes of %s, %s",
+                    owner, abbreviate(list(classes)),
+                )  # fmt: skip
+        else:
+            self._numbers = match_classes(self.source.classes, classes, owner, exactly)
+        self.classes = list(classes)
 
     def bad_count(self) -> int:
         """How many different images could not be read so far, in all workers of this process."""
         return int(self._bad.sum())
 
-    def _first_image_dtype(self) -> torch.dtype:
-        """The pixel type of the first image, or with `skip_bad` the first readable one: all must have it."""
+    def sample(self, most: int = SAMPLE, seconds: float = 1.0) -> list[torch.Tensor]:
+        """Images from all over the data set, as they are read, without a transform: nothing random is drawn.
+
+        At most `most`, and no more after `seconds` once there are a few. Unreadable ones are left out; a set that is
+        streamed has no sample, since reading it would move it on.
+        """
+        if self.source.streamed:
+            return []
+        evenly = [i * len(self) // min(most, len(self)) for i in range(min(most, len(self)))]
+        images, start = [], time.monotonic()
+        for index in (index for first in range(8) for index in evenly[first::8]):
+            if len(images) >= 4 and time.monotonic() - start > seconds:
+                break
+            with contextlib.suppress(BadImageError):
+                images.append(self._read(index)[0])
+        return images
+
+    def _first_image_pixels(self) -> PixelType:
+        """The pixel type of the first image, or with `skip_bad` the first readable one: all become it."""
         tries = min(len(self), REPLACEMENT_TRIES)
         for index in range(tries):
             try:
-                return self._read(index)[0].dtype
+                return PixelType(self._read(index)[0].dtype)
             except BadImageError:
                 if not self.skip_bad:
                     raise
@@ -87,13 +134,22 @@ class ImageDataset(Dataset):
     def _read(self, index: int) -> tuple[torch.Tensor, int]:
         try:
             image, target = self.source.read(index)
-            if self.dtype not in (None, image.dtype):
-                raise BadImageError(
-                    f"its pixels are {image.dtype}, those of the first image {self.dtype}; use one type for all"
-                )
+            if self._numbers is not None:
+                target = int(self._numbers[target])
+            if self.pixels is not None:
+                self._say_once_that_bits_are_lost(index, image.dtype)
+                image = self.pixels.convert(image)
         except (BadImageError, OSError) as error:
             raise BadImageError(f"cannot use image {self.path_of(index)!r}: {error}") from None
         return image, target
+
+    def _say_once_that_bits_are_lost(self, index: int, dtype: torch.dtype) -> None:
+        if dtype == torch.uint16 and self.pixels is PixelType.BYTES and not self._reduced[0]:
+            self._reduced[0] = 1
+            logger.warning(
+                "%s has 16 bits, and is reduced to 8 like others: the first image, %s, has 8. To keep all bits, let an "
+                "image of 16 be the first", self.path_of(index), self.path_of(0),
+            )  # fmt: skip
 
     def _read_or_replace(self, epoch: int, index: int) -> tuple[torch.Tensor, int]:
         candidate = index
@@ -121,6 +177,59 @@ class ImageDataset(Dataset):
                 f"{count} of {len(self)} images cannot be used, more than the share "
                 f"--max_bad_images {self.max_bad_share:g} allows; the last one: {error}"
             )
+
+
+class NumberedImages(ImageDataset):
+    """`dataset[(0, index)]` -> (image (C, H, W) after the transform, index): every image once, none replaced.
+
+    With `skip_bad`, (any image, -1) for one that cannot be read.
+    """
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        _, index = key
+        try:
+            return self.transform(self._read(index)[0]), index
+        except BadImageError:
+            if not self.skip_bad:
+                raise
+            return self.transform(self._blank), -1
+
+    def why_bad(self, index: int) -> str:
+        """Why an image cannot be read; '' if it can."""
+        try:
+            self._read(index)
+        except BadImageError as error:
+            return str(error)
+        return ""
+
+    def _first_image_pixels(self) -> PixelType:
+        pixels = super()._first_image_pixels()
+        self._blank = torch.zeros(self.source.in_chans, 1, 1, dtype=pixels.dtype)
+        return pixels
+
+
+def match_classes(own: Sequence[str], classes: Sequence[str], owner: str, exactly: bool) -> np.ndarray:
+    """The position in `classes` of each of `own`. Raises UserError: see `ImageDataset.number_labels_as`."""
+    position = {name: i for i, name in enumerate(classes)}
+    extra, lacking = sorted(set(own) - set(classes)), sorted(set(classes) - set(own))
+    if extra or (exactly and lacking):
+        differences = [f"only in the data: {abbreviate(extra)}"] if extra else []
+        differences += [f"only in {owner}: {abbreviate(lacking)}"] if lacking else []
+        raise UserError(
+            f"the data and {owner} differ in the names of their classes: {'; '.join(differences)}. Give the class "
+            "folders the names that they had; or fine-tune on other classes by --finetune with --reset_head"
+        )
+    return np.array([position[name] for name in own], dtype=np.int32)
+
+
+def check_targets(targets: torch.Tensor, nb_classes: int) -> None:
+    """Raise a BadImageError for a label that is not a class."""
+    if targets.min() < 0 or targets.max() >= nb_classes:
+        wrong = targets[(targets < 0) | (targets >= nb_classes)].unique().tolist()
+        raise BadImageError(
+            f"labels {wrong} lie outside the {nb_classes} classes (0 to {nb_classes - 1}): "
+            "correct the labels of the data, or --nb_classes"
+        )
 
 
 def build_dataset(config: DataSettings, split: str, transform: Callable, require_labels: bool = False) -> ImageDataset:

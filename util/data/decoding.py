@@ -1,4 +1,4 @@
-"""Bytes to images: uint8 tensors of a chosen number of channels, by a fast JPEG decoder or by Pillow.
+"""Bytes to images: tensors of a chosen number of channels, by fast JPEG and PNG decoders or by Pillow.
 
 What becomes of each kind of file, for in_chans 3 (RGB) and 1 (grey):
 
@@ -8,11 +8,13 @@ What becomes of each kind of file, for in_chans 3 (RGB) and 1 (grey):
     RGB image                   in_chans 1: luma (ITU-R 601)
     CMYK/YCCK JPEG              converted to RGB by Pillow (no colour profile)
     palette, transparency       palette expanded, alpha dropped, as torchvision's ImageFolder does
-    16-bit PNG or TIFF          reduced to 8 bits, grey: round(value / 257). To keep 16 bits, use .npy
+    16 bits: PNG, grey TIFF     all bits kept: float32 in 0..1, value / 65535 (12-bit data in them reach 0.0625);
+      and PGM                   so --mean and --std are in 0..1 as for 8 bits, and a set may mix both
+    16-bit colour TIFF or PPM   refused: Pillow would reduce them to 8 bits. Use PNG or .npy
     32-bit float TIFF           refused: its range is not known. Use .npy
     animation, several pages    the first frame
     1 x 1, 20,000 x 100         images like any other
-    above MAX_PIXELS            refused before any pixel is decoded (a decompression bomb)
+    above `max_pixels`          refused before any pixel is decoded (a decompression bomb)
     truncated, empty, no image  refused
     damaged bytes inside JPEG   what libjpeg makes of them, as with Pillow: the format has no checksum
 
@@ -23,9 +25,13 @@ other than 1 and 3:
     uint16, int16, int32, float16, float32, float64
                                 float32 in the file's own units: --mean and --std are in these units too
     not a number, infinite      refused
+
+A data set has one pixel type, that of its first image: see `PixelType`.
 """
 
+import enum
 import io
+import re
 import warnings
 
 import numpy as np
@@ -37,11 +43,12 @@ from util.errors import UserError
 try:  # the operator itself: the function around it warns on every call that it will move elsewhere
     import torchvision.io  # noqa: F401 - registers the operator
 
-    decode_jpeg = torch.ops.image.decode_jpeg
-except (ImportError, AttributeError):  # without it, Pillow decodes everything
-    decode_jpeg = None
+    decode_jpeg, decode_png = torch.ops.image.decode_jpeg, torch.ops.image.decode_png
+except (ImportError, AttributeError):  # without it, Pillow decodes everything (but 16-bit colour)
+    decode_jpeg = decode_png = None
 
-MAX_PIXELS = 89_478_485  # a quarter GiB as RGB; Pillow's own limit for a warning
+MAX_PIXELS = 250_000_000  # 0.75 GB as RGB; a scan of A3 at 900 dpi has 160 million
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; ours is checked before it decodes
 # Pillow reads other formats too; one of them (EPS) would start another program.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 ARRAY_TYPES = ("uint8", "uint16", "int16", "int32", "float16", "float32", "float64")
@@ -51,22 +58,25 @@ class BadImageError(UserError):
     """An image that cannot be used. The message says why."""
 
 
-def decode(data: bytes, in_chans: int, ignore_exif: bool = False) -> torch.Tensor:
+def decode(data: bytes, in_chans: int, ignore_exif: bool = False, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """Decode an encoded image or a `.npy` array to a tensor (in_chans, h, w): see the module's table.
 
+    Pictures of 16 bits are uint16 here, which tells them from arrays in units of their own: see `PixelType`.
     In memory the channels are the fastest axis, as resizing is fastest on that layout. `ignore_exif` leaves the pixels
     as they are stored, whatever the EXIF orientation says. Raises BadImageError.
     """
     if data[:6] == b"\x93NUMPY":
-        return _decode_array(data, in_chans)
+        return _decode_array(data, in_chans, max_pixels)
     if in_chans not in (1, 3):
         raise BadImageError(f"images with {in_chans} channels are read from .npy arrays (H, W, {in_chans}) only")
     if not data:
         raise BadImageError("the file is empty")
+    if _is_deep_png(data) and decode_png is not None:
+        return _decode_deep_png(data, in_chans, ignore_exif, max_pixels)
     frame = _jpeg_frame(data)
     if frame is not None:
         height, width, components = frame
-        _check_pixels(height, width)
+        _check_pixels(height, width, max_pixels)
         # Grey from colour is Pillow's work: libjpeg would skip clamping the colours first, which shows.
         if decode_jpeg is not None and components in (1, in_chans):
             try:
@@ -74,12 +84,14 @@ def decode(data: bytes, in_chans: int, ignore_exif: bool = False) -> torch.Tenso
                 return decode_jpeg(encoded, in_chans, not ignore_exif)  # mode: 1 grey, 3 RGB; apply the orientation
             except RuntimeError:  # Pillow may still read it, or says what is wrong
                 pass
-    return _decode_with_pillow(data, in_chans, ignore_exif)
+    return _decode_with_pillow(data, in_chans, ignore_exif, max_pixels)
 
 
-def from_pillow(image: Image.Image, in_chans: int, ignore_exif: bool = False) -> torch.Tensor:
-    """A Pillow image as a uint8 tensor (in_chans, h, w), in_chans 1 or 3: as `decode`. Raises BadImageError."""
-    _check_pixels(image.height, image.width)
+def from_pillow(
+    image: Image.Image, in_chans: int, ignore_exif: bool = False, max_pixels: int = MAX_PIXELS
+) -> torch.Tensor:
+    """As `decode`, for a Pillow image and in_chans 1 or 3. Raises BadImageError."""
+    _check_pixels(image.height, image.width, max_pixels)
     if not ignore_exif:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -88,17 +100,21 @@ def from_pillow(image: Image.Image, in_chans: int, ignore_exif: bool = False) ->
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise BadImageError("integer pixels outside 0..65535; store the image as .npy")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        return torch.from_numpy(values.astype(np.uint16))[None].expand(in_chans, -1, -1)
     array = np.array(image.convert("RGB" if in_chans == 3 else "L"))
     return torch.from_numpy(array.reshape(*array.shape[:2], in_chans)).permute(2, 0, 1)
 
 
-def _decode_with_pillow(data: bytes, in_chans: int, ignore_exif: bool) -> torch.Tensor:
+def _decode_with_pillow(data: bytes, in_chans: int, ignore_exif: bool, max_pixels: int) -> torch.Tensor:
     try:
         with warnings.catch_warnings():  # about bombs below our limit, transparency, odd metadata
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
-                return from_pillow(image, in_chans, ignore_exif)
+                if image.mode not in ("F", "I") and not image.mode.startswith("I;16") and _has_more_bits(image, data):
+                    raise BadImageError(
+                        "16 bits per colour in a file that is read with 8: use a grey image, PNG or .npy"
+                    )
+                return from_pillow(image, in_chans, ignore_exif, max_pixels)
     except BadImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -107,7 +123,62 @@ def _decode_with_pillow(data: bytes, in_chans: int, ignore_exif: bool) -> torch.
         raise BadImageError(f"{type(error).__name__}: {error}") from error
 
 
-def _decode_array(data: bytes, in_chans: int) -> torch.Tensor:
+def _is_deep_png(data: bytes) -> bool:
+    return data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10"  # the bits per sample in its header
+
+
+def _decode_deep_png(data: bytes, in_chans: int, ignore_exif: bool, max_pixels: int) -> torch.Tensor:
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    _check_pixels(height, width, max_pixels)
+    colour = data[25] in (2, 6)  # RGB, RGBA; else grey, with alpha or without
+    try:
+        # mode: 1 grey, 3 RGB; alpha is dropped
+        image = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), 3 if colour else 1, not ignore_exif)
+    except RuntimeError as error:
+        raise BadImageError(f"damaged PNG: {' '.join(str(error).split())[-200:]}") from None
+    if colour and in_chans == 1:
+        red, green, blue = image.to(torch.int64)
+        image = ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16)[None].to(torch.uint16)  # Pillow's luma
+    return image.expand(in_chans, -1, -1)
+
+
+def _has_more_bits(image: Image.Image, data: bytes) -> bool:
+    """Whether a file has more than the 8 bits per colour that Pillow gives."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (8,))) > 8  # BitsPerSample
+    if image.format == "PPM":
+        header = re.match(rb"P[36](?:\s|#[^\n]*\n)+\d+(?:\s|#[^\n]*\n)+\d+(?:\s|#[^\n]*\n)+(\d+)", data[:1000])
+        return header is not None and int(header[1]) > 255
+    return _is_deep_png(data)
+
+
+class PixelType(enum.Enum):
+    """What the pixels of a data set are: what its first image has."""
+
+    BYTES = torch.uint8  # 8 bits; pictures of 16 are reduced to 8
+    DEEP_PICTURES = torch.uint16  # float32 in 0..1; pictures of 8 bits too
+    ARRAYS = torch.float32  # in units of their own, which no picture has
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the images that `convert` gives."""
+        return torch.uint8 if self is PixelType.BYTES else torch.float32
+
+    def convert(self, image: torch.Tensor) -> torch.Tensor:
+        """What `decode` gave, as an image of this type. Raises BadImageError when it cannot be one."""
+        if self is not PixelType.ARRAYS and image.dtype == torch.uint16:
+            unit = image.to(torch.float32) / 65535
+            return unit if self is PixelType.DEEP_PICTURES else (unit * 255).round().to(torch.uint8)
+        if self is PixelType.DEEP_PICTURES and image.dtype == torch.uint8:
+            return image.to(torch.float32) / 255
+        if image.dtype != self.value:
+            raise BadImageError(
+                f"its pixels are {image.dtype}, those of the first image {self.value}; use one type for all"
+            )
+        return image
+
+
+def _decode_array(data: bytes, in_chans: int, max_pixels: int) -> torch.Tensor:
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError, MemoryError, SyntaxError) as error:
@@ -116,7 +187,7 @@ def _decode_array(data: bytes, in_chans: int) -> torch.Tensor:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] != in_chans or 0 in array.shape:
         raise BadImageError(f"the array has shape {array.shape}, (H, W, {in_chans}) is needed (--in_chans {in_chans})")
-    _check_pixels(*array.shape[:2])
+    _check_pixels(*array.shape[:2], max_pixels)
     if array.dtype.name not in ARRAY_TYPES:
         raise BadImageError(f"the array's type is {array.dtype}, one of {', '.join(ARRAY_TYPES)} is needed")
     if array.dtype != np.uint8:
@@ -126,9 +197,9 @@ def _decode_array(data: bytes, in_chans: int) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
 
 
-def _check_pixels(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise BadImageError(f"{width} x {height} = {height * width} pixels, above the limit of {MAX_PIXELS}")
+def _check_pixels(height: int, width: int, most: int) -> None:
+    if height * width > most:
+        raise BadImageError(f"{width} x {height} = {height * width} pixels are more than --max_pixels {most} allows")
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:

@@ -4,6 +4,9 @@ A list of a million (path, target) tuples costs hundreds of megabytes, and every
 because reading a Python object writes to its reference count. Here all names are one array of bytes, which forked
 workers share.
 
+Hidden files and folders (`.thumbs/`, `._photo.jpg`) are left out, and counted; so are images that cannot be read
+(`.heic`), by their names.
+
 The cache is in $MIXMAE_CACHE, else $XDG_CACHE_HOME/mixmae, else ~/.cache/mixmae; never in the data folder. It is valid
 as long as every directory of the tree has the modification and change times that it had when it was scanned: adding,
 removing or renaming an entry changes its directory's times. Changing the content of a file does not, and need not. The
@@ -15,8 +18,9 @@ import hashlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +31,11 @@ from util.errors import UserError, unreadable_is_user_error
 logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .npy".split())
-CACHE_FORMAT = 2
+# Images all the same, which `util.data.decoding` does not read.
+UNREADABLE_EXTENSIONS = tuple(
+    ".heic .heif .avif .jxl .jp2 .j2k .svg .psd .exr .hdr .dcm .dng .raw .cr2 .cr3 .nef .arw .raf .orf .rw2".split()
+)
+CACHE_FORMAT = 3
 # A directory changed this shortly before its scan may change again without its times moving (coarse clocks).
 SETTLED_AFTER_NS = 2_000_000_000
 LONGEST_WAIT = 3600  # seconds for another process's scan; after that, this process scans for itself
@@ -65,6 +73,8 @@ class ImageIndex:
     names: StringTable
     targets: np.ndarray
     classes: list[str] | None
+    unreadable: dict[str, int] = field(default_factory=dict)  # extension -> files left out, of UNREADABLE_EXTENSIONS
+    hidden: int = 0  # images and folders left out, their names beginning with a dot
 
     def __len__(self) -> int:
         return len(self.names)
@@ -75,6 +85,22 @@ class ImageIndex:
     @property
     def nbytes(self) -> int:
         return self.names.blob.nbytes + self.names.ends.nbytes + self.targets.nbytes
+
+    def fingerprint(self) -> str:
+        """The same for the same names in the same order, wherever `root` is."""
+        digest = hashlib.blake2b(self.names.ends.astype("<i8").tobytes(), digest_size=16)
+        digest.update(self.names.blob)
+        return digest.hexdigest()
+
+    def report_left_out(self) -> None:
+        if self.unreadable:
+            counts = ", ".join(f"{count} {extension}" for extension, count in sorted(self.unreadable.items()))
+            logger.warning(
+                "%s: left out are %s, which this program does not read: convert them to JPEG, PNG or .npy to use them",
+                self.root, counts,
+            )  # fmt: skip
+        if self.hidden:
+            logger.info("%s: left out are %d hidden images or folders (a dot begins the name)", self.root, self.hidden)
 
     def empty_classes(self) -> list[str]:
         """Class folders without any image."""
@@ -96,6 +122,29 @@ class ImageIndex:
         table = np.array([position[name] for name in self.classes or []], dtype=np.int32)
         return replace(self, targets=table[self.targets], classes=list(classes))
 
+    def set_aside(self, share: float) -> np.ndarray:
+        """Which images are kept for validation, (number of images,) bool: `share` of each class.
+
+        At least one of each, and not all. Images are chosen by hashes of their names: the same ones on every machine
+        and for every seed, and others added later hardly change which. Raises UserError when none would be chosen.
+        """
+        hashes = [hashlib.blake2b(os.fsencode(self.names[i]), digest_size=8).digest() for i in range(len(self))]
+        classes = self.targets - self.targets.min()
+        order = np.lexsort((np.frombuffer(b"".join(hashes), dtype=">u8"), classes))
+        counts = np.bincount(classes)
+        rank = np.arange(len(self)) - np.repeat(np.cumsum(counts) - counts, counts)  # in its class
+        chosen = np.minimum(np.maximum(np.rint(share * counts).astype(int), 1), counts - 1)
+        aside = np.zeros(len(self), dtype=bool)
+        aside[order] = rank < chosen[classes[order]]
+        if not aside.any():
+            raise UserError(f"--val_share {share:g} of {len(self)} images leaves none for validation: add images")
+        return aside
+
+    def select(self, chosen: np.ndarray) -> "ImageIndex":
+        """The images where `chosen`, (number of images,) bool, is true."""
+        names = StringTable.of([os.fsencode(self.names[i]) for i in np.flatnonzero(chosen)])
+        return replace(self, names=names, targets=self.targets[chosen])
+
 
 def abbreviate(names: list[str], shown: int = 5) -> str:
     """The first few names, for a message."""
@@ -103,12 +152,12 @@ def abbreviate(names: list[str], shown: int = 5) -> str:
 
 
 def class_folders(root: str | os.PathLike) -> list[str]:
-    """Names of the folders directly below `root`, sorted as torchvision sorts classes.
+    """Names of the folders directly below `root`, hidden ones left out, sorted as torchvision sorts classes.
 
     Raises UserError when `root` cannot be listed.
     """
     with unreadable_is_user_error(f"cannot list the folder {root}"), os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir())
+        return sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
 
 
 def load_index(root: str | os.PathLike) -> ImageIndex:
@@ -126,18 +175,20 @@ def load_index(root: str | os.PathLike) -> ImageIndex:
             index = _read_cache(cache, root)  # another process may have filled it meanwhile
             if index is None:
                 index = _scan_and_cache(cache, root)
+    index.report_left_out()
     if len(index) == 0:
         raise UserError(f"no images found under {root} (looked for {', '.join(IMAGE_EXTENSIONS)})")
     return index
 
 
 def scan(root: str) -> tuple[ImageIndex, list[str], np.ndarray]:
-    """Walk the tree under `root`, following links.
+    """Walk the tree under `root`, following links, without what is hidden: names that begin with a dot.
 
     Returns the index, all directories (relative to `root`), and their (mtime, ctime) in ns, (n, 2) int64. Raises
     UserError when a directory cannot be listed.
     """
     directories, times, files = [], [], []  # files: (class, directory, sorted names)
+    unreadable, hidden = Counter(), 0
     waiting = [("", ())]  # relative directory, identities of its ancestors
     while waiting:
         directory, ancestors = waiting.pop()
@@ -150,10 +201,17 @@ def scan(root: str) -> tuple[ImageIndex, list[str], np.ndarray]:
                 continue
             with os.scandir(absolute) as entries:
                 for entry in entries:
-                    if entry.is_dir():
-                        waiting.append((os.path.join(directory, entry.name), (*ancestors, identity)))
-                    elif entry.name.lower().endswith(IMAGE_EXTENSIONS) and entry.is_file():
-                        names.append(entry.name)
+                    name = entry.name
+                    lower = name.lower()
+                    if name[0] == ".":
+                        hidden += entry.is_dir() or lower.endswith(IMAGE_EXTENSIONS)
+                    elif entry.is_dir():
+                        waiting.append((os.path.join(directory, name), (*ancestors, identity)))
+                    elif lower.endswith(IMAGE_EXTENSIONS):
+                        if entry.is_file():
+                            names.append(name)
+                    elif lower.endswith(UNREADABLE_EXTENSIONS):
+                        unreadable[os.path.splitext(lower)[1]] += 1
         directories.append(directory)
         times.append((status.st_mtime_ns, status.st_ctime_ns))
         if names:
@@ -168,7 +226,8 @@ def scan(root: str) -> tuple[ImageIndex, list[str], np.ndarray]:
         position = {name: i for i, name in enumerate(classes)}
         per_folder = [position[top] for top, _, _ in files]
     targets = np.repeat(np.array(per_folder, dtype=np.int32), [len(names) for _, _, names in files])
-    return ImageIndex(root, StringTable.of(paths), targets, classes), directories, np.array(times, dtype=np.int64)
+    index = ImageIndex(root, StringTable.of(paths), targets, classes, dict(unreadable), hidden)
+    return index, directories, np.array(times, dtype=np.int64)
 
 
 def _scan_and_cache(cache: Path, root: str) -> ImageIndex:
@@ -180,7 +239,8 @@ def _scan_and_cache(cache: Path, root: str) -> ImageIndex:
         logger.info("%s changed a moment ago; its index is not cached this time", root)
         return index
     table = {"names": index.names.blob, "name_ends": index.names.ends, "targets": index.targets, "times": times}
-    table |= {"classes": _pack(index.classes or []), "directories": _pack(directories)}
+    table |= {"classes": _pack(index.classes or []), "directories": _pack(directories), "hidden": index.hidden}
+    table |= {"unreadable": _pack(list(index.unreadable)), "counts": np.array([*index.unreadable.values()], np.int64)}
     temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -197,7 +257,7 @@ def _cache_file(root: str) -> Path:
     folder = os.environ.get("MIXMAE_CACHE")
     if not folder:
         folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mixmae")
-    key = repr((CACHE_FORMAT, root, IMAGE_EXTENSIONS)).encode("utf-8", "surrogateescape")
+    key = repr((CACHE_FORMAT, root, IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS)).encode("utf-8", "surrogateescape")
     return Path(folder, f"index-{hashlib.blake2b(key, digest_size=12).hexdigest()}.npz")
 
 
@@ -211,7 +271,9 @@ def _read_cache(cache: Path, root: str) -> ImageIndex | None:
             if (status.st_mtime_ns, status.st_ctime_ns) != (mtime, ctime):
                 return None
         names = StringTable(table["names"], table["name_ends"])
-        return ImageIndex(root, names, table["targets"], _unpack(table["classes"]) or None)
+        unreadable = dict(zip(_unpack(table["unreadable"]), table["counts"].tolist(), strict=True))
+        classes = _unpack(table["classes"]) or None
+        return ImageIndex(root, names, table["targets"], classes, unreadable, int(table["hidden"]))
     except FileNotFoundError:  # no cache yet, or a directory is gone
         return None
     except Exception as error:  # a damaged file makes zipfile and numpy raise nearly anything

@@ -11,9 +11,13 @@ class DataSettings(Protocol):
     @property
     def dataset(self) -> str: ...  # a name that timm knows; empty for files
     @property
+    def val_share(self) -> float: ...  # of each class, set aside for validation; 0: `data_path` has validation images
+    @property
     def in_chans(self) -> int: ...
     @property
     def ignore_exif(self) -> bool: ...  # leave pixels as they are stored, whatever the EXIF orientation says
+    @property
+    def max_pixels(self) -> int: ...  # larger images are not decoded
     @property
     def seed(self) -> int: ...
     @property

@@ -4,14 +4,21 @@
 also a folder of images without classes, however nested, directly in DIR or in DIR/train.
 `--data_path LIST` is a text file with one image per line, relative to the list's folder, optionally followed by a space
 or tab and an integer label: `photos/cat 2.jpg 17`. A number is a label only behind a known image extension, so names
-may contain spaces.
+may contain spaces. Validation reads `val.txt` beside it. `--data_path DIR` with `DIR/train.txt` and `DIR/val.txt` does
+the same, where there are no folders of these names.
 `--data_path FILE.tar` is a tar of images (for validation too: `DIR/train.tar` and `DIR/val.tar`).
+With `--val_share`, a folder or list without validation images is divided into two parts (`ImageIndex.set_aside`).
 `--dataset NAME` is any name that `timm.data.create_dataset` knows (`torch/cifar10`, `hfds/...`, `wds/...`, ...), with
 `--data_path` as its root.
 """
 
+import bisect
+import itertools
+import logging
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +31,10 @@ from util.data.settings import DataSettings
 from util.data.timm_source import open_timm_source
 from util.errors import UserError, unreadable_is_user_error
 
+logger = logging.getLogger(__name__)
+
 FOLDER_DATASETS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
+ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 MAX_CLASSES = 100_000  # a larger number behind a file name in a list is no label
 LIST_LINE = re.compile(rf"(.*(?:{'|'.join(map(re.escape, IMAGE_EXTENSIONS))}))(?:[ \t]+(\d{{1,18}}))?", re.IGNORECASE)
 
@@ -33,11 +43,17 @@ class Source(Protocol):
     """Images by number, decoded.
 
     classes: names of the classes; None without labels.
+    numbered: the data tell numbers of classes, not names: `classes` are '0', '1', ... as far as labels occur.
+    streamed: images cannot be read by number.
     targets: labels (number of images,) where they are known without reading the images, else None.
+    fingerprint: changes when images are added, removed or renamed, as far as that is seen at once; else ''.
     """
 
     classes: list[str] | None
+    numbered: bool
+    streamed: bool
     targets: np.ndarray | None
+    fingerprint: str
 
     def __len__(self) -> int: ...
 
@@ -51,10 +67,16 @@ class Source(Protocol):
 class FileSource:
     """Images in files: a `Source`."""
 
-    def __init__(self, index: ImageIndex, in_chans: int, ignore_exif: bool):
-        self.index, self.in_chans, self.ignore_exif = index, in_chans, ignore_exif
-        self.classes = index.classes
+    streamed = False
+
+    def __init__(self, index: ImageIndex, in_chans: int, ignore_exif: bool, max_pixels: int, numbered: bool = False):
+        self.index, self.in_chans, self.ignore_exif, self.max_pixels = index, in_chans, ignore_exif, max_pixels
+        self.classes, self.numbered = index.classes, numbered
         self.targets = None if index.classes is None else index.targets
+
+    @property
+    def fingerprint(self) -> str:
+        return self.index.fingerprint()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -65,7 +87,63 @@ class FileSource:
     def read(self, i: int) -> tuple[torch.Tensor, int]:
         with open(self.path(i), "rb", buffering=0) as file:
             data = file.readall()
-        return decode(data, self.in_chans, self.ignore_exif), int(self.index.targets[i])
+        return decode(data, self.in_chans, self.ignore_exif, self.max_pixels), int(self.index.targets[i])
+
+
+class JoinedSource:
+    """Several sources, one after another, without labels: a `Source`."""
+
+    classes, numbered, targets, fingerprint, streamed = None, False, None, "", False
+
+    def __init__(self, sources: Sequence[Source], in_chans: int):
+        self.sources, self.in_chans = sources, in_chans
+        self.ends = list(itertools.accumulate(map(len, sources)))
+        self.streamed = any(source.streamed for source in sources)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def path(self, i: int) -> str:
+        source, i = self._find(i)
+        return source.path(i)
+
+    def read(self, i: int) -> tuple[torch.Tensor, int]:
+        source, i = self._find(i)
+        return source.read(i)[0], -1
+
+    def _find(self, i: int) -> tuple[Source, int]:
+        number = bisect.bisect_right(self.ends, i)
+        return self.sources[number], i - (self.ends[number - 1] if number else 0)
+
+
+def open_images(paths: Sequence[str], config: DataSettings) -> JoinedSource:
+    """The images in `paths`, in the given order: image files, folders (however nested), lists of images, tars.
+
+    A folder's images come in the order of their folders, then of their names. Raises UserError.
+    """
+    sources = []
+    for is_image, group in itertools.groupby(paths, lambda path: path.lower().endswith(IMAGE_EXTENSIONS)):
+        group = list(group)
+        if is_image and (missing := [path for path in group if not os.path.exists(path)]):
+            raise UserError(f"images that do not exist: {abbreviate(missing)}")
+        if is_image and not any(map(os.path.isdir, group)):
+            names = StringTable.of([os.fsencode(path) for path in group])
+            index = ImageIndex("", names, np.full(len(group), -1, dtype=np.int32), None)
+            sources.append(FileSource(index, config.in_chans, config.ignore_exif, config.max_pixels))
+            continue
+        for path in group:
+            if path.lower().endswith(".tar"):
+                sources.append(open_timm_source("", Path(path), "train", config))
+            elif os.path.isdir(path):
+                index = replace(load_index(path), root=path)  # named as it was given
+                sources.append(FileSource(index, config.in_chans, config.ignore_exif, config.max_pixels))
+            elif os.path.isfile(path):
+                sources.append(
+                    FileSource(_read_list(Path(path)), config.in_chans, config.ignore_exif, config.max_pixels)
+                )
+            else:
+                raise UserError(f"{path} does not exist; give images, folders of images, lists of images or tars")
+    return JoinedSource(sources, config.in_chans)
 
 
 def open_source(config: DataSettings, split: str, require_labels: bool) -> Source:
@@ -83,18 +161,43 @@ def open_source(config: DataSettings, split: str, require_labels: bool) -> Sourc
         if train_classes is not None and source.classes != train_classes:
             different = sorted(set(source.classes or ()) ^ set(train_classes))
             raise UserError(f"{tar} and the training images differ in their classes: {abbreviate(different)}")
-    elif path.is_file():
-        source = FileSource(_read_list(path, split), config.in_chans, config.ignore_exif)
-    elif path.is_dir():
-        index = _folder_index(path, split, require_labels)
-        if split == "val" and (train_classes := _train_classes(path, config)) is not None:
+    elif path.exists():
+        if path.is_file():
+            refuse_what_is_no_list(path)
+        index, numbered = _index(path, "train" if config.val_share else split, require_labels, bool(config.val_share))
+        if config.val_share:
+            aside = index.set_aside(config.val_share)
+            index = index.select(aside if split == "val" else ~aside)
+        elif split == "val" and index.classes and (train_classes := _train_classes(path, config)) is not None:
             index = index.with_classes(train_classes)
-        source = FileSource(index, config.in_chans, config.ignore_exif)
+        source = FileSource(index, config.in_chans, config.ignore_exif, config.max_pixels, numbered)
     else:
         raise UserError(f"--data_path {config.data_path} does not exist; give a folder of images, or a list of them")
+    if config.val_share:
+        _refuse_to_divide(path, config, source)
     if require_labels and source.classes is None:
         raise UserError(f"the images of {config.data_path} ({split}) have no labels: put them in one folder per class")
     return source
+
+
+def refuse_what_is_no_list(path: Path) -> None:
+    """Raise a UserError for a file that is given as --data_path but lists no images, with what to give instead."""
+    name = path.name.lower()
+    if name.endswith(ARCHIVES):
+        raise UserError(
+            f"--data_path {path} is a compressed archive: unpack it and give the folder, or make an uncompressed .tar "
+            "of its images (they do not become smaller by compression)"
+        )
+    if name.endswith(tuple(IMAGE_EXTENSIONS)):
+        raise UserError(
+            f"--data_path {path} is one image: give the folder that holds the images ({path.parent}), or a text file "
+            "that lists them"
+        )
+    with open(path, "rb") as file:
+        if b"\0" in file.read(1024):
+            raise UserError(
+                f"--data_path {path} is neither a folder of images, nor a text file that lists them, nor a .tar of them"
+            )
 
 
 def _tar_file(data_path: Path, split: str) -> Path | None:
@@ -112,11 +215,52 @@ def _tar_file(data_path: Path, split: str) -> Path | None:
     return tar if tar.is_file() else None
 
 
-def _folder_index(data_path: Path, split: str, require_labels: bool) -> ImageIndex:
+def _list_file(data_path: Path, split: str) -> Path | None:
+    """The list of the images of `split`, if `data_path` is a list or a folder of them."""
+    if data_path.is_file():
+        file = data_path if split == "train" else data_path.with_name("val.txt")
+        if not file.is_file():
+            raise UserError(
+                f"--data_path {data_path} is a list of training images; evaluation needs a folder with 'val' in it, or "
+                "val.txt beside the list, or --val_share"
+            )
+        return file
+    file, folder = data_path / f"{split}.txt", data_path / split
+    if not file.is_file():
+        return None
+    if folder.is_dir():  # a usual arrangement, where the list names files in the folder
+        logger.info("%s is read, and not %s: to train on lists, give --data_path %s/train.txt", folder, file, data_path)
+        return None
+    return file
+
+
+def _refuse_to_divide(path: Path, config: DataSettings, source: Source) -> None:
+    """Raise a UserError where --val_share cannot divide the images, or there are validation images already."""
+    if not isinstance(source, FileSource):
+        raise UserError(f"--val_share divides folders and lists of images, not --dataset {config.dataset or 'tar'}")
+    folder = path.parent if path.is_file() else path
+    own = [folder / name for name in ("val.txt", "val", "val.tar") if path.is_dir() or name == "val.txt"]
+    if found := [file for file in own if file.exists()]:
+        raise UserError(
+            f"--val_share {config.val_share:g} divides the images, but {found[0]} is there: use one of both"
+        )
+
+
+def _index(data_path: Path, split: str, require_labels: bool, alone: bool) -> tuple[ImageIndex, bool]:
+    """The images of a folder or list, and whether their labels are numbers. `alone`: there is no other split."""
+    if (file := _list_file(data_path, split)) is not None:
+        return _read_list(file), True
+    return _folder_index(data_path, split, require_labels, alone), False
+
+
+def _folder_index(data_path: Path, split: str, require_labels: bool, alone: bool) -> ImageIndex:
     folder = data_path / split
     if not folder.is_dir():
-        if require_labels:
-            raise UserError(f"{folder} does not exist; it must hold the {split} images, one folder per class")
+        if require_labels and not alone:
+            raise UserError(
+                f"{folder} does not exist; it must hold the {split} images, one folder per class"
+                + ("; or let --val_share 0.1 set a part of the training images aside" if split == "val" else "")
+            )
         folder = data_path
     index = load_index(folder)
     if not require_labels:
@@ -134,13 +278,13 @@ def _train_classes(data_path: Path, config: DataSettings) -> list[str] | None:
     """The classes of the training images below `data_path`; None where there are none."""
     if (tar := _tar_file(data_path, "train")) is not None:
         return open_timm_source("", tar, "train", config).classes
+    if (file := _list_file(data_path, "train")) is not None:
+        return _read_list(file).classes
     return class_folders(data_path / "train") if (data_path / "train").is_dir() else None
 
 
-def _read_list(path: Path, split: str) -> ImageIndex:
+def _read_list(path: Path) -> ImageIndex:
     """The index of a text file that lists images (see the module's docstring)."""
-    if split != "train":
-        raise UserError(f"--data_path {path} is a list of training images; evaluation needs a folder with 'val' in it")
     with unreadable_is_user_error(f"cannot read the image list {path}"):
         lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     names, labels = [], []

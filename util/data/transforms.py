@@ -132,12 +132,14 @@ class ResizeAndCentreCrop:
 
 
 class OnPillow:
-    """Apply a transform of Pillow images to an RGB uint8 tensor."""
+    """Apply a transform of Pillow images to an RGB uint8 tensor; float images stay as they are."""
 
     def __init__(self, transform: Callable[[Image.Image], Image.Image]):
         self.transform = transform
 
     def __call__(self, img: torch.Tensor) -> torch.Tensor:
+        if img.dtype != torch.uint8:
+            return img
         image = self.transform(Image.fromarray(img.permute(1, 2, 0).numpy()))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -150,9 +152,9 @@ def pretrain_transform(config: SizeSettings) -> Callable[[torch.Tensor], torch.T
 def train_transform(config: TransformSettings) -> Callable[[torch.Tensor], torch.Tensor]:
     """Fine-tuning: a random crop of 8% to 100% of the area, mirroring, timm's augmentation named `config.aa`.
 
-    Without `config.aa`, colour jitter (`config.color_jitter`) instead. Both are defined for photos: with
-    `config.in_chans` other than 3 they are left out, with a warning. Raises UserError when timm does not know
-    `config.aa`.
+    Without `config.aa`, colour jitter (`config.color_jitter`) instead. Both are defined for photos of 8 bits: with
+    `config.in_chans` other than 3 they are left out, with a warning, and float images pass them unchanged. Raises
+    UserError when timm does not know `config.aa`.
     """
     crop = RandomCropAndFlip(config.input_size, scale=(0.08, 1.0))
     if not config.aa and not config.color_jitter:
@@ -184,7 +186,12 @@ def train_transform(config: TransformSettings) -> Callable[[torch.Tensor], torch
 
 def eval_transform(config: SizeSettings) -> Callable[[torch.Tensor], torch.Tensor]:
     """Evaluation: resize to input_size / 0.875 and crop the centre; above 224 pixels no margin (ratio 1)."""
-    return ResizeAndCentreCrop(config.input_size, CROP_RATIO if max(config.input_size) <= 224 else 1.0)
+    return ResizeAndCentreCrop(config.input_size, crop_ratio(config.input_size))
+
+
+def crop_ratio(input_size: tuple[int, int]) -> float:
+    """What share of the resized image's side the crop of evaluation takes."""
+    return CROP_RATIO if max(input_size) <= 224 else 1.0
 
 
 class BatchAugmentation:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table_simple, trunc_normal_
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from util.layers.tracing import runs_eagerly
 from util.layers.windows import Segments, WindowLayout
@@ -100,10 +99,15 @@ def segment_attention(qkv: Tensor, segments: Segments, biases: Sequence[Tensor |
         (B, T, nH, d)
     """
     learned = biases[0] is not None and biases[0].requires_grad and biases[0].dtype == qkv.dtype
-    if learned and qkv.device.type == "cpu" and not dropout and runs_eagerly():
+    if learned and qkv.device.type == "cpu" and not dropout and runs_eagerly() and fused_kernels_allowed():
         return BiasedAttention.apply(qkv, segments, *biases)
     parts = zip(split_segments(qkv, segments), biases)
     return torch.cat([fused_attention(part, bias, dropout).flatten(1, 2) for part, bias in parts], dim=1)
+
+
+def fused_kernels_allowed() -> bool:
+    """False under `sdpa_kernel(SDPBackend.MATH)`, by which one asks for operations that have all derivatives."""
+    return torch.backends.cuda.flash_sdp_enabled()  # of CPUs too
 
 
 def split_segments(x: Tensor, segments: Segments) -> list[Tensor]:
@@ -115,13 +119,17 @@ def split_segments(x: Tensor, segments: Segments) -> list[Tensor]:
 def fused_attention(qkv: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """PyTorch's kernels: qkv (B, S, n, 3, nH, d), bias (S or 1, nH, n, n) or None -> (B, S, n, nH, d)."""
     qkv = qkv.permute(3, 0, 1, 4, 2, 5)  # (3, B, S, nH, n, d)
+    S, nH = qkv.shape[2:4]
     # Fused kernels take four dimensions: segments join the batch where they share a bias, else the heads.
-    joined = (0, 1) if bias is None or len(bias) == 1 else (1, 2)
-    q, k, v = (t.flatten(*joined) for t in qkv)
+    shared = bias is None or len(bias) == 1
+    q, k, v = (t.flatten(0, 1) if shared else t.flatten(1, 2) for t in qkv)
     if bias is not None:
         bias = bias.flatten(0, 1)[None].to(q.dtype)
     x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    return x.view(qkv.shape[1:]).transpose(2, 3)
+    x = x.unflatten(0, (-1, S)) if shared else x.unflatten(1, (S, nH))  # never by B, which exporters leave open
+    x = x.transpose(2, 3)
+    # Kernels differ in the strides of what they give: a recorded view of one fails where another kernel is chosen.
+    return x if runs_eagerly() else x.clone(memory_format=torch.contiguous_format)
 
 
 class BiasedAttention(torch.autograd.Function):
@@ -152,8 +160,12 @@ class BiasedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # by create_graph=True
+            raise RuntimeError(
+                "attention on a CPU has first derivatives only: for second ones (create_graph=True), run the forward "
+                "pass under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            )
         B, T, nH, d = grad.shape
         grad_qkv = grad.new_empty(B, T, 3, nH, d)
         grad_biases = []

@@ -4,9 +4,10 @@ import torch
 
 
 def runs_eagerly() -> bool:
-    """False while torch.compile, torch.export, torch.jit.trace or an ONNX exporter records the operations.
+    """False while torch.compile, torch.export, torch.jit.trace, an ONNX exporter or torch.func records the operations.
 
     Code of our own autograd, shapes that depend on random draws, and recomputation in the backward pass are for
     eager execution only: a recorder rejects them, or silently records them wrongly.
     """
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    transformed = torch._C._are_functorch_transforms_active()  # vmap, grad, jvp, ...
+    return not (transformed or torch.compiler.is_compiling() or torch.jit.is_tracing())

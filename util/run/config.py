@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from util.data.decoding import MAX_PIXELS
 from util.errors import UserError
 from util.run.flags import (
     AT_LEAST_1,
@@ -65,6 +66,7 @@ class WeightFlags(Config):
         "standard deviation per channel, in the same units (default: that of the weights, else ImageNet's, or 0.25)",
         "X",
     )
+    allow_odd_statistics: bool = flag(False, "go on where --mean and --std do not fit the images", on_resume=FREE)
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,31 @@ class ModelFlags(Config):
 
 
 @dataclass(frozen=True)
-class DataFlags(Config):
+class ReadingFlags(Config):
+    TITLE: ClassVar[str] = "reading images"
+
+    ignore_exif: bool = flag(False, "ignore the EXIF orientation of photographs, as the authors' code does")
+    max_pixels: int = flag(
+        MAX_PIXELS,
+        "an image with more is unreadable, since decoding it may take all memory",
+        "N",
+        AT_LEAST_1,
+        on_resume=other_bits("other samples wherever an image is too large"),
+    )
+    num_workers: int = flag(
+        min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
+        "data-loading processes per rank",
+        "N",
+        NOT_NEGATIVE,
+        on_resume=FREE,
+    )
+    pin_mem: bool = flag(True, "page-locked memory for copies to a GPU", aliases=("--no_pin_mem",), on_resume=FREE)
+
+
+@dataclass(frozen=True)
+class DataFlags(ReadingFlags):
     TITLE: ClassVar[str] = "data"
+    DATA: ClassVar[str] = "a folder with train/ in it, a folder of images, or a list file"  # as messages call it
 
     data_path: str = flag(
         "",
@@ -93,7 +118,9 @@ class DataFlags(Config):
         on_resume=other_bits("identical only if it holds the same images in the same order"),
     )
     dataset: str = flag("", "a data set that timm.data.create_dataset knows, with --data_path as its root", "NAME")
-    ignore_exif: bool = flag(False, "ignore the EXIF orientation of photographs, as the authors' code does")
+    val_share: float = flag(
+        0.0, "fraction of each class set aside for validation if there is no val/", "FRACTION", BELOW_1
+    )
     bad_images: str = flag(
         "error",
         "at an unreadable image, stop (error) or use another one (skip)",
@@ -107,14 +134,6 @@ class DataFlags(Config):
         PROBABILITY,
         on_resume=FREE,
     )
-    num_workers: int = flag(
-        min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
-        "data-loading processes per rank",
-        "N",
-        NOT_NEGATIVE,
-        on_resume=FREE,
-    )
-    pin_mem: bool = flag(True, "page-locked memory for copies to a GPU", aliases=("--no_pin_mem",), on_resume=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +141,7 @@ class DataFlags(Config):
             raise UserError(
                 f"--data_path is missing: give the folder that --dataset {self.dataset} is in, or is downloaded to"
                 if self.dataset
-                else "--data_path is missing: give a folder with train/ in it, a folder of images, or a list file"
+                else f"--data_path is missing: give {self.DATA}"
             )
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from util.data.datasets import ImageDataset
 from util.data.decoding import BadImageError
+from util.data.statistics import check_images
 from util.data.transforms import Normalize
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
 from util.run.allocator import keep_freed_memory
 from util.run.checkpoint_folder import CheckpointFolder, SaveError
-from util.run.config import TrainingConfig, compare_recipes
-from util.run.failures import CollectiveError, explain_collective_failures, in_one_line
+from util.run.config import Config, TrainingConfig, compare_recipes
+from util.run.failures import (
+    CollectiveError,
+    WorkerError,
+    explain_collective_failures,
+    explain_worker_failures,
+    in_one_line,
+)
+from util.run.folder_lock import release_folder, take_folder
 from util.run.logger import RunLog, describe_environment
 from util.run.metrics import SPIKE_HISTORY, StepMeter
 from util.run.nonfinite import NonFiniteError, NonFiniteGuard
@@ -47,28 +56,34 @@ class Start:
     weights: tuple[dict[str, Tensor], WeightsInfo] | None = None
 
     def settings(self, given: TrainingConfig, pretraining: bool, default_model: str) -> WeightSettings:
-        """What belongs to the weights: given by flags, else recorded in the checkpoint or with the weights."""
+        """What belongs to the weights: given by flags, else recorded in the checkpoint or with the weights.
+
+        Raises:
+            CheckpointError: the checkpoint is one of the other kind of run.
+        """
         recorded, source = {}, ""
         if self.checkpoint is not None:
             recorded, source = self.checkpoint.get("args", {}), "the checkpoint to resume"
+            refuse_the_other_kind_of_run(recorded, given, pretraining)
         elif self.weights is not None:
             recorded, source = self.weights[1].args, self.weights[1].source
         return weight_settings(recorded, source, given.as_dict(), pretraining, default_model)
 
 
 def find_start(given: TrainingConfig) -> Start:
-    """Open the output folder, and find what --resume or else --finetune names; the same on all ranks.
+    """Take and open the output folder, and find what --resume or else --finetune names; the same on all ranks.
 
     Rank 0 looks for the checkpoint to resume; the others read the file that it found. A resumed run reads nothing of
     --finetune.
 
     Raises:
         CheckpointError: a file is missing, damaged or of another kind.
-        UserError: the folder cannot be written to, or holds a run that this one would replace.
+        UserError: the folder cannot be written to, is another run's, or holds one that this one would replace.
     """
     folder, found, error = None, None, None
     if distributed.is_main_process():
         try:
+            take_folder(given.output_dir)
             folder = CheckpointFolder(given.output_dir, given.keep_checkpoints)
             refuse_to_replace_a_run(folder, given.resume)
             found = folder.resume(given.resume)
@@ -92,6 +107,21 @@ def refuse_to_replace_a_run(folder: CheckpointFolder, resume: str) -> None:
         )
 
 
+def refuse_the_other_kind_of_run(recorded: dict[str, Any], given: TrainingConfig, pretraining: bool) -> None:
+    """Raise a CheckpointError where fine-tuning would resume a pretraining run, or the reverse."""
+    if "mask_ratio" in recorded and not pretraining:
+        path = Path(given.output_dir) / "checkpoint.pth" if given.resume == "auto" else Path(given.resume)
+        raise CheckpointError(
+            f"--resume {given.resume}: {path.parent} holds a pretraining run, which fine-tuning does not continue but "
+            f"start from: give --finetune {path} and another --output_dir"
+        )
+    if "nb_classes" in recorded and pretraining:
+        raise CheckpointError(
+            f"--resume {given.resume}: this is a fine-tuning run, which main_finetune.py continues; give another "
+            "--output_dir to pretrain"
+        )
+
+
 def check_recipe(checkpoint: dict[str, Any], config: TrainingConfig) -> None:
     """Compare the settings of a checkpoint with the run's: warn of lost identity, refuse another recipe.
 
@@ -112,6 +142,32 @@ def check_recipe(checkpoint: dict[str, Any], config: TrainingConfig) -> None:
         )
     for error in errors:
         logger.warning("resuming by --resume_force with another recipe: %s", error)
+
+
+def check_data(checkpoint: dict[str, Any], data: dict[str, dict]) -> None:
+    """Warn where the images are not those of the checkpoint, and say what that means."""
+    recorded = checkpoint.get("data")
+    for split, now in data.items():
+        before = recorded.get(split) if isinstance(recorded, dict) else None
+        if not isinstance(before, dict) or before == now:
+            continue
+        if before.get("images") != now["images"]:
+            change = f"{before.get('images')} -> {now['images']} images"
+        elif before.get("names") != now["names"]:
+            change = f"{now['images']} images as before, but under other names"
+        else:
+            change = "the same images, but with other labels"
+        if split == "train":
+            meaning = (
+                "the run goes on, but not as an uninterrupted one: from here its epochs have other images in another "
+                "order, and as many steps as there are images for"
+            )
+        else:
+            meaning = (
+                "accuracies before and after cannot be compared, so the best epoch so far may not be the best; with "
+                "--val_share, some of these images may have been trained on"
+            )
+        logger.warning("the %s images are not those of the checkpoint: %s; %s", split, change, meaning)
 
 
 # --- The run ---
@@ -236,13 +292,14 @@ class Run:
         logger.info("epoch %d done: %s", epoch, ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
 
     def close(self) -> None:
-        """Wait for the last checkpoint to be on the disk, close the logs and leave the other ranks.
+        """Wait for the last checkpoint to be on the disk, close the logs, free the folder and leave the other ranks.
 
         Requests to stop have no effect any more, and must not end this process while rank 0 is writing.
         """
         if self.folder is not None:
             self.folder.wait(final=True)
         self.log.close()
+        release_folder()
         self.preemption.finish()
         distributed.shutdown()
         self.preemption.close()
@@ -264,7 +321,7 @@ def open_run(
 
     Raises:
         CheckpointError: the checkpoint or the weights are not of this model or recipe.
-        UserError: the run's files cannot be written.
+        UserError: the run's files cannot be written, or the images are in other units than `normalize` expects.
     """
     if device.type == "cpu":
         keep_freed_memory()
@@ -273,6 +330,7 @@ def open_run(
     progress.epoch = config.start_epoch
     if start.checkpoint is not None:
         check_recipe(start.checkpoint, config)
+        check_data(start.checkpoint, state.data)
         state.restore(start.checkpoint, steps_per_epoch)
         start.checkpoint = None  # its memory is wanted
         logger.info("resumed at %s", progress)
@@ -281,8 +339,9 @@ def open_run(
         start.weights = None
         if state.model_ema is not None:
             state.model_ema.set(state.model)
+    check_statistics(config, loader.dataset)
     with unreadable_is_user_error(f"{config.output_dir} or {config.log_dir} cannot be written to"):
-        write_configuration(config, state.settings)
+        write_configuration(config, state)
         log = RunLog(
             config.output_dir,
             config.log_dir,
@@ -299,14 +358,34 @@ def open_run(
     return Run(config, device, model, state, loader, normalize.to(device), start.folder, log, guard, preemption)
 
 
-def write_configuration(config: TrainingConfig, settings: Mapping[str, Any]) -> None:
-    """Store the settings and the environment in the run's folder as config.json (rank 0)."""
+def write_configuration(config: TrainingConfig, state: TrainingState) -> None:
+    """Store the settings, the data's fingerprint and the environment in the run's folder as config.json (rank 0)."""
     if distributed.is_main_process():
         path = Path(config.output_dir) / "config.json"
         temporary = path.with_name(".config.json.tmp")
-        content = {"config": dict(settings), "environment": describe_environment(torch.device(config.device))}
+        environment = describe_environment(torch.device(config.device))
+        content = {"config": dict(state.settings), "data": state.data, "environment": environment}
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", errors="surrogateescape")
         os.replace(temporary, path)
+
+
+def check_statistics(config: Config, dataset: ImageDataset) -> None:
+    """Look at a sample of the images, on rank 0 for all, before anything is made of them.
+
+    Raises:
+        UserError: they are not in the units of `config.mean` and `config.std`, and no `config.allow_odd_statistics`.
+    """
+    found = None
+    if distributed.is_main_process() and (images := dataset.sample()):
+        found = check_images(images, config.mean, config.std)
+    error, warning = distributed.gather_objects(found)[0] or ("", "")
+    if error and not config.allow_odd_statistics:
+        raise UserError(
+            f"{config.data_path}: {error}. Give these flags (or for weights that are trained already, bring the images "
+            "into the units of their training); --allow_odd_statistics goes on all the same"
+        )
+    if error or warning:
+        logger.warning("%s: %s", config.data_path, error or warning)
 
 
 @contextlib.contextmanager
@@ -318,20 +397,24 @@ def orderly_end(run: Run) -> Iterator[None]:
     """
     try:
         try:
-            with explain_collective_failures():
+            with explain_collective_failures(), explain_worker_failures():
                 yield
                 run.close()
         except Preempted as stopped:
             logger.warning("%s", stopped)
             if run.folder is not None:
                 run.folder.wait(final=True)
+            release_folder()  # a requeued job may start elsewhere before this process has ended
             run.preemption.exit_for_requeue()
-    except (NonFiniteError, BadImageError, CollectiveError, SaveError) as error:
+    except (NonFiniteError, BadImageError, CollectiveError, WorkerError, SaveError) as error:
         if distributed.is_main_process() or not isinstance(error, NonFiniteError):
             logger.error("%s", in_one_line(error))
         if run.folder is not None:
             with contextlib.suppress(SaveError):  # of the checkpoint under way, after the error that ends the run
                 run.folder.wait()
+        release_folder()
         sys.stdout.flush()
         # At once, without Python's shutdown: a rank that hangs must not keep this one waiting for its goodbye.
         os._exit(1)
+    finally:
+        release_folder()

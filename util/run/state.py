@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ class TrainingState:
     settings: Mapping[str, Any]  # of the run's configuration; plain values
     progress: Progress
     model_ema: ModelEmaV3 | None = None
+    classes: list[str] | None = None  # of a classifier: their names, in the order of the head's rows
+    data: dict[str, dict] = field(default_factory=dict)  # split -> fingerprint of its images
 
     def checkpoint(self) -> dict[str, Any]:
         """The state as plain data, in the authors' layout: 'epoch' is the last complete one."""
@@ -68,13 +70,16 @@ class TrainingState:
             "epoch_loss": progress.epoch_loss,
             "best_acc1": progress.best_acc1,
             "args": dict(self.settings),
+            "data": {split: dict(fingerprint) for split, fingerprint in self.data.items()},
         }
+        if self.classes is not None:
+            checkpoint["classes"] = list(self.classes)
         if self.model_ema is not None:
             checkpoint["model_ema"] = self.model_ema.module.state_dict()
         return checkpoint
 
     def restore(self, checkpoint: dict[str, Any], steps_per_epoch: int) -> None:
-        """Take over a checkpoint of this run, or of one with other batches (the position is then rounded down).
+        """Take over a checkpoint of this run, or of one with other batches or images (then rounded down).
 
         Raises:
             CheckpointError: its weights or its optimizer are not this run's.
@@ -94,10 +99,11 @@ class TrainingState:
         progress.epoch_loss = checkpoint.get("epoch_loss", 0.0)
         progress.best_acc1 = checkpoint.get("best_acc1")
         before, now = effective_batch(checkpoint.get("args", {})), effective_batch(self.settings)
-        if progress.step_in_epoch and None not in (before, now) and before != now:
-            mean_loss = progress.epoch_loss / progress.step_in_epoch
-            progress.step_in_epoch = min(progress.step_in_epoch * before // now, steps_per_epoch)
-            progress.epoch_loss = mean_loss * progress.step_in_epoch
+        steps = progress.step_in_epoch * before // now if None not in (before, now) else progress.step_in_epoch
+        steps = min(steps, steps_per_epoch)  # there may be fewer images now
+        if steps != progress.step_in_epoch:
+            progress.epoch_loss = progress.epoch_loss / progress.step_in_epoch * steps
+            progress.step_in_epoch = steps
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Take over weights, optimizer, scaler and average."""

@@ -7,6 +7,7 @@ and the SHA-256 of every byte before the digest. It finds any damage, also where
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import pickle
@@ -21,16 +22,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file as read_safetensors
 from torch import Tensor, nn
 
 from util.errors import UserError
 
+RECORD = "mixmae"  # under which exported files keep what belongs to their weights, as JSON
 FORMAT = 1  # the number under 'format' in our files: raised when an older reader could misread a newer file
 
 SEAL = re.compile(rb"mixmae seal time=(\d{20}) sha256=([0-9a-f]{64})")
 SEAL_SIZE = len("mixmae seal time=") + 20 + len(" sha256=") + 64
+CONTROL_BYTES = frozenset(range(32)) - frozenset(b"\t\n\f\r")  # no text holds them, every pickle, zip, ... does
 ZIP_END, ZIP_END_SIZE = b"PK\x05\x06", 22  # a zip's last record; its last two bytes are the length of the comment
 
 # What the authors' files hold besides: paths (submitit's output_dir) become pure ones, which never touch the disk.
@@ -166,7 +169,8 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, An
     """Everything in a file of weights, on the CPU, after the file's bytes have been verified.
 
     Opens our files, the authors' (their `args`, an `argparse.Namespace`, becomes a dict), any other that
-    `torch.load(weights_only=True)` opens, and `.safetensors` (as {'model': tensors}). Nothing in the file is executed.
+    `torch.load(weights_only=True)` opens, and `.safetensors` (as {'model': tensors}, with what `util.export` recorded).
+    Nothing in the file is executed.
     With `mmap` the tensors stay in the file until they are used.
 
     Raises:
@@ -175,11 +179,12 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, An
     path = Path(path)
     try:
         kind = _kind_of(path)
-        if kind == "safetensors":
-            return {"model": read_safetensors(path)}
         if kind == "zip":
             _verify_zip(path)
-        checkpoint = _as_plain(_restricted_load(path, mmap=mmap and kind == "zip"))
+        if kind == "safetensors":
+            checkpoint = _read_safetensors(path)
+        else:
+            checkpoint = _as_plain(_restricted_load(path, mmap=mmap and kind == "zip"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
@@ -230,9 +235,20 @@ def _kind_of(path: Path) -> str:
         raise CheckpointError(f"{path} is a web page, not a checkpoint: download the file itself")
     if text.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the checkpoint itself: run `git lfs pull`")
+    if head[:1] != b"\x80" and not CONTROL_BYTES.intersection(head):
+        raise CheckpointError(f"{path} is a text file, not a checkpoint: name a .pth or .safetensors file")
     if head.startswith(b"PK\x03\x04"):
         return "zip"
     return "safetensors" if head[4:9] == b"\0\0\0\0{" else "pickle"  # the header's length (8 bytes), then its JSON
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        record = (file.metadata() or {}).get(RECORD, "{}")
+    try:
+        return {**json.loads(record), "model": read_safetensors(path)}
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: its record of the model is not JSON ({error})") from error
 
 
 def _last_bytes(path: Path, count: int) -> bytes:

@@ -86,16 +86,25 @@ def load_classifier(model: nn.Module, state_dict: StateDict, source: object) -> 
     Raises:
         CheckpointError: the file is not a classifier (of this size and number of classes).
     """
+    expected, given = model.state_dict()["head.weight"].shape[0], count_classes(state_dict, source)
+    if expected != given:
+        raise CheckpointError(f"{source} classifies {given} classes, the model {expected}: they must be the same")
+    return _load(model, state_dict, source, ignored=DECODER)
+
+
+def count_classes(state_dict: StateDict, source: object) -> int:
+    """How many classes the head of a classifier tells apart.
+
+    Raises:
+        CheckpointError: there is no head.
+    """
     if "head.weight" not in state_dict:
         has_decoder = any(name.startswith(("decoder_", MMPRETRAIN_DECODER)) for name in state_dict)
         raise CheckpointError(
             f"{source} holds {'a pretraining model' if has_decoder else 'an encoder'} without a classification head, "
             "so there is nothing to evaluate: fine-tune it first (--finetune), then evaluate the result"
         )
-    expected, given = model.state_dict()["head.weight"].shape[0], state_dict["head.weight"].shape[0]
-    if expected != given:
-        raise CheckpointError(f"{source} classifies {given} classes, the model {expected}: set --nb_classes {given}")
-    return _load(model, state_dict, source, ignored=DECODER)
+    return len(state_dict["head.weight"])
 
 
 def load_pretraining(model: nn.Module, state_dict: StateDict, source: object) -> LoadReport:

@@ -116,7 +116,9 @@ def weight_settings(
         if len(recorded.get(name) or ()) == in_chans:
             statistics[name] = tuple(recorded[name])
             if name in given and tuple(given[name]) != statistics[name]:
-                logger.warning("--%s %s, but %s was trained with %s", name, given[name], source, statistics[name])
+                logger.warning(
+                    "--%s %s, but %s was trained with %s", name, list(given[name]), source, list(statistics[name])
+                )
         statistics[name] = tuple(given.get(name) or statistics[name])
     return WeightSettings(
         model=model,

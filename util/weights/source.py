@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from util.weights.file import read_checkpoint
+from util.weights.file import CheckpointError, read_checkpoint
 from util.weights.layouts import normalise_state_dict
 from util.weights.published import PUBLISHED, locate
 from util.weights.settings import ENCODERS
@@ -25,6 +25,8 @@ class WeightsInfo:
     layout: str  # 'mixmae' (the authors' names, which are ours) or 'mmpretrain'
     args: dict[str, Any] = field(default_factory=dict)  # the recorded configuration, if there is one
     epoch: int | None = None  # the recorded epoch, if there is one
+    classes: list[str] | None = None  # the recorded names of a classifier's classes, if there are any
+    data: dict[str, Any] = field(default_factory=dict)  # the recorded fingerprints of its images
 
     def __str__(self) -> str:
         return self.source
@@ -48,7 +50,7 @@ def read_weights(source: str | os.PathLike, ema: bool = False) -> tuple[dict[str
     path = locate(source)
     checkpoint = read_checkpoint(path, mmap=True)
     state_dict, layout = normalise_state_dict(checkpoint, path, ema)
-    args, epoch = checkpoint.get("args"), checkpoint.get("epoch")
+    args, epoch, data = checkpoint.get("args"), checkpoint.get("epoch"), checkpoint.get("data")
     args = args if isinstance(args, dict) else {}
     if source in PUBLISHED and not os.path.exists(source):  # known better than the file may record it
         published = PUBLISHED[source]
@@ -60,4 +62,20 @@ def read_weights(source: str | os.PathLike, ema: bool = False) -> tuple[dict[str
         layout=layout,
         args=args,
         epoch=epoch if isinstance(epoch, int) else None,
+        classes=recorded_classes(checkpoint, source),
+        data=data if isinstance(data, dict) else {},
     )
+
+
+def recorded_classes(checkpoint: dict[str, Any], source: object) -> list[str] | None:
+    """The names of the classes that a checkpoint of a classifier records, in the order of the head's rows.
+
+    None in files of other programs, and older ones of this program. Raises CheckpointError for what are no names.
+    """
+    classes = checkpoint.get("classes") if checkpoint.get("format") is not None else None
+    if classes is None:
+        return None
+    named = isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
+    if not named or len(set(classes)) != len(classes):
+        raise CheckpointError(f"{source} records classes={str(classes)[:200]}, which are no different names")
+    return list(classes)

@@ -1,0 +1,208 @@
+"""Labels from lists, and a part of one folder set aside for validation: as from class folders, to the last number."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from photos import data_args
+from running import QUICK, fails, losses, make_images, run
+
+import main_finetune
+import main_pretrain
+import util.knn
+from util.data.datasets import build_dataset
+from util.data.image_index import ImageIndex, StringTable
+from util.errors import UserError
+from util.weights.file import read_checkpoint
+
+CLASSES = ("ant", "bee", "cow")
+SHAPE = ["--input_size", "16", "--window_size", "4", "4", "4", "2", "--in_chans", "1"]
+QUICK = [*QUICK[:-2], "--warmup_epochs", "0"]
+TRAIN = [*SHAPE, *QUICK, "--model", "swin_quickstart", "--batch_size", "4", "--epochs", "1", "--lr", "1e-3"]
+CPU = ["--device", "cpu", "--num_workers", "0"]
+
+
+@pytest.fixture
+def folders(tmp_path) -> Path:
+    """10 training and 4 validation images of each class."""
+    for number, name in enumerate(CLASSES):
+        make_images(tmp_path / "data" / "train" / name, 10, (16, 16), seed=number)
+        make_images(tmp_path / "data" / "val" / name, 4, (16, 16), seed=10 + number)
+    return tmp_path / "data"
+
+
+def lists(folders: Path, place: Path) -> Path:
+    """The same images and labels in `place/train.txt` and `place/val.txt`."""
+    place.mkdir()
+    for split in ("train", "val"):
+        paths = sorted((folders / split).glob("*/*.png"))
+        lines = [f"{path} {CLASSES.index(path.parent.name)}\n" for path in paths]
+        (place / f"{split}.txt").write_text("".join(lines))
+    return place
+
+
+def result(said: str) -> str:
+    return said.rpartition("result: ")[2].partition(" of ")[0]
+
+
+def test_lists_train_probe_and_evaluate_as_folders_do(folders, tmp_path, capfd):
+    place = lists(folders, tmp_path / "lists")
+    results = []
+    for data, out in ((folders, "a"), (place, "b"), (place / "train.txt", "c")):
+        run(main_finetune, *TRAIN, "--data_path", data, "--output_dir", tmp_path / out)
+        trained = result(capfd.readouterr().out)
+        weights = tmp_path / out / "checkpoint.pth"
+        table = tmp_path / f"{out}.csv"
+        flags = ["--eval", "--finetune", weights, "--data_path", data, "--predictions", table]
+        run(main_finetune, *CPU, *flags)
+        assert result(capfd.readouterr().out) == trained
+        rows = [(row["path"], row["score1"]) for row in csv.DictReader(table.open())]
+        assert len(rows) == 12
+        run(util.knn, *CPU, "--checkpoint", weights, "--data_path", data, "--k", "3")
+        knn = capfd.readouterr().out.rpartition("kNN top-1: ")[2].partition(" of ")[0]
+        results.append((losses(tmp_path / out), trained, rows, knn))
+    assert results[0] == results[1] == results[2]
+    assert read_checkpoint(tmp_path / "b" / "checkpoint.pth")["classes"] == ["0", "1", "2"]
+    # numbers are taken as positions in the names, which are other names than numbers the other way round
+    run(main_finetune, *CPU, "--eval", "--finetune", tmp_path / "a" / "checkpoint.pth", "--data_path", place)
+    said = capfd.readouterr().out
+    assert result(said) == results[0][1] and "the labels of these images are numbers" in said
+    message = r"only in the data: \['ant', 'bee', 'cow'\]"
+    weights = tmp_path / "b" / "checkpoint.pth"
+    fails(main_finetune, capfd, message, *CPU, "--eval", "--finetune", weights, "--data_path", folders)
+
+
+def test_mistakes_with_lists(folders, tmp_path, capfd):
+    place = lists(folders, tmp_path / "lists")
+    flags = [*TRAIN, "--output_dir", tmp_path / "out", "--data_path"]
+    with (place / "val.txt").open("a") as file:
+        file.write(f"{folders}/val/ant/0000.png 7\n")
+    fails(main_finetune, capfd, r"has classes that the training set lacks: \['3', '4', '5', '6', '7'\]", *flags, place)
+    (place / "val.txt").write_text(f"{folders}/val/ant/0000.png\n")
+    fails(main_finetune, capfd, r"the images of .* \(val\) have no labels", *flags, place)
+    (place / "val.txt").unlink()
+    message = r"is a list of training images; .*val\.txt beside the list, or --val_share"
+    fails(main_finetune, capfd, message, *flags, place / "train.txt")
+    fails(main_finetune, capfd, r"val does not exist; .*--val_share 0\.1", *flags, place)
+
+
+def test_folders_win_over_lists_of_their_name(folders, caplog):
+    for split in ("train", "val"):
+        (folders / f"{split}.txt").write_text(f"{split}/ant/0000.png 0\n")
+    for path, numbers in ((folders, (30, 12)), (folders / "train.txt", (1, 1))):
+        args = data_args(path, in_chans=1)
+        assert tuple(len(build_dataset(args, split, lambda image: image)) for split in ("train", "val")) == numbers
+
+
+def test_more_classes_than_a_list_shows(folders, tmp_path):
+    place, out = lists(folders, tmp_path / "lists"), tmp_path / "out"
+    run(main_finetune, *TRAIN, "--nb_classes", "5", "--data_path", place, "--output_dir", out)
+    assert read_checkpoint(out / "checkpoint.pth")["classes"] == list("01234")
+
+
+# --- One folder for both ---
+
+
+def parts(path: Path, **changes) -> tuple[list[str], list[str]]:
+    args = data_args(path, in_chans=1, **changes)
+    datasets = [build_dataset(args, split, lambda image: image, require_labels=True) for split in ("train", "val")]
+    assert datasets[0].classes == datasets[1].classes
+    for dataset in datasets:
+        names = [dataset.classes[int(target)] for target in dataset.targets]
+        assert not dataset.classes[0].isalpha() or [Path(p).parent.name for p in paths_of(dataset)] == names
+    return paths_of(datasets[0]), paths_of(datasets[1])
+
+
+def paths_of(dataset) -> list[str]:
+    return [dataset.path_of(i) for i in range(len(dataset))]
+
+
+@pytest.mark.parametrize("kind", ["folders", "train", "list"])
+def test_a_share_of_every_class_is_set_aside(folders, tmp_path, kind):
+    if kind == "list":
+        place = lists(folders, tmp_path / "lists") / "train.txt"
+        (place.parent / "val.txt").unlink()
+    else:
+        shutil.rmtree(folders / "val")
+        place = folders if kind == "train" else folders / "train"
+    train, val = parts(place, val_share=0.2)
+    assert sorted(train + val) == sorted(map(str, (folders / "train").glob("*/*.png")))
+    assert [Path(path).parent.name for path in val] == [name for name in CLASSES for _ in range(2)]
+    assert parts(place, val_share=0.2, seed=7) == (train, val)
+    assert len(parts(place, val_share=0.5)[1]) == 15
+    assert set(val) < set(parts(place, val_share=0.5)[1])
+    assert len(parts(place, val_share=0.001)[1]) == 3 and len(parts(place, val_share=0.999)[0]) == 3
+
+
+def test_the_division_hardly_changes_with_the_images():
+    names = [b"%05d.jpg" % i for i in range(2000)]
+    index = ImageIndex("/", StringTable.of(names), np.zeros(2000, np.int32), ["x"])
+    aside = index.set_aside(0.1)
+    assert aside.sum() == 200 and 15 < aside[:200].sum() + aside[-200:].sum() < 70
+    fewer = ImageIndex("/", StringTable.of(names[100:]), np.zeros(1900, np.int32), ["x"])
+    assert (fewer.set_aside(0.1) != aside[100:]).sum() < 30
+    tiny = ImageIndex("/", StringTable.of([b"a", b"b"]), np.array([0, 1], np.int32), ["x", "y"])
+    with pytest.raises(UserError, match=r"--val_share 0\.1 of 2 images leaves none for validation"):
+        tiny.set_aside(0.1)
+
+
+def test_the_division_is_stored_and_checked(folders, tmp_path, capfd):
+    shutil.rmtree(folders / "val")
+    out, shared = tmp_path / "out", ["--data_path", folders]
+    flags = [*TRAIN, *shared, "--output_dir", out]
+    fails(main_finetune, capfd, r"val does not exist; .*or let --val_share 0\.1 set a part", *flags)
+    run(main_finetune, *flags, "--val_share", "0.2")
+    said = capfd.readouterr().out
+    trained = result(said)
+    assert "on 6 images" in said and len((out / "val.txt").read_text().splitlines()) == 6
+    weights = ["--eval", "--finetune", out / "checkpoint.pth"]
+    run(main_finetune, *CPU, *weights, *shared, "--val_share", "0.2")
+    said = capfd.readouterr().out
+    assert result(said) == trained and "on 6 images" in said and "may have been trained on" not in said
+    message = r"--val_share 0\.3, but .* was trained with --val_share 0\.2: others of these images were trained on"
+    fails(main_finetune, capfd, message, *CPU, *weights, *shared, "--val_share", "0.3")
+    message = r"val_share: 0\.2 -> 0\.3"
+    fails(main_finetune, capfd, message, *flags, "--val_share", "0.3", "--resume", "auto")
+
+    make_images(folders / "train" / "ant", 40, (16, 16), seed=5)  # more images, as time goes by
+    run(main_finetune, *CPU, *weights, *shared, "--val_share", "0.2")
+    said = capfd.readouterr().out
+    assert "the 12 images set aside by --val_share are not the 6 of the training" in said
+    run(main_finetune, *CPU, *weights, "--data_path", out / "val.txt")  # the stored list still holds
+    assert "on 6 images" in capfd.readouterr().out
+
+
+def test_where_nothing_can_be_divided(folders, tmp_path, capfd):
+    flags = [*TRAIN, "--output_dir", tmp_path / "out", "--val_share", "0.2", "--data_path"]
+    fails(
+        main_finetune,
+        capfd,
+        r"--val_share 0\.2 divides the images, but .*val is there: use one of both",
+        *flags,
+        folders,
+    )
+    place = lists(folders, tmp_path / "lists")
+    fails(main_finetune, capfd, r"but .*val\.txt is there", *flags, place / "train.txt")
+    fails(
+        main_finetune,
+        capfd,
+        r"--val_share must be at least 0 and below 1, got 1",
+        *flags[:-2],
+        "1",
+        "--data_path",
+        place,
+    )
+    (tmp_path / "tar").mkdir()
+    shutil.make_archive(str(tmp_path / "tar" / "train"), "tar", folders / "train")
+    fails(main_finetune, capfd, r"divides folders and lists of images, not --dataset tar", *flags, tmp_path / "tar")
+
+
+def test_pretraining_leaves_the_part_out_and_tests_on_it(folders, tmp_path, capfd):
+    shutil.rmtree(folders / "val")
+    flags = [*SHAPE, *QUICK, "--model", "mixmae_quickstart", "--batch_size", "12", "--epochs", "1", "--vis_every", "0"]
+    shared = ["--data_path", folders / "train", "--output_dir", tmp_path / "out", "--val_share", "0.2"]
+    run(main_pretrain, *flags, *shared, "--knn_every", "1")
+    said = capfd.readouterr().out
+    assert "train: 24 images" in said and "val: 6 images" in said and "knn_acc1_k10" in said

@@ -1,0 +1,177 @@
+"""Images in other units than --mean and --std stop a run before it starts; what people do on purpose does not."""
+
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from photos import PHOTOS, data_args, photo_folder
+from running import fails, losses, make_images, run
+from trials import Trial
+
+import main_finetune
+import main_pretrain
+import util.knn
+from util.data.datasets import build_dataset
+from util.data.decoding import decode
+from util.data.statistics import check_images, measure
+from util.data.transforms import Normalize
+from util.weights.settings import IMAGENET_MEAN, IMAGENET_STD
+
+SHAPE = ["--model", "mixmae_quickstart", "--input_size", "16", "--window_size", "4", "4", "4", "2"]
+QUICK = ["--device", "cpu", "--num_workers", "0", "--warmup_epochs", "0", "--batch_size", "4", "--epochs", "1"]
+PRETRAIN = [*SHAPE, *QUICK, "--vis_every", "0"]
+
+
+def photos(scale: float = 1.0) -> list[torch.Tensor]:
+    images = [decode(path.read_bytes(), 3) for path in PHOTOS]
+    return images if scale == 1 else [image.float() / 255 * scale for image in images]
+
+
+def grey(*values: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(*values, (1, 30, 20), generator=generator, dtype=torch.uint8) for _ in range(8)]
+
+
+def test_measured_statistics_are_those_that_normalise():
+    images = [torch.rand(3, 20, 30, dtype=torch.float64).float() * 700 - 50 for _ in range(5)]
+    mean, std = measure(images)
+    normalised = torch.stack([Normalize(mean.tolist(), std.tolist())(image) for image in images])
+    assert normalised.mean(dim=(0, 2, 3)).abs().max() < 1e-5
+    assert (normalised.std(dim=(0, 2, 3), correction=0) - 1).abs().max() < 1e-5
+    of_bytes = measure(photos())
+    of_floats = measure(photos(scale=1 + 1e-9))
+    for a, b in zip(of_bytes, of_floats):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "images, mean, std",
+    [
+        (photos(10_000), IMAGENET_MEAN, IMAGENET_STD),  # .npy in units of their own
+        (photos(255), IMAGENET_MEAN, IMAGENET_STD),
+        (photos(), (123, 117, 104), (58, 57, 57)),  # statistics of 0..255
+        (photos(), (123, 117, 104), IMAGENET_STD),
+        (photos(), IMAGENET_MEAN, (58, 57, 57)),
+        (photos(0.001), IMAGENET_MEAN, IMAGENET_STD),
+    ],
+)
+def test_wrong_units_are_an_error_that_says_what_to_give(images, mean, std):
+    error, warning = check_images(images, mean, std)
+    assert error and not warning
+    flags = re.search(r"--mean ([\d. e-]+) --std ([\d. e-]+)$", error)
+    pasted = [tuple(map(float, values.split())) for values in flags.groups()]
+    assert check_images(images, *pasted) == ("", "")
+
+
+@pytest.mark.parametrize(
+    "images, mean, std",
+    [
+        (photos(), IMAGENET_MEAN, IMAGENET_STD),
+        (photos()[:1], IMAGENET_MEAN, IMAGENET_STD),
+        ([image[:, :2, :2] for image in photos()], IMAGENET_MEAN, IMAGENET_STD),  # tiny
+        ([image // 6 for image in photos()], IMAGENET_MEAN, IMAGENET_STD),  # dark
+        ([255 - image // 6 for image in photos()], IMAGENET_MEAN, IMAGENET_STD),  # bright
+        ([image.expand(3, -1, -1) for image in grey(0, 40)], IMAGENET_MEAN, IMAGENET_STD),  # most of it black
+        (grey(0, 256), (0.286,), (0.353,)),  # Fashion-MNIST's
+        (grey(0, 256), (0.5,), (0.25,)),
+        (photos(10_000), (5000, 4500, 4000), (2500, 2500, 2500)),
+        (
+            [torch.cat([*photos(3)[:1], torch.zeros(1, *photos()[0].shape[1:])])] * 1,
+            (1,) * 4,
+            (1,) * 4,
+        ),  # a dead channel
+    ],
+)
+def test_what_is_not_an_error(images, mean, std):
+    assert check_images(images, mean, std) == ("", "")
+
+
+def test_constant_and_identical_images_are_a_warning():
+    flat = [torch.tensor([value, 3, 9], dtype=torch.uint8).view(3, 1, 1).expand(3, 9, 9) for value in (0, 200)]
+    for images, expected in ((flat, "one colour all over"), (photos()[:1] * 3, "are identical")):
+        error, warning = check_images(images, IMAGENET_MEAN, IMAGENET_STD)
+        assert not error and expected in warning
+    very_dark = [image // 20 for image in photos()]
+    error, warning = check_images(very_dark, IMAGENET_MEAN, IMAGENET_STD)
+    assert not error and "--std" in warning
+
+
+def test_a_damaged_image_among_others_decides_nothing():
+    images = photos(1 + 1e-9)
+    damaged = images[0].clone()
+    damaged[0, 0, 0] = -3e38
+    assert check_images([*images, damaged], IMAGENET_MEAN, IMAGENET_STD) == ("", "")
+    assert check_images([*images, *[torch.zeros_like(images[0])] * 9], IMAGENET_MEAN, IMAGENET_STD) == ("", "")
+    assert check_images([damaged] * 2 + [damaged + 1], IMAGENET_MEAN, IMAGENET_STD)[0]
+
+
+def test_a_sample_comes_from_all_over_and_draws_nothing(tmp_path):
+    dataset = build_dataset(data_args(photo_folder(tmp_path, copies=20)), "train", lambda image: 1 / 0)
+    read, source_read = [], dataset.source.read
+    dataset.source.read = lambda i: read.append(i) or source_read(i)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert len(dataset.sample(8)) == 8
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+    assert len(set(read)) == 8 and min(read) < 10 and max(read) >= 50
+    assert len(dataset.sample(1000, seconds=0)) == 4  # slow disks and enormous images end it
+    Path(dataset.path_of(0)).write_bytes(b"")
+    assert len(dataset.sample(1000, seconds=60)) == 59
+
+
+def arrays(folder: Path, dtype: str) -> Path:
+    """Values in 0..10000, with labels."""
+    for split in ("train", "val"):
+        for label in "ab":
+            make_images(folder / split / label, 4, (16, 16), channels=2, seed=ord(label))
+            for path in (folder / split / label).iterdir():
+                np.save(path, (np.load(path) / 255 * 10_000).astype(dtype))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
+def test_arrays_in_their_own_units_do_not_train_by_default(tmp_path, capfd, dtype):
+    """The loss was 332,901,472."""
+    data, out = arrays(tmp_path / "data", dtype), tmp_path / "out"
+    flags = [*PRETRAIN, "--in_chans", "2", "--data_path", data, "--output_dir", out]
+    with pytest.raises(SystemExit) as stopped:
+        run(main_pretrain, *flags)
+    said = capfd.readouterr().err
+    assert stopped.value.code == 2 and "--allow_odd_statistics goes on all the same" in said
+    assert not list(out.glob("*.jsonl")) and not list(out.glob("*.pth"))
+    measured = re.search(r"of them: (--mean \S+ \S+ --std \S+ \S+)\. Give", said)[1].split()
+    run(main_pretrain, *flags, *measured)
+    assert max(losses(out)) < 10
+    run(main_pretrain, *flags[:-1], tmp_path / "anyway", "--allow_odd_statistics")
+    assert min(losses(tmp_path / "anyway")) > 1e4
+    assert "far from 0 and 1" in capfd.readouterr().out
+
+
+def test_evaluation_fine_tuning_and_knn_stop_too(tmp_path, capfd):
+    """What they would print is a number, with nothing to show that it means nothing."""
+    data, out = arrays(tmp_path / "data", "float32"), tmp_path / "out"
+    message = r"far from 0 and 1\. Measured on 8 of them: --mean \d+ \d+ --std \d+ \d+\. Give these flags"
+    shared = ["--in_chans", "2", "--data_path", data]
+    finetune = [*QUICK, "--model", "swin_quickstart", *SHAPE[2:], *shared, "--output_dir", out]
+    fails(main_finetune, capfd, message, *finetune)
+    run(main_finetune, *finetune, "--mean", "5000", "5000", "--std", "2900", "2900")
+    capfd.readouterr()
+    weights, cpu = ["--finetune", out / "checkpoint.pth", "--eval"], ["--device", "cpu", "--num_workers", "0"]
+    run(main_finetune, *cpu, *shared, *weights)  # the units are recorded with the weights
+    assert "result: top-1" in capfd.readouterr().out
+    for path in data.glob("*/*/*.npy"):
+        np.save(path, np.load(path) / 10_000)
+    message = r"bring the images into the units of their training"
+    fails(main_finetune, capfd, message, *cpu, *shared, *weights)
+    fails(util.knn, capfd, message, *cpu, *shared, "--checkpoint", out / "checkpoint.pth", "--k", "1")
+    run(util.knn, *cpu, *shared, "--checkpoint", out / "checkpoint.pth", "--k", "1", "--allow_odd_statistics")
+
+
+def test_all_ranks_stop_with_one_message(tmp_path):
+    data = arrays(tmp_path / "data", "uint16")
+    flags = [*PRETRAIN, "--in_chans", "2", "--data_path", data, "--batch_size", "2"]
+    said = Trial(tmp_path / "out", *flags, "--output_dir", tmp_path / "out", ranks=2).finish(2, 2)
+    assert said.count("far from 0 and 1. Measured on 8 of them") == 1 and "Traceback" not in said

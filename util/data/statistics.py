@@ -1,0 +1,61 @@
+"""Whether --mean and --std are in the units of the images. In other units training runs, and learns nothing."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+PIXELS = 64  # about so many rows and columns of an image are measured
+OUTLIER = 1000  # times the others' largest value
+# Of normalised images. What people do on purpose stays within: medical grey images, dark ones, ImageNet's statistics on
+# other photographs, statistics of another data set.
+MOST = 10.0  # distance of a channel's mean from 0, and its standard deviation
+LEAST = 0.02  # standard deviation of all channels; values of another unit are hundreds of times too small
+SUSPECT = 0.1  # likewise, for a warning
+
+
+def measure(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, (C,) float64, in the units of --mean: uint8 images count in 0..1.
+
+    images: (C, h, w) each, of any size; all weigh the same, but a few with values far beyond the others' (a damaged
+    file has numbers such as 1e38) count for nothing.
+    """
+    means, squares, peaks = [], [], []
+    for image in images:
+        step = max(1, min(image.shape[1:]) // PIXELS)
+        values = image[:, ::step, ::step].double() / (255 if image.dtype == torch.uint8 else 1)
+        means.append(values.mean(dim=(1, 2)))
+        squares.append(values.square().mean(dim=(1, 2)))
+        peaks.append(values.abs().max())
+    peak = torch.stack(peaks)
+    ordinary = (peak <= OUTLIER * peak.median()) | (peak.median() == 0)
+    mean = torch.stack(means)[ordinary].mean(dim=0)
+    return mean, (torch.stack(squares)[ordinary].mean(dim=0) - mean.square()).clamp(min=0).sqrt()
+
+
+def check_images(images: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> tuple[str, str]:
+    """What is wrong with a sample of a data set, normalised with `mean` and `std`: an error and a warning, '' for none.
+
+    images: (C, h, w) each, as read; at least one.
+    """
+    if all(torch.equal(image.amin(dim=(1, 2)), image.amax(dim=(1, 2))) for image in images):
+        return "", f"each of {len(images)} sample images has one colour all over: nothing can be learned from them"
+    if len(images) > 1 and all(torch.equal(image, images[0]) for image in images[1:]):
+        return "", f"{len(images)} sample images are identical"
+    measured, deviation = measure(images)
+    given_std = torch.tensor(std, dtype=torch.float64)
+    offset, scale = (measured - torch.tensor(mean, dtype=torch.float64)) / given_std, deviation / given_std
+    if offset.abs().max() <= MOST and SUSPECT <= scale.max() <= MOST:
+        return "", ""
+    deviation[deviation == 0] = 1.0  # a channel that is constant may have any
+    flags = f"--mean {_listed(measured)} --std {_listed(deviation)}"
+    message = (
+        f"normalised by --mean {_listed(mean)} --std {_listed(std)}, these images have mean {_listed(offset)} and "
+        f"standard deviation {_listed(scale)}, far from 0 and 1. Measured on {len(images)} of them: {flags}"
+    )
+    wrong = offset.abs().max() > MOST or not LEAST <= scale.max() <= MOST
+    return (message, "") if wrong else ("", message)
+
+
+def _listed(values: Sequence[float] | Tensor) -> str:
+    return " ".join(f"{float(value):.4g}" for value in values)

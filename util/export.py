@@ -1,0 +1,306 @@
+"""A trained model for other programs: classifier, encoder or feature pyramid, in five formats.
+
+    python -m util.export --checkpoint finetuned/checkpoint.pth --format onnx --out classifier.onnx --images photos/
+    python -m util.export --checkpoint base_600ep --part pyramid --format torch_export --out pyramid.pt2
+    python -m util.export --checkpoint base_600ep --format timm --out encoder  # timm.create_model("local-dir:encoder")
+
+Before a file gets its name, it is loaded back by the program that it is for and compared with the model here, with one
+and with five images. How images are prepared, and the names of the classes, travel inside; `--finetune`, `--eval` and
+`util.predict` read them.
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.models.swin_transformer import get_relative_position_index
+from torch import Tensor
+
+from util.data.sources import open_images
+from util.data.transforms import Normalize, crop_ratio, eval_transform
+from util.errors import UserError, unreadable_is_user_error
+from util.run.config import WeightFlags
+from util.run.failures import user_errors
+from util.run.flags import Config, flag, get_parser, given_flags
+from util.run.logger import setup_logging
+from util.seeding import keyed_generator
+from util.weights.file import FORMAT, RECORD, read_checkpoint, sync_folder, temporary_path, write_checkpoint
+from util.weights.parts import PARTS, Part, load_part, make_record, output_names
+from util.weights.runtimes import Runner, open_onnx, open_torch_export
+from util.weights.settings import WeightSettings
+from util.weights.source import WeightsInfo, read_weights
+
+logger = logging.getLogger(__name__)
+
+BATCHES = (1, 5)  # with which an exported model is tried
+TOLERANCE = 1e-4  # of its outputs, relative to the largest where that is above 1
+ONNX_LIMIT = 2 * 10**9  # bytes of weights in one file
+WITHOUT_SCALING = torch.amp.GradScaler("cpu").state_dict()  # what a loss scaler starts with
+
+
+@dataclass
+class Export:
+    """What is exported."""
+
+    part: Part
+    settings: WeightSettings
+    info: WeightsInfo
+    imgs: Tensor  # (5, C, H, W) normalised, to record and to compare with
+    averaged: bool  # whether the weights are the averaged ones
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return make_record(self.part, self.settings, self.info, crop_ratio(self.settings.input_size))
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"format": "pt", RECORD: json.dumps(self.record)}
+
+
+# --- The formats: write to a path; open what was written as a function of images ---
+
+
+def write_safetensors(export: Export, path: Path) -> None:
+    weights = {name: tensor.contiguous() for name, tensor in export.part.model.state_dict().items()}
+    save_file(weights, path, export.metadata)
+
+
+def open_weights(export: Export, path: Path) -> Runner:
+    """A file of weights as `--finetune` and `--eval` read it, with nothing told but what is in the file."""
+    weights, info = read_weights(path)
+    part, _, _ = load_part(weights, info, part=export.part.name)
+    return lambda imgs: as_list(part(imgs))
+
+
+def write_timm(export: Export, path: Path) -> None:
+    """A folder as on the Hugging Face hub: config.json and model.safetensors."""
+    path.mkdir()
+    write_safetensors(export, path / "model.safetensors")
+    settings, model = export.settings, export.part.model
+    arguments = dict(img_size=list(settings.input_size), patch_size=settings.patch_size, in_chans=settings.in_chans)
+    arguments |= dict(window_size=list(settings.window_size), num_classes=model.num_classes)
+    config = {
+        "architecture": settings.model,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "global_pool": "avg",
+        "model_args": {name: value for name, value in arguments.items() if value is not None},
+        "pretrained_cfg": timm.get_pretrained_cfg(settings.model).to_dict()
+        | {
+            "input_size": [settings.in_chans, *settings.input_size],
+            "num_classes": model.num_classes,
+            "crop_pct": export.record["crop_pct"],
+            "interpolation": export.record["interpolation"],
+            "mean": list(settings.mean),
+            "std": list(settings.std),
+        },
+    }
+    if export.record["classes"]:
+        config["label_names"] = export.record["classes"]
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def open_timm(export: Export, path: Path) -> Runner:
+    model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    return lambda imgs: [model(imgs)]
+
+
+def write_onnx(export: Export, path: Path) -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--format onnx needs packages that are not installed: pip install {' '.join(missing)}")
+    size = 4 * sum(parameter.numel() for parameter in export.part.parameters())
+    if size > ONNX_LIMIT:
+        raise UserError(
+            f"{export.settings.model} has {size / 1e9:.1f} GB of weights, and an ONNX file holds at most 2: use "
+            "--format torch_export or safetensors"
+        )
+    program = torch.onnx.export(
+        export.part,
+        (export.imgs[:2],),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=output_names(export.part.name),
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
+    program.model.metadata_props[RECORD] = export.metadata[RECORD]
+    program.save(path)
+
+
+def write_torch_export(export: Export, path: Path) -> None:
+    batch = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(export.part, (export.imgs[:2],), dynamic_shapes=batch)
+    with open(path, "wb") as file:  # a file, for its name has another ending yet
+        torch.export.save(program, file, extra_files={RECORD: export.metadata[RECORD]})
+
+
+def write_authors(export: Export, path: Path) -> None:
+    """A checkpoint as the authors' scripts read it: with every tensor that their models register, and a loss scaler."""
+    checkpoint = read_checkpoint(export.info.path)
+    weights, _ = read_weights(export.info.path, ema=export.averaged)
+    optimizer = checkpoint.get("optimizer")
+    if optimizer is not None:
+        ours = ("name", "fused")  # settings of groups that theirs does not have
+        groups = [{key: group[key] for key in group if key not in ours} for group in optimizer["param_groups"]]
+        checkpoint["optimizer"] = {**optimizer, "param_groups": groups}
+    kept = {name: checkpoint[name] for name in ("optimizer", "epoch", "args", "classes") if name in checkpoint}
+    scaler = checkpoint.get("scaler") or WITHOUT_SCALING  # they load one always; ours is empty without fp16
+    write_checkpoint(path, {**kept, "format": FORMAT, "model": with_position_index(weights), "scaler": scaler})
+
+
+def with_position_index(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with the (N, N) rows of every bias table, which the authors' models save, and ours derive."""
+    complete = {}
+    for name, tensor in weights.items():
+        complete[name] = tensor
+        if name.endswith("relative_position_bias_table"):
+            window = (round(len(tensor) ** 0.5) + 1) // 2  # the table has (2 * window - 1) ** 2 rows
+            index = get_relative_position_index(window, window)
+            complete[name.replace("bias_table", "index")] = index
+    return complete
+
+
+Writer, Opener = Callable[[Export, Path], None], Callable[[Export, Path], Runner]
+FORMATS: dict[str, tuple[Writer, Opener]] = {
+    "safetensors": (write_safetensors, open_weights),
+    "timm": (write_timm, open_timm),
+    "onnx": (write_onnx, lambda _, path: open_onnx(path)[0]),
+    "torch_export": (write_torch_export, lambda _, path: open_torch_export(path)[0]),
+    "authors": (write_authors, open_weights),
+}
+
+
+# --- The command ---
+
+
+@dataclass(frozen=True)
+class ExportFlags(Config):
+    TITLE: ClassVar[str] = "export"
+
+    checkpoint: str = flag("", "a path, https URL#sha256=..., or a published name such as base_600ep_ft", "WEIGHTS")
+    format: str = flag("", "what to write", choices=tuple(FORMATS))
+    out: str = flag("", "the file to write; for timm a folder", "PATH")
+    part: str | None = flag(
+        None,
+        "logits; the mean of the last stage; the maps of the four stages (default: classifier if there is a head)",
+        choices=PARTS,
+    )
+    images: tuple[str, ...] | None = flag(
+        None, "images, folders or lists to compare with (default: smooth random ones)", "PATH"
+    )
+    model_ema: bool = flag(False, "the averaged weights in the checkpoint")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("checkpoint", "format", "out"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing")
+        if self.part == "pyramid" and self.format in ("safetensors", "timm"):
+            raise UserError(
+                f"--part pyramid is not for --format {self.format}, which holds weights alone: export the encoder, and "
+                "let timm.create_model(..., features_only=True) make the pyramid"
+            )
+        if self.part is not None and self.format == "authors":
+            raise UserError("--format authors keeps the whole checkpoint: leave out --part")
+
+
+@dataclass(frozen=True)
+class ExportConfig(ExportFlags, WeightFlags):
+    pass
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    return get_parser(ExportConfig, "Export a trained model for other programs.", "python -m util.export")
+
+
+def as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def example_images(paths: Sequence[str] | None, settings: WeightSettings) -> Tensor:
+    """Images (5, C, H, W), prepared as for evaluation: the first ones of `paths`, over again if they are fewer."""
+    count = max(BATCHES)
+    if not paths:
+        coarse = torch.randn(count, settings.in_chans, 8, 8, generator=keyed_generator(0, "images"))
+        return F.interpolate(coarse, settings.input_size, mode="bicubic", align_corners=False)
+    source = open_images(paths, SimpleNamespace(in_chans=settings.in_chans, ignore_exif=False, seed=0))
+    transform, normalize = eval_transform(settings), Normalize(settings.mean, settings.std)
+    images = [normalize(transform(source.read(i)[0])) for i in range(min(count, len(source)))]
+    return torch.stack([images[i % len(images)] for i in range(count)])
+
+
+@torch.no_grad()
+def largest_difference(run: Runner, part: Part, imgs: Tensor) -> float:
+    """Between the outputs of an exported model and the model's own, relative to the largest where that is above 1.
+
+    Raises:
+        UserError: it is above `TOLERANCE`, or not a number.
+    """
+    largest = 0.0
+    for batch in BATCHES:
+        expected, outputs = as_list(part(imgs[:batch])), run(imgs[:batch])
+        if [output.shape for output in outputs] != [output.shape for output in expected]:
+            raise UserError(f"the exported model gives other outputs for {batch} images: please report this as a bug")
+        for ours, theirs in zip(expected, outputs):
+            difference = ((ours - theirs).abs().max() / ours.abs().max().clamp(min=1)).item()
+            if not difference <= TOLERANCE:
+                raise UserError(
+                    f"the exported model computes something else for {batch} images: its outputs differ by "
+                    f"{difference:.2g} (at most {TOLERANCE:g}). Nothing was written; please report this as a bug"
+                )
+            largest = max(largest, difference)
+    return largest
+
+
+@torch.no_grad()
+def export_model(config: ExportConfig) -> None:
+    """Write the exported model, once it has been compared.
+
+    Raises:
+        UserError: for what the user can put right.
+    """
+    out = Path(config.out)
+    if out.is_dir() or (out.exists() and config.format == "timm"):
+        raise UserError(f"--out {out} exists already: give another name")
+    weights, info = read_weights(config.checkpoint, ema=config.model_ema)
+    part, settings, report = load_part(weights, info, config.as_dict(), config.part)
+    logger.info("%s", report)
+    export = Export(part, settings, info, example_images(config.images, settings), config.model_ema)
+    write, load_back = FORMATS[config.format]
+    with ExitStack() as cleaning, unreadable_is_user_error(f"--out {out} cannot be written"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_path(out)
+        cleaning.callback(shutil.rmtree, temporary, ignore_errors=True)
+        cleaning.callback(temporary.unlink, missing_ok=True) if config.format != "timm" else None
+        write(export, temporary)
+        difference = largest_difference(load_back(export, temporary), part, export.imgs)
+        os.replace(temporary, out)
+        sync_folder(out.parent)
+    logger.info(
+        "wrote %s: %s of %s as %s; loaded back, its outputs differ by at most %.2g (%s images)",
+        out, part.name, settings.model, config.format, difference, " and ".join(map(str, BATCHES)),
+    )  # fmt: skip
+
+
+def main(flags: argparse.Namespace) -> None:
+    with user_errors():
+        setup_logging()
+        export_model(given_flags(ExportConfig, flags))
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

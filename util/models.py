@@ -1,0 +1,85 @@
+"""The registered models, with their sizes and published weights.
+
+python -m util.models
+python -m util.models --json > models.json
+"""
+
+import argparse
+import json
+import logging
+
+import timm
+import torch
+
+from util.run.failures import user_errors
+from util.run.metrics import count_work
+from util.weights.published import PUBLISHED
+from util.weights.settings import CLASSIFIER_MODELS, ENCODERS, PRETRAINING_MODELS
+
+HEADINGS = ("model", "parameters", "multiply-adds", "input", "windows", "strides", "published weights")
+
+
+def describe_model(name: str) -> dict:
+    """The facts of a registered model, with 1000 classes where it is a classifier. No weights are made for it."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        # Both branches of a pretraining model's decoder are part of one image's work.
+        parameters, multiply_adds = count_work(model, 2)
+    encoder = ENCODERS.get(name)
+    return {
+        "model": name,
+        "pretraining": encoder is not None,
+        "parameters": parameters,
+        "multiply_adds": round(multiply_adds),
+        "input_size": list(model.img_size),
+        "windows": [stage.window for stage in model.layers],
+        "strides": [stage["reduction"] for stage in model.feature_info],
+        "channels": [stage["num_chs"] for stage in model.feature_info],
+        "published": [
+            weights
+            for weights, published in PUBLISHED.items()
+            if published.model == (encoder or name) and published.classifier == (encoder is None)
+        ],
+    }
+
+
+def table(models: list[dict]) -> str:
+    """The facts as lines with aligned columns."""
+    rows = [HEADINGS]
+    for facts in models:
+        rows.append(
+            (
+                facts["model"],
+                f"{facts['parameters'] / 1e6:.1f} M",
+                f"{facts['multiply_adds'] / 1e9:.2f} G",
+                "x".join(map(str, facts["input_size"])),
+                " ".join(map(str, facts["windows"])),
+                " ".join(map(str, facts["strides"])),
+                ", ".join(facts["published"]) or "-",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    align = (str.ljust, str.rjust, str.rjust, str.rjust, str.ljust, str.ljust, str.ljust)
+    lines = [[put(cell, width) for put, cell, width in zip(align, row, widths)] for row in rows]
+    return "\n".join("  ".join(cells).rstrip() for cells in lines)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        prog="python -m util.models",
+        description="List the registered models. Multiply-adds are those of one image's forward pass.",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON list with all facts")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    models = [describe_model(name) for name in (*PRETRAINING_MODELS, *CLASSIFIER_MODELS)]
+    print(json.dumps(models, indent=2) if args.json else table(models))
+
+
+if __name__ == "__main__":
+    with user_errors():
+        logging.disable()
+        main(get_args_parser().parse_args())

@@ -1,0 +1,380 @@
+"""Classes or features of images, in the order in which they are given.
+
+    python -m util.predict --checkpoint finetuned/checkpoint.pth photos/ more/cat.jpg             # shown
+    python -m util.predict --checkpoint base_600ep_ft photos/ --out classes.csv                   # the top 5
+    python -m util.predict --checkpoint base_600ep list.txt --features --out embeddings.npz       # (images, channels)
+    python -m util.predict --checkpoint base_600ep photos/ --dense --out maps.npz                 # the stages' maps
+    torchrun --standalone --nproc_per_node 8 -m util.predict ...                                  # shared out
+
+The checkpoint may also be a model exported by `python -m util.export --format onnx`. Images are prepared as in
+evaluation, with the settings recorded with the weights. An `.npz` holds `paths` and one array per output, with one row
+per image; results wait in files beside `--out`, so that any number of images fits into memory.
+"""
+
+import argparse
+import contextlib
+import csv
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from util.data.datasets import NumberedImages, build_loader
+from util.data.samplers import EvalBatchSampler
+from util.data.sources import open_images
+from util.data.statistics import check_images
+from util.data.transforms import Normalize, eval_transform
+from util.errors import UserError, unreadable_is_user_error
+from util.run import distributed
+from util.run.config import DeviceFlags, ProcessFlags, ReadingFlags, WeightFlags, resolve
+from util.run.failures import user_errors
+from util.run.flags import AT_LEAST_1, Config, flag, get_parser, given_flags
+from util.run.launch import Launch
+from util.run.logger import setup_logging
+from util.run.optim import autocast
+from util.weights.file import temporary_path
+from util.weights.parts import load_part, output_names
+from util.weights.runtimes import open_onnx
+from util.weights.settings import weight_settings
+from util.weights.source import WeightsInfo, read_weights
+
+logger = logging.getLogger(__name__)
+
+SECONDS_PER_LINE = 10.0
+CHUNK = 64  # rows joined at a time when the output is written
+
+Model = Callable[[Tensor], list[Tensor]]  # normalised images -> outputs of a part (`util.weights.parts`)
+
+
+@dataclass(frozen=True)
+class PredictFlags(Config):
+    TITLE: ClassVar[str] = "prediction"
+
+    checkpoint: str = flag(
+        "", "a path (also of an exported .onnx), https URL#sha256=..., or a published name such as base_600ep_ft",
+        "WEIGHTS",
+    )  # fmt: skip
+    features: bool = flag(False, "embeddings instead of classes: the mean of the encoder's last stage")
+    dense: bool = flag(False, "the maps of the encoder's four stages instead of classes (needs an .npz)")
+    top: int = flag(5, "how many classes per image", "K", AT_LEAST_1)
+    out: str = flag("", "what to write; without it classes are shown", "FILE.csv|FILE.npz")
+    bad_images: str = flag(
+        "error", "stop at an unreadable image, or name it and leave it out", choices=("error", "skip")
+    )
+    model_ema: bool = flag(False, "the averaged weights in the checkpoint")
+    batch_size: int = flag(64, "images per rank at a time", "N", AT_LEAST_1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.checkpoint:
+            raise UserError("--checkpoint is missing: give a file of weights, or a published name such as base_600ep")
+        if self.features and self.dense:
+            raise UserError("--features and --dense exclude each other")
+        if self.out and Path(self.out).suffix not in (".csv", ".npz"):
+            raise UserError(f"--out {self.out} must end in .csv or .npz")
+        if self.dense and not self.out.endswith(".npz"):
+            raise UserError(f"--dense writes an .npz: give --out FILE.npz, not '{self.out}'")
+        if self.features and not self.out:
+            raise UserError("--features needs --out FILE.npz (or FILE.csv)")
+
+    @property
+    def part(self) -> str:
+        return "encoder" if self.features else "pyramid" if self.dense else "classifier"
+
+
+@dataclass(frozen=True)
+class PredictConfig(PredictFlags, WeightFlags, ReadingFlags, DeviceFlags, ProcessFlags):
+    pass
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = get_parser(PredictConfig, "Classes or features of images.", "python -m util.predict")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGES", help="image files, folders (however nested), list files, tars"
+    )
+    return parser
+
+
+def load_model(given: PredictConfig, launch: Launch) -> tuple[Model, PredictConfig, WeightsInfo]:
+    """The model as a function, the configuration completed by what is recorded with it, and where it came from.
+
+    Raises:
+        UserError: the checkpoint cannot be used for what is asked.
+    """
+    if given.checkpoint.endswith(".onnx"):
+        return load_onnx(given, launch)
+    weights, info = read_weights(given.checkpoint, ema=given.model_ema)
+    module, settings, report = load_part(weights, info, given.as_dict(), given.part)
+    logger.info("%s", report)
+    config = resolve(given, launch, settings)
+    module = module.to(launch.device)
+
+    def run(imgs: Tensor) -> list[Tensor]:
+        with autocast(config.precision, launch.device):
+            outputs = module(imgs)
+        return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+    return run, config, info
+
+
+def load_onnx(given: PredictConfig, launch: Launch) -> tuple[Model, PredictConfig, WeightsInfo]:
+    """As `load_model`, for an exported ONNX file, whose model and image size are fixed."""
+    path = Path(given.checkpoint)
+    if not path.is_file():
+        raise UserError(f"--checkpoint {path} does not exist")
+    run, record, info = open_onnx(path)
+    fixed, config = (weight_settings(info.args, str(path), flags) for flags in (None, given.as_dict()))
+    for name in ("model", "in_chans", "input_size"):
+        if getattr(config, name) != getattr(fixed, name):
+            raise UserError(
+                f"--{name} {getattr(config, name)}: {path} was exported with {getattr(fixed, name)}; export again for "
+                "another"
+            )
+    if record["part"] != given.part:
+        raise UserError(
+            f"{path} holds a model's {record['part']}; its {given.part} is asked for: export --part {given.part}"
+        )
+    return run, resolve(given, launch, config), info
+
+
+# --- Images through the model ---
+
+
+class Rows:
+    """This rank's results, one row per image, in files: `arrays[name]` is (images of this rank, ...)."""
+
+    def __init__(self, folder: Path, count: int):
+        self.folder, self.count = folder, count
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def put(self, start: int, results: dict[str, Tensor]) -> None:
+        """Store the results (B, ...) of the images from number `start` of this rank on."""
+        for name, values in results.items():
+            values = values.cpu().numpy()
+            if name not in self.arrays:
+                file = self.folder / f"{name}.{distributed.get_rank()}.npy"
+                shape = (self.count, *values.shape[1:])
+                self.arrays[name] = np.lib.format.open_memmap(file, "w+", values.dtype, shape)
+            self.arrays[name][start : start + len(values)] = values
+
+    def flush(self) -> None:
+        for array in self.arrays.values():
+            array.flush()
+
+
+@torch.inference_mode()
+def run_model(model: Model, loader: DataLoader, normalize: Normalize, config: PredictConfig, rows: Rows) -> list[int]:
+    """Put the results of all this rank's images into `rows`; returns the numbers of those that could not be read."""
+    device, start, bad = normalize.mean.device, 0, []
+    for imgs, numbers in with_progress(loader, len(loader.dataset), config.batch_size):
+        outputs = [output.float() for output in model(normalize(imgs.to(device, non_blocking=True)))]
+        if config.part == "classifier":
+            scores, classes = outputs[0].softmax(dim=1).topk(min(config.top, outputs[0].shape[1]), dim=1)
+            results = {"classes": classes, "scores": scores}
+        else:
+            results = dict(zip(output_names(config.part, len(outputs)), outputs))
+        rows.put(start, results)
+        for position in (numbers < 0).nonzero().flatten().tolist():
+            bad.append(distributed.get_rank() + (start + position) * distributed.get_world_size())
+            logger.error("left out: %s", loader.dataset.why_bad(bad[-1]))
+        start += len(numbers)
+    rows.flush()
+    return bad
+
+
+def with_progress(loader: DataLoader, total: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches; on rank 0 a bar on a terminal, elsewhere a line every `SECONDS_PER_LINE` seconds."""
+    if not distributed.is_main_process():
+        yield from loader
+        return
+    ranks, done, first = distributed.get_world_size(), 0, time.monotonic()
+    spoken = first
+    with tqdm(total=total, unit=" images", disable=not sys.stderr.isatty()) as bar:
+        for batch in loader:
+            yield batch
+            step = min(total - done, len(batch[1]) * ranks)
+            done += step
+            bar.update(step)
+            now = time.monotonic()
+            if bar.disable and now > spoken + SECONDS_PER_LINE and done < total:
+                spoken, rate = now, done / (now - first)
+                logger.info("%d of %d images, %.0f images/s, %.0f s left", done, total, rate, (total - done) / rate)
+
+
+# --- Output ---
+
+
+class Results:
+    """The results of all ranks in the order of the images, without those that could not be read."""
+
+    def __init__(self, folder: Path, dataset: NumberedImages, bad: list[int], names: list[str], ranks: int):
+        left_out = set(bad)
+        self.kept = [index for index in range(len(dataset)) if index not in left_out]
+        self.paths = [dataset.path_of(index) for index in self.kept]
+        self.names, self.ranks = names, ranks
+        self.parts = {
+            name: [
+                np.load(file, mmap_mode="r")
+                for rank in range(ranks)
+                if (file := folder / f"{name}.{rank}.npy").exists()
+            ]
+            for name in names
+        }
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """The rows of an output, some at a time."""
+        parts = self.parts[name]
+        for start in range(0, len(self.kept), CHUNK):
+            chosen = self.kept[start : start + CHUNK]
+            yield np.stack([parts[index % self.ranks][index // self.ranks] for index in chosen])
+
+    def rows(self, name: str) -> Iterator[np.ndarray]:
+        for chunk in self.chunks(name):
+            yield from chunk
+
+
+def class_names(info: WeightsInfo, classes: np.ndarray) -> list[str]:
+    """The names of classes by number: those recorded with the weights, else the numbers."""
+    return [info.classes[number] if info.classes else str(number) for number in classes.tolist()]
+
+
+def write_csv(path: Path, results: Results, info: WeightsInfo) -> None:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # names as on the disk
+        writer = csv.writer(file)
+        if results.names == ["classes", "scores"]:
+            top = results.parts["classes"][0].shape[1]
+            numbers = range(1, top + 1)
+            writer.writerow(["path", *(f"top{i}" for i in numbers), *(f"score{i}" for i in numbers)])
+            for name, classes, scores in zip(results.paths, results.rows("classes"), results.rows("scores")):
+                writer.writerow([name, *class_names(info, classes), *(f"{score:.6f}" for score in scores)])
+        else:
+            [output] = results.names
+            writer.writerow(["path", *(f"{output}{i}" for i in range(results.parts[output][0].shape[1]))])
+            for name, values in zip(results.paths, results.rows(output)):
+                writer.writerow([name, *(f"{value:.9g}" for value in values)])
+
+
+def write_npz(path: Path, results: Results, info: WeightsInfo) -> None:
+    """As `np.savez`, without having the arrays in memory; for classes with their names, if they are known."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+
+        def add(name: str, shape: tuple[int, ...], dtype: np.dtype, chunks: Iterator[np.ndarray]) -> None:
+            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_2_0(file, header)
+                for chunk in chunks:
+                    file.write(np.ascontiguousarray(chunk).tobytes())
+
+        texts = {"paths": results.paths}
+        if info.classes and "classes" in results.names:
+            texts["class_names"] = info.classes
+        for name, strings in texts.items():
+            array = np.array(strings)
+            add(name, array.shape, array.dtype, iter([array]))
+        for name in results.names:
+            first = results.parts[name][0]
+            add(name, (len(results), *first.shape[1:]), first.dtype, results.chunks(name))
+
+
+def show(results: Results, info: WeightsInfo) -> None:
+    for name, classes, scores in zip(results.paths, results.rows("classes"), results.rows("scores")):
+        best = "  ".join(f"{c} {s:.1%}" for c, s in zip(class_names(info, classes), scores))
+        logger.info("%s: %s", name, best)
+
+
+@contextlib.contextmanager
+def shared_folder(out: str) -> Iterator[Path]:
+    """A temporary folder beside `out` for all ranks, removed at the end."""
+    folder = None
+    if distributed.is_main_process():
+        with unreadable_is_user_error(f"--out {out} cannot be written"):
+            parent = Path(out).parent if out else Path(tempfile.gettempdir())
+            parent.mkdir(parents=True, exist_ok=True)
+            if os.path.isdir(out):
+                raise UserError(f"--out {out} is a folder: name a file")
+            prefix = f".{Path(out).name}.{socket.gethostname()}.{os.getpid()}."
+            folder = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent)
+    folder = distributed.gather_objects(folder)[0]
+    try:
+        yield Path(folder)
+    finally:
+        if distributed.is_main_process():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def predict(given: PredictConfig, images: list[str], launch: Launch) -> None:
+    """Write or show what the model makes of the images.
+
+    Raises:
+        UserError: for what the user can put right.
+    """
+    model, config, info = load_model(given, launch)
+    if launch.world_size > 1 and not config.out:
+        raise UserError("several processes need --out, in a folder that all of them see")
+    source = open_images(images, config)
+    if source.streamed:
+        raise UserError("these images can only be streamed: give files, folders or a list of them")
+    dataset = NumberedImages(source, eval_transform(config), config.seed, skip_bad=config.bad_images == "skip")
+    logger.info("%d images", len(dataset))
+    for doubt in check_images(dataset.sample(), config.mean, config.std):
+        if doubt:  # no error, since a single image may be as dark as it likes
+            logger.warning("%s", doubt)
+    sampler = EvalBatchSampler(len(dataset), config.batch_size, launch.rank, launch.world_size)
+    loader = build_loader(dataset, sampler, config, launch.device)
+    normalize = Normalize(config.mean, config.std).to(launch.device)
+    with shared_folder(config.out) as folder:
+        start, rows = time.monotonic(), Rows(folder, len(sampler.indices))
+        bad = run_model(model, loader, normalize, config, rows)
+        logger.info("%.1f images/s", len(dataset) / (time.monotonic() - start))
+        bad = [index for indices in distributed.gather_objects(bad) for index in indices]
+        if launch.rank == 0:
+            finish(Results(folder, dataset, bad, list(rows.arrays), launch.world_size), config, info, len(bad))
+        distributed.barrier()
+
+
+def finish(results: Results, config: PredictConfig, info: WeightsInfo, bad: int) -> None:
+    """Write or show the results, on rank 0."""
+    if not len(results):
+        raise UserError(f"none of the {bad} images can be read")
+    if not config.out:
+        show(results, info)
+        return
+    out = Path(config.out)
+    temporary = temporary_path(out)
+    try:
+        with unreadable_is_user_error(f"--out {out} cannot be written"):
+            (write_csv if out.suffix == ".csv" else write_npz)(temporary, results, info)
+            os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    logger.info("wrote %s: %d images%s", out, len(results), f", {bad} left out" if bad else "")
+
+
+def main(flags: argparse.Namespace) -> None:
+    with user_errors():
+        setup_logging()
+        given = given_flags(PredictConfig, flags)
+        launch = distributed.init_distributed(given)
+        predict(given, flags.images, launch)
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

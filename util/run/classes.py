@@ -1,0 +1,134 @@
+"""Which class is which: the classes of a data set against those of weights, and the images set aside for validation.
+
+Checkpoints of classifiers carry the names of their classes. Labels of the data are numbered by them, so a head never
+has to be reordered, nor what the optimizer knows of it.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from util.data.datasets import ImageDataset, check_targets
+from util.data.image_index import abbreviate
+from util.errors import UserError, unreadable_is_user_error
+from util.run.config import Config
+from util.run.session import Start
+from util.weights import layouts
+from util.weights.file import CheckpointError
+from util.weights.source import WeightsInfo, recorded_classes
+
+logger = logging.getLogger(__name__)
+
+
+def count_classes(config: Config, dataset: ImageDataset) -> int:
+    """The number of classes, which --nb_classes and the data set must agree on; numbered labels need not use all.
+
+    Raises:
+        UserError: they do not, or neither tells.
+    """
+    found = len(dataset.classes) if dataset.classes else None
+    number = config.nb_classes or found
+    if number is None:
+        raise UserError("the data set does not tell its number of classes: give --nb_classes")
+    if found not in (None, number) and not (dataset.source.numbered and found < number):
+        raise UserError(f"--nb_classes {number} contradicts the {found} classes in {config.data_path}")
+    if number < 2:
+        raise UserError(f"classification needs at least 2 classes, found {number} in {config.data_path}")
+    if dataset.targets is not None:
+        check_targets(torch.as_tensor(dataset.targets), number)
+    return number
+
+
+def number_classes(config: Config, dataset: ImageDataset, start: Start) -> int:
+    """Let labels count in the classes of a head that the run goes on with, by their names; the number of classes.
+
+    Raises:
+        UserError: the head's classes are not those of the data.
+    """
+    number = count_classes(config, dataset)
+    if start.checkpoint is not None:
+        classes, owner = recorded_classes(start.checkpoint, "the checkpoint to resume"), "the checkpoint to resume"
+    elif start.weights is not None and not config.reset_head and len(start.weights[0].get("head.weight", ())) == number:
+        classes, owner = start.weights[1].classes, str(start.weights[1])
+    elif dataset.source.numbered:
+        classes, owner = [str(i) for i in range(number)], "--nb_classes"
+    else:
+        return number
+    if classes is not None:
+        dataset.number_labels_as(classes, owner, exactly=True)
+        return count_classes(config, dataset)
+    if dataset.classes is not None:
+        warn_of_unknown_classes(owner)
+    return number
+
+
+def warn_of_unknown_classes(source: object) -> None:
+    logger.warning(
+        "%s does not record the names of its classes, so whether they are those of the data cannot be checked: in both "
+        "the same number must mean the same class (class folders count in alphabetical order)",
+        source,
+    )
+
+
+def classes_to_evaluate(config: Config, dataset: ImageDataset, weights: dict[str, Tensor], info: WeightsInfo) -> int:
+    """Let labels count in the classes of the weights, by their names; the number of classes.
+
+    Raises:
+        UserError: these are not the classes of the data.
+    """
+    number, found = layouts.count_classes(weights, info), len(dataset.classes or ())
+    if config.nb_classes not in (None, number):
+        raise UserError(f"--nb_classes {config.nb_classes} contradicts the {number} classes in {info}: leave it out")
+    if info.classes is not None:
+        if len(info.classes) != number:
+            raise CheckpointError(f"{info} records the names of {len(info.classes)} classes, but classifies {number}")
+        dataset.number_labels_as(info.classes, str(info))
+    else:
+        warn_of_unknown_classes(info)
+        if dataset.classes and found != number and not (dataset.source.numbered and found < number):
+            raise UserError(
+                f"{info} classifies {number} classes, but {config.data_path} has {found}, and the file does not record "
+                f"their names: put a folder train/ beside val/ that has the folders of all {number} classes"
+            )
+    if dataset.targets is not None:
+        check_targets(torch.as_tensor(dataset.targets), number)
+        used = set(dataset.targets.tolist())
+        if unused := [name for i, name in enumerate(dataset.classes or ()) if i not in used]:
+            logger.warning("%d of %d classes have no image: %s", len(unused), number, abbreviate(unused))
+    return number
+
+
+def check_division(config: Config, dataset: ImageDataset, info: WeightsInfo) -> None:
+    """With --val_share: the images to evaluate must not have been trained on.
+
+    Raises:
+        UserError: the weights were trained with another --val_share.
+    """
+    recorded = info.args.get("val_share")
+    if recorded and config.val_share and recorded != config.val_share:
+        raise UserError(
+            f"--val_share {config.val_share:g}, but {info} was trained with --val_share {recorded:g}: others of these "
+            "images were trained on"
+        )
+    before, now = info.data.get("val"), dataset.fingerprint()
+    if config.val_share and isinstance(before, dict) and before.get("names") != now["names"]:
+        logger.warning(
+            "the %d images set aside by --val_share are not the %s of the training of %s, since images were added, "
+            "removed or renamed: some may have been trained on. Its output folder lists those that were not: val.txt",
+            now["images"], before.get("images"), info,
+        )  # fmt: skip
+
+
+def write_division(config: Config, dataset: ImageDataset) -> None:
+    """With --val_share: list the validation images as `val.txt` in the output folder, which --data_path takes."""
+    path = Path(config.output_dir) / "val.txt"
+    with (
+        unreadable_is_user_error(f"{path} cannot be written"),
+        open(path, "w", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        for index, target in enumerate(dataset.targets):
+            if "\n" not in (image := os.path.abspath(dataset.path_of(index))):  # which a list cannot hold
+                file.write(f"{image}\t{target}\n")
