@@ -14,6 +14,9 @@ The paper's experiments, on Slurm or here:
     sh exp/base_600ep/finetune.sh local 8 /path/to/imagenet
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import csv
 import logging

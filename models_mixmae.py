@@ -5,15 +5,19 @@ and a decoder reconstructs both images from it. The mask has one polarity everyw
 own, 1 = it is replaced by its partner's token, so the image's own content there is hidden.
 """
 
+from collections.abc import Sequence
+
 import torch
 from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models_swin import SHAPES, Block, SwinTransformer, default_cfg, init_linear_and_norm, run_block
+from models_swin import SHAPES, SwinTransformer, default_cfg, init_linear_and_norm
 from util.errors import UserError
-from util.layers.pos_embed import get_2d_sincos_pos_embed
-from util.layers.windows import NUM_STAGES, to_device, upsample
+from util.layers.conversion import checkpoint_filter_fn
+from util.layers.pos_embed import get_2d_sincos_pos_embed, resize_pos_embed
+from util.layers.stage import Block, run_block
+from util.layers.windows import NUM_STAGES, to_device, to_side, upsample
 
 
 class MixMAE(SwinTransformer):
@@ -26,7 +30,7 @@ class MixMAE(SwinTransformer):
         **encoder: arguments of `SwinTransformer`; an unknown one is a TypeError.
 
     Raises:
-        UserError: when the image size does not work (see `SwinTransformer`).
+        UserError: when the sides of images are no multiples of `encoder_stride`, the side of a cell in pixels.
         ValueError: when the decoder is empty.
     """
 
@@ -44,17 +48,50 @@ class MixMAE(SwinTransformer):
             raise ValueError(f"the decoder needs at least one block, got decoder_depth={decoder_depth}")
         self.norm_pix_loss = norm_pix_loss
         self.range_mask_ratio = range_mask_ratio
-        self.num_cells = self.grid_size[0] * self.grid_size[1]
 
-        self.decoder_embed = nn.Linear(self.num_features, decoder_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.decoder_pos_embed = nn.Parameter(get_2d_sincos_pos_embed(decoder_dim, self.grid_size), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_num_heads) for _ in range(decoder_depth))
-        self.decoder_norm = nn.LayerNorm(decoder_dim)
-        self.decoder_pred = nn.Linear(decoder_dim, self.encoder_stride**2 * self.in_chans)
-        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
-            module.apply(init_linear_and_norm)
-        trunc_normal_(self.mask_token, std=0.02)
+        with torch.device(self.absolute_pos_embed.device):
+            self.decoder_embed = nn.Linear(self.num_features, decoder_dim)
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+            pos_embed = get_2d_sincos_pos_embed(decoder_dim, self.grid_size)
+            self.decoder_pos_embed = nn.Parameter(pos_embed, requires_grad=False)
+            self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_num_heads) for _ in range(decoder_depth))
+            self.decoder_norm = nn.LayerNorm(decoder_dim)
+            self.decoder_pred = nn.Linear(decoder_dim, self.encoder_stride**2 * self.in_chans)
+            for module in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
+                module.apply(init_linear_and_norm)
+            trunc_normal_(self.mask_token, std=0.02)
+        self.to(self.absolute_pos_embed.dtype)
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of the last stage, L: what a mask hides and a prediction restores."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @staticmethod
+    def check_input_size(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> None:
+        """Raise a UserError for sizes that cannot work: masks and predictions are made of whole cells."""
+        SwinTransformer.check_input_size(img_size, patch_size, window_size)
+        stride = 2 ** (NUM_STAGES - 1) * patch_size
+        if any(side % stride for side in img_size):
+            nearest = (str(max(1, round(side / stride)) * stride) for side in img_size)
+            raise UserError(
+                f"pretraining masks cells of {stride}x{stride} pixels (8 patches of {patch_size}): both sides must be "
+                f"multiples of {stride}, got input size {img_size[0]}x{img_size[1]}; use {'x'.join(nearest)}"
+            )
+
+    def set_input_size(
+        self,
+        img_size: int | Sequence[int] | None = None,
+        patch_size: int | Sequence[int] | None = None,
+        window_size: int | Sequence[int] | None = None,
+    ) -> None:
+        """As the encoder's; the patch must stay, since the decoder predicts cells of 8x8 patches."""
+        if patch_size is not None and to_side(patch_size) != self.patch_size:
+            raise UserError(f"the decoder predicts cells of patches of {self.patch_size} pixels, got {patch_size}")
+        cells = self.grid_size
+        super().set_input_size(img_size, patch_size, window_size)
+        embedding = resize_pos_embed(self.decoder_pos_embed, cells, self.grid_size)
+        self.decoder_pos_embed = nn.Parameter(embedding, requires_grad=False)
 
     def forward(
         self, imgs: Tensor, mask_ratio: float = 0.5, mask: Tensor | None = None
@@ -106,6 +143,12 @@ class MixMAE(SwinTransformer):
                 f"a mask is 0 or 1 for each of the {self.num_cells} cells, shape ({self.num_cells},); "
                 f"got shape {tuple(mask.shape)} with values from {mask.min():g} to {mask.max():g}"
             )
+        if self.num_cells < 2:
+            height, width = self.img_size
+            raise UserError(
+                f"an image of {height}x{width} is one cell of {self.encoder_stride}x{self.encoder_stride} pixels, of "
+                "which no part can be hidden and another visible: use a larger input size or smaller patches"
+            )
         if not 0 < hidden < self.num_cells:
             raise UserError(
                 f"the mask hides {hidden} of {self.num_cells} cells: there is nothing to learn unless at least one is "
@@ -122,16 +165,18 @@ class MixMAE(SwinTransformer):
         Row i holds image i where the mask is 0 and image B-1-i where it is 1; tokens of the two never attend to each
         other (masked self-attention, section 3.2).
         """
-        x = self.mix(self.embed(imgs), mask)
-        return self.norm(self.forward_stages(x, group=mask)[-1])
+        x = self.mix(self.patch_embed(imgs), mask)
+        return self.norm(self.forward_stages(x, group=mask)[-1]).flatten(1, 2)
 
     def mix(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x * (1 - m) + x.flip(0) * m on first-stage tokens (B, T, C), each cell's mask covering 8x8 tokens."""
+        """x * (1 - m) + x.flip(0) * m on a map (B, rows, columns, C) of first-stage tokens, 8x8 to a cell."""
         if len(x) % 2:
             raise UserError(
                 f"MixMAE mixes image i with image B-1-i: the batch size must be even, got B={len(x)} "
                 "(the middle image would be its own partner and nothing of it would be hidden)"
             )
+        if x.shape[1:3] != self.layers[0].grid:
+            raise UserError(f"pretraining takes images of {self.img_size[0]}x{self.img_size[1]}: call set_input_size")
         token_mask = upsample(mask.view(self.grid_size), 2 ** (NUM_STAGES - 1))
         return torch.where(to_selector(token_mask, x.device), x.flip(0), x)
 
@@ -194,17 +239,16 @@ class MixMAE(SwinTransformer):
 
 
 def to_selector(mask: Tensor, device: torch.device) -> Tensor:
-    """A 0/1 mask over tokens as booleans (tokens, 1) that broadcast over batch and channels."""
-    return to_device(mask.flatten()[:, None].bool(), device)
+    """A 0/1 mask over tokens as booleans (*tokens, 1) that broadcast over batch and channels."""
+    return to_device(mask[..., None].bool(), device)
 
 
-default_cfgs = generate_default_cfgs(
-    {f"mixmae_{size}": default_cfg(shape.get("img_size", 224)) for size, shape in SHAPES.items()}
-)
+default_cfgs = generate_default_cfgs({f"mixmae_{size}": default_cfg(shape) for size, shape in SHAPES.items()})
 
 
 def build_mixmae(variant: str, pretrained: bool, shape: dict, kwargs: dict) -> MixMAE:
-    return build_model_with_cfg(MixMAE, variant, pretrained, **{"num_classes": 0, **shape, **kwargs})
+    arguments = {"num_classes": 0, **shape, **kwargs}
+    return build_model_with_cfg(MixMAE, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments)
 
 
 @register_model

@@ -5,138 +5,31 @@ added to the tokens, and attention can be restricted to groups of tokens, which 
 images needs from an encoder (`models_mixmae.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
+from timm.layers import to_ntuple
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from util.errors import UserError
-from util.layers.attention import Attention
-from util.layers.drop_path import add_branch
-from util.layers.mlp import Mlp
-from util.layers.pos_embed import get_2d_sincos_pos_embed
-from util.layers.windows import (
-    NUM_STAGES,
-    WindowLayout,
-    check_img_size,
-    fit_window,
-    group_layout,
-    stage_grids,
-    to_2tuple,
-    upsample,
-    window_layout,
-)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block; serves the encoder (with a window) and the decoder (without)."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        window_size: int | None = None,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        drop: float = 0.0,
-        attn_drop: float = 0.0,
-        drop_path: float = 0.0,
-    ):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, num_heads, window_size, qkv_bias, attn_drop, drop)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
-        self.drop_path_rate = drop_path
-
-    def forward(
-        self, x: Tensor, layout: WindowLayout | None = None, select: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C), tokens in the layout's order.
-
-        With `select`, which picks tokens of x: `select(block(x))`, computed for these alone once they have attended to
-        all. For blocks without stochastic depth.
-        """
-        rate = self.drop_path_rate if self.training else 0.0
-        if select is None:
-            x = add_branch(x, lambda x: self.attn(self.norm1(x), layout), rate)
-        else:
-            x = select(x) + self.attn(self.norm1(x), layout, select)
-        return add_branch(x, lambda x: self.mlp(self.norm2(x)), rate)
-
-
-class PatchMerging(nn.Module):
-    """Halves the grid: the channels of 2x2 neighbours, normed, become twice the channels of one token.
-
-    (B, T, C) in raster order -> (B, T / 4, 2 * C).
-    """
-
-    def __init__(self, grid: tuple[int, int], dim: int):
-        super().__init__()
-        self.grid = grid
-        # Registered in this order because the optimizer states in the authors' checkpoints are.
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(4 * dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        rows, columns = self.grid
-        x = x.view(B, rows // 2, 2, columns // 2, 2, C)
-        # Neighbours in the order (row, column) = (0,0), (1,0), (0,1), (1,1), which the published weights expect.
-        x = x.permute(0, 1, 3, 4, 2, 5).reshape(B, T // 4, 4 * C)
-        return self.reduction(self.norm(x))
-
-
-class Stage(nn.Module):
-    """Blocks that share one grid and one window, then (but for the last stage) a patch merging."""
-
-    def __init__(self, blocks: list[Block], grid: tuple[int, int], window: int, downsample: nn.Module | None):
-        super().__init__()
-        self.grid = grid
-        self.window = window
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-        self.grad_checkpointing = False
-
-        layout = window_layout(grid, window)
-        self.segments = layout.segments
-        for name in ("order", "inverse", "bias_index"):
-            self.register_buffer(name, getattr(layout, name), persistent=False)
-
-    def layout(self, group: Tensor | None = None, one_shape: bool = False) -> WindowLayout:
-        """Who attends to whom: the tokens of each window, or with `group` those of each window and group."""
-        layout = WindowLayout(self.order, self.inverse, self.segments, self.bias_index)
-        return layout if group is None else group_layout(group, self.window, layout, one_shape)
-
-    def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
-        """(B, T, C) -> (B, T, C) in raster order, before the downsampling."""
-        if layout.order is not None:  # once for the whole stage: windows are never shifted
-            x = x.index_select(1, layout.order)
-        for block in self.blocks:
-            x = run_block(block, x, layout, recompute=self.grad_checkpointing)
-        if layout.inverse is not None:
-            x = x.index_select(1, layout.inverse)
-        return x
-
-
-def run_block(block: Block, x: Tensor, layout: WindowLayout | None = None, recompute: bool = False) -> Tensor:
-    """`block(x, layout)`; with `recompute`, only x is stored, and the block is run again in the backward pass."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, x, layout, use_reentrant=False)
-    return block(x, layout)
+from util.layers.conversion import adapt_state_dict, checkpoint_filter_fn
+from util.layers.patch_embed import PaddedPatchEmbed
+from util.layers.pos_embed import PositionOfTokens, get_2d_sincos_pos_embed, resize_pos_embed
+from util.layers.stage import Block, PatchMerging, Stage
+from util.layers.windows import NUM_STAGES, WindowLayout, fit_window, grid_of, stage_grids, to_2tuple, to_side, upsample
 
 
 class SwinTransformer(nn.Module):
     """Hierarchical encoder of MixMAE and, with its head, the fine-tuned classifier (sections 3 and 4.2).
 
     Args:
-        img_size: input size in pixels, an int or (height, width).
+        img_size: input size in pixels, an int or (height, width), of any number of pixels.
         patch_size: side of a patch in pixels; a cell of the last stage covers `encoder_stride = 8 * patch_size`.
         in_chans: image channels.
         num_classes: classes of the linear head; 0 for none.
@@ -146,59 +39,130 @@ class SwinTransformer(nn.Module):
         qkv_bias: whether queries, keys and values have a bias.
         drop_rate, attn_drop_rate: dropout of tokens and MLPs, and of attention weights.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
+        global_pool: 'avg', or '' to keep the map of features.
+        strict_img_size: take images of `img_size` alone; False: of any size.
+        always_partition: keep windows that are larger than their stage's grid; False: fit them to it.
+        device, dtype: where the weights are made, and of which type.
+
+    A side that patches do not divide is padded with zeros at the right and bottom. Windows that the edge cuts are
+    smaller, so that nothing padded is ever attended to. The position embedding is resized to the grid.
 
     Raises:
-        UserError: when the image size does not fit patches and windows (the message names the nearest that do).
+        UserError: for a size below 1.
     """
 
     def __init__(
         self,
         img_size: int | Sequence[int] = 224,
-        patch_size: int = 4,
+        patch_size: int | Sequence[int] = 4,
         in_chans: int = 3,
         num_classes: int = 1000,
         embed_dim: int = 128,
         depths: Sequence[int] = (2, 2, 18, 2),
         num_heads: Sequence[int] = (4, 8, 16, 32),
-        window_size: Sequence[int] = (14, 14, 14, 7),
+        window_size: int | Sequence[int] = (14, 14, 14, 7),
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+        strict_img_size: bool = True,
+        always_partition: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.img_size = to_2tuple(img_size)
-        check_img_size(self.img_size, patch_size, window_size)
+        self.patch_size = patch_size = to_side(patch_size)
+        window_size = to_ntuple(NUM_STAGES)(window_size)
+        self.check_input_size(self.img_size, patch_size, window_size)
         for name, values in (("depths", depths), ("num_heads", num_heads), ("window_size", window_size)):
             if len(values) != NUM_STAGES:
                 raise ValueError(f"{name} needs one value for each of the {NUM_STAGES} stages, got {tuple(values)}")
-        self.patch_size = patch_size
         self.in_chans = in_chans
         self.num_classes = num_classes
-        self.encoder_stride = 2 ** (NUM_STAGES - 1) * patch_size
+        self.global_pool = check_pooling(global_pool)
         self.num_features = self.head_hidden_size = embed_dim * 2 ** (NUM_STAGES - 1)
+        self.output_fmt = "NHWC"
         self.one_layout_shape = False
-        grids = stage_grids(self.img_size, patch_size)
-        self.grid_size = grids[-1]
 
-        self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm)
-        self.absolute_pos_embed = nn.Parameter(get_2d_sincos_pos_embed(embed_dim, grids[0]), requires_grad=False)
-        self.pos_drop = nn.Dropout(drop_rate)
+        grids = stage_grids(self.img_size, patch_size)
         drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
-        self.layers = nn.ModuleList()
-        self.feature_info = []
-        for i, (grid, depth) in enumerate(zip(grids, depths)):
-            dim = embed_dim * 2**i
-            window = fit_window(grid, window_size[i])
-            make_block = partial(Block, dim, num_heads[i], window, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate)
-            blocks = [make_block(drop_path=next(drop_path_rates)) for _ in range(depth)]
-            downsample = PatchMerging(grid, dim) if i < NUM_STAGES - 1 else None
-            self.layers.append(Stage(blocks, grid, window, downsample))
-            self.feature_info.append(dict(num_chs=dim, reduction=patch_size * 2**i, module=f"layers.{i}"))
-        self.norm = nn.LayerNorm(self.num_features)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.apply(init_linear_and_norm)
+        with torch.device(device or torch.get_default_device()):
+            self.patch_embed = PaddedPatchEmbed(self.img_size, patch_size, in_chans, embed_dim, strict_img_size)
+            self.absolute_pos_embed = nn.Parameter(get_2d_sincos_pos_embed(embed_dim, grids[0]), requires_grad=False)
+            self.position = PositionOfTokens()
+            self.pos_drop = nn.Dropout(drop_rate)
+            self.layers = nn.ModuleList()
+            self.feature_info = []
+            for i, (grid, depth) in enumerate(zip(grids, depths)):
+                dim = embed_dim * 2**i
+                window = window_size[i] if always_partition else fit_window(grid, window_size[i])
+                make_block = partial(Block, dim, num_heads[i], window, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate)
+                blocks = [make_block(drop_path=next(drop_path_rates)) for _ in range(depth)]
+                downsample = PatchMerging(dim) if i < NUM_STAGES - 1 else None
+                self.layers.append(Stage(blocks, grid, window, downsample))
+                self.feature_info.append(dict(num_chs=dim, reduction=patch_size * 2**i, module=f"layers.{i}"))
+            self.norm = nn.LayerNorm(self.num_features)
+            self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+            self.apply(init_linear_and_norm)
+        self.to(dtype=dtype)
+        self.register_load_state_dict_pre_hook(adapt_state_dict)
+
+    # -- Sizes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def encoder_stride(self) -> int:
+        """Side of a cell of the last stage, in pixels."""
+        return 2 ** (NUM_STAGES - 1) * self.patch_size
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the last stage."""
+        return stage_grids(self.img_size, self.patch_size)[-1]
+
+    @staticmethod
+    def check_input_size(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> None:
+        """Raise a UserError for sizes that cannot work."""
+        if min([patch_size, *window_size]) < 1:
+            raise UserError(f"patch and window sizes must be at least 1, got {patch_size} and {tuple(window_size)}")
+        if min(img_size) < 1:
+            raise UserError(f"the sides of images must be at least 1 pixel, got {img_size[0]}x{img_size[1]}")
+
+    def set_input_size(
+        self,
+        img_size: int | Sequence[int] | None = None,
+        patch_size: int | Sequence[int] | None = None,
+        window_size: int | Sequence[int] | None = None,
+    ) -> None:
+        """Make another size the model's own, with timm's names; what is None stays.
+
+        The position embedding is resized to the new grid, and the kernel of the patch embedding to the new patch.
+        Windows and their bias tables stay those that were trained, where timm's Swin would scale them with the grid.
+        With `window_size` they become those of a model that is built for the size, with resized tables.
+        """
+        img_size = self.img_size if img_size is None else to_2tuple(img_size)
+        patch_size = self.patch_size if patch_size is None else to_side(patch_size)
+        windows = [None] * len(self.layers) if window_size is None else to_ntuple(len(self.layers))(window_size)
+        self.check_input_size(img_size, patch_size, [window for window in windows if window is not None])
+        if len(windows) != len(self.layers):
+            raise ValueError(f"window_size needs one value for each of {len(self.layers)} stages, got {tuple(windows)}")
+        grids = stage_grids(img_size, patch_size)
+        self.patch_embed.set_input_size(img_size, patch_size)
+        embedding = resize_pos_embed(self.absolute_pos_embed, self.layers[0].grid, grids[0])
+        self.absolute_pos_embed = nn.Parameter(embedding, requires_grad=False)
+        for i, (stage, grid, window) in enumerate(zip(self.layers, grids, windows)):
+            stage.set_input_size(grid, window)
+            self.feature_info[i]["reduction"] = patch_size * 2**i
+        self.img_size, self.patch_size = img_size, patch_size
+        update_model_input_size(  # for timm, which builds a saved model anew
+            self,
+            img_size,
+            patch_size=patch_size,
+            window_size=tuple(stage.window for stage in self.layers),
+            always_partition=True,
+        )
 
     # -- What timm's tools expect of a model ---------------------------------------------------------------------
 
@@ -206,22 +170,45 @@ class SwinTransformer(nn.Module):
         """Parameters that never decay besides one-dimensional ones: the position embedding, which is not trained."""
         return {"absolute_pos_embed"}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """Patterns that give parameters the layer ids of `util.run.optim.layer_ids`; `coarse`: one id per stage.
+
+        A patch merging goes with what follows it, and final norm and head with the last block.
+        """
+        merging = [(rf"^layers\.{i}\.downsample", (i + 1,) if coarse else (i + 1, 0)) for i in range(NUM_STAGES - 1)]
+        blocks = [(r"^layers\.(\d+)" if coarse else r"^layers\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": r"^patch_embed|^absolute_pos_embed", "blocks": [*merging, *blocks, (r"^norm|^head", (99999,))]}
+
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a fresh one for `num_classes` (0: none)."""
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"this encoder pools by averaging (global_pool='avg'), got {global_pool!r}")
+        """Replace the head by a fresh one for `num_classes` (0: none), and with `global_pool` the pooling before it."""
         self.num_classes = num_classes
+        self.global_pool = check_pooling(self.global_pool if global_pool is None else global_pool)
         where = dict(device=self.absolute_pos_embed.device, dtype=self.absolute_pos_embed.dtype)
         self.head = nn.Linear(self.num_features, num_classes, **where) if num_classes > 0 else nn.Identity()
-        self.head.apply(init_linear_and_norm)
+        self.head.apply(init_linear_and_norm).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Store only each block's input and compute the block again in the backward pass."""
         for stage in self.layers:
             stage.grad_checkpointing = enable
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last of `indices`, with norm and head, or these on request; returns the indices."""
+        wanted = stage_indices(indices, len(self.layers))
+        ends_early = wanted[-1] + 1 < len(self.layers)
+        self.layers = self.layers[: wanted[-1] + 1]
+        self.layers[-1].downsample = None
+        if prune_norm or ends_early:
+            self.norm = nn.Identity()
+        self.num_features = self.head_hidden_size = self.feature_info[wanted[-1]]["num_chs"]
+        if prune_head or ends_early:
+            self.reset_classifier(0, "")
+        return wanted
 
     def compile_blocks(self) -> None:
         """Compile the stages with `torch.compile`. Shapes then never depend on the mask (see `layouts`)."""
@@ -234,51 +221,50 @@ class SwinTransformer(nn.Module):
 
     # -- Forward -------------------------------------------------------------------------------------------------
 
-    def layouts(self, group: Tensor | None = None) -> list[WindowLayout]:
+    def layouts(self, grid: tuple[int, int], group: Tensor | None = None) -> list[WindowLayout]:
         """The layout of every stage.
 
         Args:
+            grid: rows and columns of the first stage.
             group: group ids of the cells of the last stage, (rows, columns) or (L,), or None. A cell's id holds for
                 the 8x8, 4x4, 2x2 or 1 tokens that it covers at stages 1 to 4.
         """
+        grids = stage_grids(grid)
         if group is None:
-            return [stage.layout() for stage in self.layers]
-        group = group.detach().to("cpu", torch.long).view(self.grid_size)
-        groups = [upsample(group, 2 ** (NUM_STAGES - 1 - i)) for i in range(NUM_STAGES)]
-        return [stage.layout(group, self.one_layout_shape) for stage, group in zip(self.layers, groups)]
+            return [stage.layout(grid) for stage, grid in zip(self.layers, grids)]
+        group = group.detach().cpu().unique(return_inverse=True)[1].view(grids[-1])
+        groups = [
+            upsample(group, 2 ** (NUM_STAGES - 1 - i))[:rows, :columns] for i, (rows, columns) in enumerate(grids)
+        ]
+        return [stage.layout(*of, self.one_layout_shape) for stage, of in zip(self.layers, zip(grids, groups))]
 
-    def forward_stages(self, x: Tensor, group: Tensor | None = None) -> list[Tensor]:
-        """Patch embeddings (B, T, C) -> the four stages' outputs, each (B, tokens, channels) in raster order."""
-        x = self.pos_drop(x + self.absolute_pos_embed)
+    def forward_stages(self, x: Tensor, group: Tensor | None = None, stages: int = NUM_STAGES) -> list[Tensor]:
+        """Patch embeddings -> the outputs of the first `stages` stages, all (B, rows, columns, channels)."""
+        layouts = [None] * NUM_STAGES if group is None else self.layouts(grid_of(x), group)
+        x = self.pos_drop(x + self.position(x, self.absolute_pos_embed, self.layers[0].grid))
         outputs = []
-        for stage, layout in zip(self.layers, self.layouts(group)):
-            x = stage(x, layout)
-            outputs.append(x)
-            if stage.downsample is not None:
-                x = stage.downsample(x)
+        for stage, layout in zip(self.layers[:stages], layouts):
+            outputs.append(stage(x, layout))
+            if len(outputs) < min(stages, len(self.layers)):
+                x = stage.downsample(outputs[-1])
         return outputs
 
     def forward_features(self, imgs: Tensor, group: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, L, num_features), the normed output of the last stage.
+        """(B, C, H, W) -> (B, rows, columns, num_features), the normed output of the last stage.
 
         Args:
             imgs: normalised images.
-            group: optional group ids of the L cells; a token then attends to tokens of its own group only.
+            group: optional group ids of the cells; a token then attends to tokens of its own group only.
         """
-        return self.norm(self.forward_stages(self.embed(imgs), group)[-1])
-
-    def embed(self, imgs: Tensor) -> Tensor:
-        """Patch embeddings (B, T, embed_dim) of images (B, C, H, W); no position is added yet."""
-        if imgs.ndim != 4 or imgs.shape[1:] != (self.in_chans, *self.img_size):
-            raise UserError(
-                f"the model takes images of shape (B, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]}), "
-                f"got {tuple(imgs.shape)}: build it with in_chans and img_size of your images, or resize them"
-            )
-        return self.patch_embed(imgs)
+        return self.norm(self.forward_stages(self.patch_embed(imgs), group)[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, L, num_features) -> class logits, or the pooled features with `pre_logits`."""
-        x = x.mean(dim=1)
+        """(B, rows, columns, num_features) -> class logits, or the pooled features with `pre_logits`.
+
+        With `global_pool=''` nothing is pooled, and the logits are those of every cell.
+        """
+        if self.global_pool:
+            x = x.mean(dim=(1, 2))
         return x if pre_logits else self.head(x)
 
     def forward(self, imgs: Tensor) -> Tensor:
@@ -300,45 +286,38 @@ class SwinTransformer(nn.Module):
             imgs: normalised images (B, C, H, W).
             indices: stages to return, numbered from 0: a sequence, the last n, or None for all.
             norm: apply the final norm to the last stage's features.
-            stop_early: accepted for timm; stages that are never wanted are dropped by `prune_intermediate_layers`.
+            stop_early: compute no stage after the last of `indices`.
             output_fmt: 'NCHW' or 'NHWC'.
             intermediates_only: return the list alone.
 
         Returns:
-            (B, channels, rows, columns) for each stage, after the normed output of the last stage unless
-            `intermediates_only`.
+            (B, channels, rows, columns) for each stage in the order of the stages, after the features: the normed
+            output of the last stage, or the last one's that was computed.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        outputs = self.forward_stages(self.embed(imgs))
-        last = self.norm(outputs[-1])
-        if norm:
-            outputs[-1] = last
-        maps = [outputs[i].unflatten(1, self.layers[i].grid) for i in stage_indices(indices)]
+        wanted = stage_indices(indices, len(self.layers))
+        outputs = self.forward_stages(self.patch_embed(imgs), stages=wanted[-1] + 1 if stop_early else NUM_STAGES)
+        is_whole = len(outputs) == len(self.layers)
+        features = self.norm(outputs[-1]) if is_whole else outputs[-1]
+        if norm and is_whole:
+            outputs[-1] = features
+        maps = [outputs[i] for i in wanted]
         if output_fmt == "NCHW":
             maps = [x.permute(0, 3, 1, 2) for x in maps]
-        return maps if intermediates_only else (last, maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages after the last of `indices`, and norm and head on request; returns `indices` as numbers."""
-        wanted = stage_indices(indices)
-        self.layers = self.layers[: max(wanted) + 1]
-        self.layers[-1].downsample = None
-        if prune_norm or len(self.layers) < NUM_STAGES:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0)
-        return wanted
+        return maps if intermediates_only else (features, maps)
 
 
-def stage_indices(indices: int | Sequence[int] | None) -> list[int]:
-    """What timm's `indices` mean: a choice of stages, the last n, or None for all."""
-    stages = range(NUM_STAGES)
-    if indices is None or isinstance(indices, int):
-        return list(stages[-(indices or NUM_STAGES) :])
-    return [stages[i] for i in indices]
+def stage_indices(indices: int | Sequence[int] | None, stages: int) -> list[int]:
+    """What timm's `indices` mean, in the order of the stages: a choice of them, the last n, or None for all."""
+    return sorted(set(feature_take_indices(stages, indices)[0]))
+
+
+def check_pooling(global_pool: str) -> str:
+    """`global_pool`, or a ValueError."""
+    if global_pool not in ("avg", ""):
+        raise ValueError(f"this encoder pools by averaging (global_pool='avg') or not at all (''), got {global_pool!r}")
+    return global_pool
 
 
 def classification_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -377,12 +356,14 @@ SHAPES = {
 WINDOWS_384 = dict(img_size=384, window_size=(16, 16, 24, 12))
 
 
-def default_cfg(input_size: int = 224) -> dict:
-    """What timm's data tools should know of a model."""
+def default_cfg(shape: dict) -> dict:
+    """What timm's tools should know of a model of this shape."""
+    input_size = shape.get("img_size", 224)
+    cells = input_size // (8 * shape.get("patch_size", 4))
     return dict(
         num_classes=1000,
         input_size=(3, input_size, input_size),
-        pool_size=None,
+        pool_size=(cells, cells),
         crop_pct=0.875 if input_size <= 224 else 1.0,
         interpolation="bicubic",
         mean=(0.485, 0.456, 0.406),
@@ -394,15 +375,21 @@ def default_cfg(input_size: int = 224) -> dict:
 
 
 default_cfgs = generate_default_cfgs(
-    {"swin_quickstart": default_cfg(32)}
-    | {f"swin_{size}_w14": default_cfg() for size in ("tiny", "base", "large", "huge")}
-    | {f"swin_{size}_w16_384": default_cfg(384) for size in ("base", "large")}
+    {"swin_quickstart": default_cfg(SHAPES["quickstart"])}
+    | {f"swin_{size}_w14": default_cfg(SHAPES[size]) for size in ("tiny", "base", "large", "huge")}
+    | {f"swin_{size}_w16_384": default_cfg(SHAPES[size] | WINDOWS_384) for size in ("base", "large")}
 )
 
 
 def build_swin(variant: str, pretrained: bool, shape: dict, kwargs: dict) -> SwinTransformer:
-    features = dict(out_indices=tuple(range(NUM_STAGES)), feature_cls="getter")  # what `features_only` asks for
-    return build_model_with_cfg(SwinTransformer, variant, pretrained, feature_cfg=features, **{**shape, **kwargs})
+    return build_model_with_cfg(
+        SwinTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=tuple(range(NUM_STAGES)), feature_cls="getter"),  # what `features_only` asks for
+        **{**shape, **kwargs},
+    )
 
 
 @register_model

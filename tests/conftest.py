@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported; spinning starves busy machines
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # runs leave the number alone then
 
 import torch
 

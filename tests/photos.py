@@ -25,6 +25,7 @@ def data_args(data_path, **changes) -> argparse.Namespace:
         max_bad_images=0.01,
         val_share=0.0,
         ignore_exif=False,
+        max_pixels=250_000_000,
     )
     return argparse.Namespace(**{**values, **changes})
 

@@ -39,6 +39,7 @@ from trials import (
     steps_of,
     stop_signal,
     unfinished_files,
+    waiting_for,
 )
 
 from util.run.checkpoint_folder import CheckpointFolder
@@ -178,6 +179,32 @@ def stops(bench: Bench) -> tuple[str, str]:
     return trials, f"{len(points) * len(workers)} identical; all {compared} later losses equal"
 
 
+def pairs(bench: Bench) -> tuple[str, str]:
+    """Two starts at once in one folder, every second pair in the folder of a run that was killed."""
+    restarted = 0
+    for number in range(bench.args.pairs):
+        out, go = bench.fresh() if number % 2 == 0 else bench.place / "out", bench.place / "go"
+        go.unlink(missing_ok=True)
+        pair = [bench.start(out, "--resume", "auto", sabotage=waiting_for(go)) for _ in range(2)]
+        while not any([trial.poll() for trial in pair]):
+            time.sleep(0.005)
+        refused, running = sorted(pair, key=Trial.poll, reverse=True)
+        said = refused.finish(2)
+        assert f"in use by another run: process {running.processes[0]} on " in said and "Traceback" not in said
+        assert not running.poll()
+        if number % 2 == 0:
+            running.kill()
+            running.wait()
+        else:
+            go.touch()
+            assert "waiting" not in running.finish()
+            assert not differences(out, bench.reference)
+            restarted += 1
+        bench.report(number + 1, bench.args.pairs, "pairs started")
+    result = f"exactly one ran in each; {restarted} began at once in the folder of a killed one, {restarted} identical"
+    return f"{bench.args.pairs} pairs of starts, half of them after a `kill -9`", result
+
+
 def disk(bench: Bench) -> tuple[str, str]:
     """A tmpfs that becomes full; one that has room again later, one that stays full."""
     (bench.place / "disk").mkdir(exist_ok=True)
@@ -287,6 +314,7 @@ PROMISES: dict[str, tuple[str, Callable[[Bench], tuple[str, str]]]] = {
     "kills": ("Killed at any moment, a run continues as if it had not been", kills),
     "damage": ("A damaged checkpoint is never used; the previous one is", damage),
     "stops": ("Resuming is exact at any step, with any number of workers", stops),
+    "pairs": ("Of two runs in one folder the second is an error before it writes", pairs),
     "disk": ("A full disk harms no checkpoint and ends no run at once", disk),
     "read_only": ("A read-only output folder is an error before training", read_only),
     "nan": ("A value that is not finite on one rank stops all within 10 s", nan),
@@ -302,6 +330,7 @@ def main() -> int:
     parser.add_argument("--truncations", type=int, default=50, metavar="N", help="checkpoints that are cut off")
     parser.add_argument("--stops", type=int, default=15, metavar="N", help="steps at which runs are stopped")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 3], metavar="N", help="to go on with")
+    parser.add_argument("--pairs", type=int, default=100, metavar="N", help="pairs of starts in one folder")
     parser.add_argument("--nans", type=int, default=3, metavar="N", help="spoiled losses, and as many gradients")
     parser.add_argument("--images", type=int, default=10_000, metavar="N", help="of which 1 %% are bad")
     parser.add_argument("--only", nargs="+", default=list(PROMISES), choices=PROMISES, metavar="NAME", help="which")

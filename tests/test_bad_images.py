@@ -294,10 +294,10 @@ REFUSED = {
     "truncated photo": (PHOTOS[0].read_bytes()[:20_000], "truncated"),
     "PNG bomb": (png_bomb(50_000, 50_000), "pixels"),
     "smaller PNG bomb": (
-        png_bomb(10_000, 10_000),
-        f"10000 x 10000 = 100000000 pixels, above .* {MAX_PIXELS}",
+        png_bomb(25_000, 10_001),
+        f"25000 x 10001 = 250025000 pixels are more than --max_pixels {MAX_PIXELS} allows",
     ),
-    "JPEG bomb": (jpeg_bomb(60_000, 60_000), "60000 x 60000 = 3600000000 pixels, above the limit"),
+    "JPEG bomb": (jpeg_bomb(60_000, 60_000), "60000 x 60000 = 3600000000 pixels are more than --max_pixels"),
     "float TIFF": (encode(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "32-bit float pixels"),
     "32-bit TIFF": (encode(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"), "outside 0..65535"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in a known format"),
@@ -322,6 +322,20 @@ def test_bad_images_are_refused_with_the_reason(kind, tmp_path, monkeypatch):
         decode(data, 3)
     assert time.monotonic() - started < 2 and issubclass(BadImageError, UserError)
     assert not list(tmp_path.iterdir())  # nothing was unpickled or written
+
+
+def test_an_ordinary_scan_is_within_the_limit_and_another_limit_may_be_given(tmp_path):
+    scan = png_bomb(12_000, 9_000)  # a header without pixels, so what is wrong is found later
+    with pytest.raises(BadImageError) as raised:
+        decode(scan, 3)
+    assert "pixels" not in str(raised.value)
+    with pytest.raises(BadImageError, match="12000 x 9000 = 108000000 pixels are more than --max_pixels 1000000 "):
+        decode(scan, 3, max_pixels=1_000_000)
+    folder_with_bad(tmp_path / "data", 4, {2: encode(photo((11, 10)), "JPEG")})
+    dataset = build_dataset(data_args(tmp_path / "data", max_pixels=100), "train", lambda image: image)
+    assert dataset[(0, 1)][0].shape == (3, 8, 8)
+    with pytest.raises(BadImageError, match=r"00002\.jpg.*110 pixels are more than --max_pixels 100"):
+        dataset[(0, 2)]
 
 
 def test_random_damage_is_an_image_or_a_bad_image():

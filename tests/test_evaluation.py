@@ -160,7 +160,7 @@ def test_classes_without_images_keep_their_place(data, checkpoint, tmp_path):
 def loader_of(data: Path, **sampler: int):
     args = argparse.Namespace(
         data_path=str(data), dataset="", in_chans=1, seed=0, bad_images="error", max_bad_images=0.01,
-        input_size=(16, 16), num_workers=0, pin_mem=False, ignore_exif=False, val_share=0.0,
+        input_size=(16, 16), num_workers=0, pin_mem=False, ignore_exif=False, max_pixels=10**6, val_share=0.0,
     )  # fmt: skip
     dataset = build_dataset(args, "val", eval_transform(args))
     return build_loader(dataset, EvalBatchSampler(len(dataset), batch_size=4, **sampler), args, torch.device("cpu"))

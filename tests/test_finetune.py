@@ -418,7 +418,7 @@ def test_the_authors_names_of_models_are_understood():
         (["--drop_path", "1"], r"--drop_path must be at least 0 and below 1, got 1"),
         (["--aa", "nonsense"], r"--aa 'nonsense' is not an augmentation that timm knows"),
         (["--model", "resnet50"], r"--model resnet50 is not known: give --model one of .*swin_base_w14.*mixmim_base"),
-        (["--input_size", "17"], r"input size 17x17 does not work"),
+        (["--input_size", "0"], r"sides of images must be at least 1 pixel, got 0x0"),
         (["--finetune", "nowhere.pth"], r"nowhere\.pth is neither a file nor a published checkpoint"),
         (["--resume", "nowhere.pth"], r"nowhere\.pth does not exist"),
         (["--data_path", "nowhere"], r"--data_path nowhere does not exist"),

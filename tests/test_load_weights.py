@@ -146,10 +146,10 @@ def test_patch_merging_gives_what_unfolding_gives():
     theirs = {f"backbone.layers.0.downsample.norm.{name}": value for name, value in norm.state_dict().items()}
     theirs["backbone.layers.0.downsample.reduction.weight"] = reduction.weight
     ours, layout = normalise_state_dict({"state_dict": theirs}, "theirs.pth")
-    merging = PatchMerging((rows, cols), dim)
+    merging = PatchMerging(dim)
     merging.load_state_dict({name.removeprefix("layers.0.downsample."): value for name, value in ours.items()})
     assert layout == "mmpretrain"
-    torch.testing.assert_close(merging(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merging(x.unflatten(1, (rows, cols))).flatten(1, 2), expected, rtol=1e-5, atol=1e-5)
 
 
 def to_mmpretrain(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

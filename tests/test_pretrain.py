@@ -157,7 +157,7 @@ def test_two_processes_equal_one_of_twice_the_batch_under_a_fixed_mask(images, t
         (["--mask_ratio", "0.01"], r"hides 0 of 16 cells"),
         (["--mask_ratio", "0.8", "--range_mask_ratio", "0.3"], r"mask_ratio \+ range_mask_ratio below 1"),
         (["--model", "resnet50"], r"--model resnet50 is not known: give --model one of .*mixmae_base"),
-        (["--input_size", "33"], r"input size 33x33 does not work .*Nearest sizes that work: 32x32"),
+        (["--input_size", "33"], r"sides must be multiples of 8, got input size 33x33; use 32x32"),
         (["--input_size", "1", "2", "3"], r"--input_size takes one side, or height and width"),
         (["--mean", "0.5", "0.5"], r"--mean needs one value for each of 1 channels"),
         (["--std", "0"], r"--std must be positive"),

@@ -85,14 +85,14 @@ def test_fine_tuning_inside_an_allocation_then_evaluation(cluster, images, tmp_p
     assert result.returncode == 0, result.stdout
     assert "started by srun: 2 processes (1 on node1, 1 on node2)" in result.stdout
     assert len(losses(tmp_path)) == 12 and epochs(tmp_path) == [0, 1]
-    trained = re.search(r"result: top-1 (\S+) %, top-5 (\S+) %, loss (\S+) of", result.stdout)
+    trained = re.search(r"result: top-1 (\S+)%, top-5 (\S+)%, loss (\S+) of", result.stdout)
     result = cluster.run(
         "sh", "exp/base_600ep/eval.sh", "partition", "2", images, *SMALL_CLASSIFIER, "--batch_size", "5",
         "--finetune", str(tmp_path / "checkpoint.pth"),
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
     assert "on 23 images of" in result.stdout
-    evaluated = re.search(r"result: top-1 (\S+) %, top-5 (\S+) %, loss (\S+) of", result.stdout)
+    evaluated = re.search(r"result: top-1 (\S+)%, top-5 (\S+)%, loss (\S+) of", result.stdout)
     assert evaluated.groups() == trained.groups()
 
 

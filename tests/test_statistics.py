@@ -99,6 +99,15 @@ def test_constant_and_identical_images_are_a_warning():
     assert not error and "--std" in warning
 
 
+def test_a_damaged_image_among_others_decides_nothing():
+    images = photos(1 + 1e-9)
+    damaged = images[0].clone()
+    damaged[0, 0, 0] = -3e38
+    assert check_images([*images, damaged], IMAGENET_MEAN, IMAGENET_STD) == ("", "")
+    assert check_images([*images, *[torch.zeros_like(images[0])] * 9], IMAGENET_MEAN, IMAGENET_STD) == ("", "")
+    assert check_images([damaged] * 2 + [damaged + 1], IMAGENET_MEAN, IMAGENET_STD)[0]
+
+
 def test_a_sample_comes_from_all_over_and_draws_nothing(tmp_path):
     dataset = build_dataset(data_args(photo_folder(tmp_path, copies=20)), "train", lambda image: 1 / 0)
     read, source_read = [], dataset.source.read

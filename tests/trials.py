@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import matplotlib.figure  # noqa: F401 - runs draw by it, and its first import makes a cache of fonts
 import torch
 from running import read_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -77,6 +78,7 @@ class Trial:
             if ranks > 1:
                 os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
             torch.set_num_threads(1)
+            os.environ["OMP_NUM_THREADS"] = "1"
             if sabotage is not None:
                 sabotage(rank)
             sys.argv = ["main_pretrain.py", *arguments]
@@ -262,6 +264,17 @@ def stop_signal(step: int, signum: int = signal.SIGTERM) -> Sabotage:
         return loss
 
     return at_step(step, action)
+
+
+def waiting_for(path: Path, step: int = 1) -> Sabotage:
+    """Spoils nothing: step `step` ends when there is a file `path`."""
+
+    def wait(loss: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
+        while not path.exists():
+            time.sleep(0.005)
+        return loss
+
+    return at_step(step, wait)
 
 
 # --- Watching -----------------------------------------------------------------------------------------------

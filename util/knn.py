@@ -9,6 +9,9 @@ length 1, and each of the k most similar training images votes for its class wit
 features here are the mean of the encoder's normed last stage, as the classification head sees them.
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import json
 import logging
@@ -170,6 +173,8 @@ class KnnFlags(Config):
 
 @dataclass(frozen=True)
 class KnnConfig(KnnFlags, WeightFlags, DataFlags, DeviceFlags, ProcessFlags):
+    DATA: ClassVar[str] = "a folder with train/ and val/ in it, both with one folder of images per class"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.checkpoint:

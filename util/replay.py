@@ -8,6 +8,9 @@ the weights before the step. Masks, drop path, mixup and erasing are therefore w
 device.
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import logging
 from collections.abc import Callable, Iterator

@@ -6,6 +6,9 @@ Every row shows an image, the mixture that the encoder sees, the image with its 
 predicted as a whole. Rows come in pairs, since images are mixed in pairs.
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import logging
 import textwrap

@@ -14,7 +14,7 @@ What becomes of each kind of file, for in_chans 3 (RGB) and 1 (grey):
     32-bit float TIFF           refused: its range is not known. Use .npy
     animation, several pages    the first frame
     1 x 1, 20,000 x 100         images like any other
-    above MAX_PIXELS            refused before any pixel is decoded (a decompression bomb)
+    above `max_pixels`          refused before any pixel is decoded (a decompression bomb)
     truncated, empty, no image  refused
     damaged bytes inside JPEG   what libjpeg makes of them, as with Pillow: the format has no checksum
 
@@ -47,7 +47,8 @@ try:  # the operator itself: the function around it warns on every call that it 
 except (ImportError, AttributeError):  # without it, Pillow decodes everything (but 16-bit colour)
     decode_jpeg = decode_png = None
 
-MAX_PIXELS = 89_478_485  # a quarter GiB as RGB; Pillow's own limit for a warning
+MAX_PIXELS = 250_000_000  # 0.75 GB as RGB; a scan of A3 at 900 dpi has 160 million
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; ours is checked before it decodes
 # Pillow reads other formats too; one of them (EPS) would start another program.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 ARRAY_TYPES = ("uint8", "uint16", "int16", "int32", "float16", "float32", "float64")
@@ -57,7 +58,7 @@ class BadImageError(UserError):
     """An image that cannot be used. The message says why."""
 
 
-def decode(data: bytes, in_chans: int, ignore_exif: bool = False) -> torch.Tensor:
+def decode(data: bytes, in_chans: int, ignore_exif: bool = False, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """Decode an encoded image or a `.npy` array to a tensor (in_chans, h, w): see the module's table.
 
     Pictures of 16 bits are uint16 here, which tells them from arrays in units of their own: see `PixelType`.
@@ -65,17 +66,17 @@ def decode(data: bytes, in_chans: int, ignore_exif: bool = False) -> torch.Tenso
     as they are stored, whatever the EXIF orientation says. Raises BadImageError.
     """
     if data[:6] == b"\x93NUMPY":
-        return _decode_array(data, in_chans)
+        return _decode_array(data, in_chans, max_pixels)
     if in_chans not in (1, 3):
         raise BadImageError(f"images with {in_chans} channels are read from .npy arrays (H, W, {in_chans}) only")
     if not data:
         raise BadImageError("the file is empty")
     if _is_deep_png(data) and decode_png is not None:
-        return _decode_deep_png(data, in_chans, ignore_exif)
+        return _decode_deep_png(data, in_chans, ignore_exif, max_pixels)
     frame = _jpeg_frame(data)
     if frame is not None:
         height, width, components = frame
-        _check_pixels(height, width)
+        _check_pixels(height, width, max_pixels)
         # Grey from colour is Pillow's work: libjpeg would skip clamping the colours first, which shows.
         if decode_jpeg is not None and components in (1, in_chans):
             try:
@@ -83,12 +84,14 @@ def decode(data: bytes, in_chans: int, ignore_exif: bool = False) -> torch.Tenso
                 return decode_jpeg(encoded, in_chans, not ignore_exif)  # mode: 1 grey, 3 RGB; apply the orientation
             except RuntimeError:  # Pillow may still read it, or says what is wrong
                 pass
-    return _decode_with_pillow(data, in_chans, ignore_exif)
+    return _decode_with_pillow(data, in_chans, ignore_exif, max_pixels)
 
 
-def from_pillow(image: Image.Image, in_chans: int, ignore_exif: bool = False) -> torch.Tensor:
-    """A Pillow image as a uint8 or uint16 tensor (in_chans, h, w), in_chans 1 or 3. Raises BadImageError."""
-    _check_pixels(image.height, image.width)
+def from_pillow(
+    image: Image.Image, in_chans: int, ignore_exif: bool = False, max_pixels: int = MAX_PIXELS
+) -> torch.Tensor:
+    """As `decode`, for a Pillow image and in_chans 1 or 3. Raises BadImageError."""
+    _check_pixels(image.height, image.width, max_pixels)
     if not ignore_exif:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -102,7 +105,7 @@ def from_pillow(image: Image.Image, in_chans: int, ignore_exif: bool = False) ->
     return torch.from_numpy(array.reshape(*array.shape[:2], in_chans)).permute(2, 0, 1)
 
 
-def _decode_with_pillow(data: bytes, in_chans: int, ignore_exif: bool) -> torch.Tensor:
+def _decode_with_pillow(data: bytes, in_chans: int, ignore_exif: bool, max_pixels: int) -> torch.Tensor:
     try:
         with warnings.catch_warnings():  # about bombs below our limit, transparency, odd metadata
             warnings.simplefilter("ignore")
@@ -111,7 +114,7 @@ def _decode_with_pillow(data: bytes, in_chans: int, ignore_exif: bool) -> torch.
                     raise BadImageError(
                         "16 bits per colour in a file that is read with 8: use a grey image, PNG or .npy"
                     )
-                return from_pillow(image, in_chans, ignore_exif)
+                return from_pillow(image, in_chans, ignore_exif, max_pixels)
     except BadImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -124,9 +127,9 @@ def _is_deep_png(data: bytes) -> bool:
     return data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10"  # the bits per sample in its header
 
 
-def _decode_deep_png(data: bytes, in_chans: int, ignore_exif: bool) -> torch.Tensor:
+def _decode_deep_png(data: bytes, in_chans: int, ignore_exif: bool, max_pixels: int) -> torch.Tensor:
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    _check_pixels(height, width)
+    _check_pixels(height, width, max_pixels)
     colour = data[25] in (2, 6)  # RGB, RGBA; else grey, with alpha or without
     try:
         # mode: 1 grey, 3 RGB; alpha is dropped
@@ -175,7 +178,7 @@ class PixelType(enum.Enum):
         return image
 
 
-def _decode_array(data: bytes, in_chans: int) -> torch.Tensor:
+def _decode_array(data: bytes, in_chans: int, max_pixels: int) -> torch.Tensor:
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError, MemoryError, SyntaxError) as error:
@@ -184,7 +187,7 @@ def _decode_array(data: bytes, in_chans: int) -> torch.Tensor:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] != in_chans or 0 in array.shape:
         raise BadImageError(f"the array has shape {array.shape}, (H, W, {in_chans}) is needed (--in_chans {in_chans})")
-    _check_pixels(*array.shape[:2])
+    _check_pixels(*array.shape[:2], max_pixels)
     if array.dtype.name not in ARRAY_TYPES:
         raise BadImageError(f"the array's type is {array.dtype}, one of {', '.join(ARRAY_TYPES)} is needed")
     if array.dtype != np.uint8:
@@ -194,9 +197,9 @@ def _decode_array(data: bytes, in_chans: int) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
 
 
-def _check_pixels(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise BadImageError(f"{width} x {height} = {height * width} pixels, above the limit of {MAX_PIXELS}")
+def _check_pixels(height: int, width: int, most: int) -> None:
+    if height * width > most:
+        raise BadImageError(f"{width} x {height} = {height * width} pixels are more than --max_pixels {most} allows")
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:

@@ -17,6 +17,8 @@ class DataSettings(Protocol):
     @property
     def ignore_exif(self) -> bool: ...  # leave pixels as they are stored, whatever the EXIF orientation says
     @property
+    def max_pixels(self) -> int: ...  # larger images are not decoded
+    @property
     def seed(self) -> int: ...
     @property
     def bad_images(self) -> Literal["error", "skip"]: ...  # skip: replace an unreadable training image by another one

@@ -34,6 +34,7 @@ from util.errors import UserError, unreadable_is_user_error
 logger = logging.getLogger(__name__)
 
 FOLDER_DATASETS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
+ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 MAX_CLASSES = 100_000  # a larger number behind a file name in a list is no label
 LIST_LINE = re.compile(rf"(.*(?:{'|'.join(map(re.escape, IMAGE_EXTENSIONS))}))(?:[ \t]+(\d{{1,18}}))?", re.IGNORECASE)
 
@@ -68,8 +69,8 @@ class FileSource:
 
     streamed = False
 
-    def __init__(self, index: ImageIndex, in_chans: int, ignore_exif: bool, numbered: bool = False):
-        self.index, self.in_chans, self.ignore_exif = index, in_chans, ignore_exif
+    def __init__(self, index: ImageIndex, in_chans: int, ignore_exif: bool, max_pixels: int, numbered: bool = False):
+        self.index, self.in_chans, self.ignore_exif, self.max_pixels = index, in_chans, ignore_exif, max_pixels
         self.classes, self.numbered = index.classes, numbered
         self.targets = None if index.classes is None else index.targets
 
@@ -86,13 +87,13 @@ class FileSource:
     def read(self, i: int) -> tuple[torch.Tensor, int]:
         with open(self.path(i), "rb", buffering=0) as file:
             data = file.readall()
-        return decode(data, self.in_chans, self.ignore_exif), int(self.index.targets[i])
+        return decode(data, self.in_chans, self.ignore_exif, self.max_pixels), int(self.index.targets[i])
 
 
 class JoinedSource:
     """Several sources, one after another, without labels: a `Source`."""
 
-    classes, numbered, targets, fingerprint = None, False, None, ""
+    classes, numbered, targets, fingerprint, streamed = None, False, None, "", False
 
     def __init__(self, sources: Sequence[Source], in_chans: int):
         self.sources, self.in_chans = sources, in_chans
@@ -128,16 +129,18 @@ def open_images(paths: Sequence[str], config: DataSettings) -> JoinedSource:
         if is_image and not any(map(os.path.isdir, group)):
             names = StringTable.of([os.fsencode(path) for path in group])
             index = ImageIndex("", names, np.full(len(group), -1, dtype=np.int32), None)
-            sources.append(FileSource(index, config.in_chans, config.ignore_exif))
+            sources.append(FileSource(index, config.in_chans, config.ignore_exif, config.max_pixels))
             continue
         for path in group:
             if path.lower().endswith(".tar"):
                 sources.append(open_timm_source("", Path(path), "train", config))
             elif os.path.isdir(path):
                 index = replace(load_index(path), root=path)  # named as it was given
-                sources.append(FileSource(index, config.in_chans, config.ignore_exif))
+                sources.append(FileSource(index, config.in_chans, config.ignore_exif, config.max_pixels))
             elif os.path.isfile(path):
-                sources.append(FileSource(_read_list(Path(path)), config.in_chans, config.ignore_exif))
+                sources.append(
+                    FileSource(_read_list(Path(path)), config.in_chans, config.ignore_exif, config.max_pixels)
+                )
             else:
                 raise UserError(f"{path} does not exist; give images, folders of images, lists of images or tars")
     return JoinedSource(sources, config.in_chans)
@@ -159,13 +162,15 @@ def open_source(config: DataSettings, split: str, require_labels: bool) -> Sourc
             different = sorted(set(source.classes or ()) ^ set(train_classes))
             raise UserError(f"{tar} and the training images differ in their classes: {abbreviate(different)}")
     elif path.exists():
+        if path.is_file():
+            refuse_what_is_no_list(path)
         index, numbered = _index(path, "train" if config.val_share else split, require_labels, bool(config.val_share))
         if config.val_share:
             aside = index.set_aside(config.val_share)
             index = index.select(aside if split == "val" else ~aside)
         elif split == "val" and index.classes and (train_classes := _train_classes(path, config)) is not None:
             index = index.with_classes(train_classes)
-        source = FileSource(index, config.in_chans, config.ignore_exif, numbered)
+        source = FileSource(index, config.in_chans, config.ignore_exif, config.max_pixels, numbered)
     else:
         raise UserError(f"--data_path {config.data_path} does not exist; give a folder of images, or a list of them")
     if config.val_share:
@@ -173,6 +178,26 @@ def open_source(config: DataSettings, split: str, require_labels: bool) -> Sourc
     if require_labels and source.classes is None:
         raise UserError(f"the images of {config.data_path} ({split}) have no labels: put them in one folder per class")
     return source
+
+
+def refuse_what_is_no_list(path: Path) -> None:
+    """Raise a UserError for a file that is given as --data_path but lists no images, with what to give instead."""
+    name = path.name.lower()
+    if name.endswith(ARCHIVES):
+        raise UserError(
+            f"--data_path {path} is a compressed archive: unpack it and give the folder, or make an uncompressed .tar "
+            "of its images (they do not become smaller by compression)"
+        )
+    if name.endswith(tuple(IMAGE_EXTENSIONS)):
+        raise UserError(
+            f"--data_path {path} is one image: give the folder that holds the images ({path.parent}), or a text file "
+            "that lists them"
+        )
+    with open(path, "rb") as file:
+        if b"\0" in file.read(1024):
+            raise UserError(
+                f"--data_path {path} is neither a folder of images, nor a text file that lists them, nor a .tar of them"
+            )
 
 
 def _tar_file(data_path: Path, split: str) -> Path | None:

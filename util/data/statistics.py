@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 PIXELS = 64  # about so many rows and columns of an image are measured
+OUTLIER = 1000  # times the others' largest value
 # Of normalised images. What people do on purpose stays within: medical grey images, dark ones, ImageNet's statistics on
 # other photographs, statistics of another data set.
 MOST = 10.0  # distance of a channel's mean from 0, and its standard deviation
@@ -16,16 +17,20 @@ SUSPECT = 0.1  # likewise, for a warning
 def measure(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel, (C,) float64, in the units of --mean: uint8 images count in 0..1.
 
-    images: (C, h, w) each, of any size; all weigh the same.
+    images: (C, h, w) each, of any size; all weigh the same, but a few with values far beyond the others' (a damaged
+    file has numbers such as 1e38) count for nothing.
     """
-    means, squares = [], []
+    means, squares, peaks = [], [], []
     for image in images:
         step = max(1, min(image.shape[1:]) // PIXELS)
         values = image[:, ::step, ::step].double() / (255 if image.dtype == torch.uint8 else 1)
         means.append(values.mean(dim=(1, 2)))
         squares.append(values.square().mean(dim=(1, 2)))
-    mean = torch.stack(means).mean(dim=0)
-    return mean, (torch.stack(squares).mean(dim=0) - mean.square()).clamp(min=0).sqrt()
+        peaks.append(values.abs().max())
+    peak = torch.stack(peaks)
+    ordinary = (peak <= OUTLIER * peak.median()) | (peak.median() == 0)
+    mean = torch.stack(means)[ordinary].mean(dim=0)
+    return mean, (torch.stack(squares)[ordinary].mean(dim=0) - mean.square()).clamp(min=0).sqrt()
 
 
 def check_images(images: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> tuple[str, str]:

@@ -27,6 +27,7 @@ OPTIONAL_PACKAGES = {
     "wds": ("webdataset", "pip install webdataset"),
     "tfds": ("tensorflow_datasets", "pip install tensorflow tensorflow-datasets"),
 }
+PREFIXES = ("torch", *OPTIONAL_PACKAGES)
 SPLITS = {"train": "train", "val": "validation"}
 
 
@@ -40,8 +41,8 @@ class ReaderSource:
     targets, fingerprint = None, ""
     numbered = streamed = False
 
-    def __init__(self, reader, in_chans: int, ignore_exif: bool, sort_classes: bool):
-        self.reader, self.in_chans, self.ignore_exif = reader, in_chans, ignore_exif
+    def __init__(self, reader, in_chans: int, ignore_exif: bool, max_pixels: int, sort_classes: bool):
+        self.reader, self.in_chans, self.ignore_exif, self.max_pixels = reader, in_chans, ignore_exif, max_pixels
         self.classes = _class_names(getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None))
         self.renumber = None
         if sort_classes and self.classes:
@@ -67,7 +68,7 @@ class ReaderSource:
             raise BadImageError(f"the tar is damaged: {error}") from error
         if target is not None and self.renumber is not None:
             target = self.renumber[target]
-        return decode(data, self.in_chans, self.ignore_exif), -1 if target is None else int(target)
+        return decode(data, self.in_chans, self.ignore_exif, self.max_pixels), -1 if target is None else int(target)
 
     def __getstate__(self) -> dict:
         self._close_files()  # open files cannot be sent to a worker
@@ -88,8 +89,9 @@ class PillowSource:
     targets, fingerprint = None, ""
     numbered = streamed = False
 
-    def __init__(self, dataset, name: str, in_chans: int, ignore_exif: bool):
-        self.dataset, self.name, self.in_chans, self.ignore_exif = dataset, name, in_chans, ignore_exif
+    def __init__(self, dataset, name: str, in_chans: int, ignore_exif: bool, max_pixels: int):
+        self.dataset, self.name = dataset, name
+        self.in_chans, self.ignore_exif, self.max_pixels = in_chans, ignore_exif, max_pixels
         self.classes = list(dataset.classes) if hasattr(dataset, "classes") else None
 
     def __len__(self) -> int:
@@ -103,7 +105,7 @@ class PillowSource:
             image, target = self.dataset[i]
         except (SyntaxError, ValueError) as error:  # of Pillow's plugins
             raise BadImageError(f"{type(error).__name__}: {error}") from error
-        return from_pillow(image, self.in_chans, self.ignore_exif), int(target)
+        return from_pillow(image, self.in_chans, self.ignore_exif, self.max_pixels), int(target)
 
 
 class StreamSource(PillowSource):
@@ -115,8 +117,8 @@ class StreamSource(PillowSource):
 
     streamed = True
 
-    def __init__(self, dataset: IterableDataset, name: str, in_chans: int, ignore_exif: bool):
-        super().__init__(dataset, name, in_chans, ignore_exif)
+    def __init__(self, dataset: IterableDataset, name: str, in_chans: int, ignore_exif: bool, max_pixels: int):
+        super().__init__(dataset, name, in_chans, ignore_exif, max_pixels)
         self.classes = _class_names(getattr(dataset.reader, "class_to_idx", None))
         self.process, self.stream, self.epoch = None, None, 0
         if len(self) == 0:
@@ -132,7 +134,9 @@ class StreamSource(PillowSource):
             self.dataset.set_epoch(self.epoch)
             self.stream = iter(self.dataset)
             image, target = next(self.stream)
-        return from_pillow(image, self.in_chans, self.ignore_exif), -1 if target is None else int(target)
+        return from_pillow(image, self.in_chans, self.ignore_exif, self.max_pixels), -1 if target is None else int(
+            target
+        )
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "process": None, "stream": None}
@@ -145,10 +149,15 @@ def open_timm_source(
 
     Raises UserError with what timm or a missing package says.
     """
-    in_chans, ignore_exif = config.in_chans, config.ignore_exif
+    in_chans, ignore_exif, max_pixels = config.in_chans, config.ignore_exif, config.max_pixels
     if in_chans not in (1, 3):
         raise UserError(f"--dataset {name or path} holds pictures, --in_chans must be 1 or 3, got {in_chans}")
     prefix = name.partition("/")[0].lower()
+    if name and prefix not in PREFIXES:
+        raise UserError(
+            f"--dataset {name} is not known: give one of timm's, {', '.join(f'{known}/NAME' for known in PREFIXES)}, "
+            "or leave the flag out for a folder, list or tar of images"
+        )
     package, install = OPTIONAL_PACKAGES.get(prefix, (None, None))
     if package and importlib.util.find_spec(package) is None:
         raise UserError(f"--dataset {name} needs the package {package}, which is not installed: {install}")
@@ -173,12 +182,12 @@ def open_timm_source(
         if split != "train":
             raise UserError(f"--dataset {name} can only be streamed, which cannot promise to evaluate each image once")
         logger.warning("%s is streamed: a resumed run will not see the same images as an uninterrupted one", name)
-        return StreamSource(dataset, name, in_chans, ignore_exif)
+        return StreamSource(dataset, name, in_chans, ignore_exif, max_pixels)
     if hasattr(dataset, "reader"):
-        source = ReaderSource(dataset.reader, in_chans, ignore_exif, sort_classes=not name)
+        source = ReaderSource(dataset.reader, in_chans, ignore_exif, max_pixels, sort_classes=not name)
         source.fingerprint = "" if name else f"{path.stat().st_size} bytes"
         return source
-    return PillowSource(dataset, name, in_chans, ignore_exif)
+    return PillowSource(dataset, name, in_chans, ignore_exif, max_pixels)
 
 
 def _class_names(class_to_idx: dict | None) -> list[str] | None:

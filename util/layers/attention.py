@@ -3,17 +3,16 @@
 `segment_attention` chooses between two kernels: PyTorch's fused attention, and `BiasedAttention` for training on a CPU.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import resize_rel_pos_bias_table_simple, trunc_normal_
 from torch import Tensor, nn
 
 from util.layers.tracing import runs_eagerly
-from util.layers.windows import WindowLayout
-
-Segments = tuple[tuple[int, int], ...]  # those of a `WindowLayout`
+from util.layers.windows import Segments, WindowLayout
 
 
 class Attention(nn.Module):
@@ -61,17 +60,30 @@ class Attention(nn.Module):
             x = select(x)
         return self.proj_drop(self.proj(x))
 
+    def set_window_size(self, window_size: int) -> None:
+        """Resize the bias table to that of another window."""
+        table = self.relative_position_bias_table
+        resized = resize_bias_table(table.detach(), window_size)
+        self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
+
     def position_bias(self, layout: WindowLayout) -> list[Tensor]:
         """The bias of each entry of `layout.segments`: (how many or 1, nH, n, n)."""
         # Transposed by `stack`, whose gradient has the table's own memory layout, as DDP wants it.
         table = torch.stack(self.relative_position_bias_table.unbind(1))  # (nH, offsets)
         bias = table.index_select(1, layout.bias_index)  # (nH, pairs)
-        if len(layout.segments) == 1:  # possibly one window's bias, shared by all
-            parts = [bias]
-        else:
-            parts = bias.split([count * n * n for count, n in layout.segments], dim=1)
-        biases = [part.unflatten(1, (-1, n, n)).transpose(0, 1) for part, (_, n) in zip(parts, layout.segments)]
-        return biases if layout.separate is None else [biases[0].masked_fill(layout.separate, float("-inf"))]
+        shapes = [(1 if layout.one_bias else count, n, n) for count, n in layout.segments]
+        parts = bias.split([math.prod(shape) for shape in shapes], dim=1)
+        biases = [part.unflatten(1, shape).transpose(0, 1) for part, shape in zip(parts, shapes)]
+        if layout.separate is None:
+            return biases
+        return [bias.masked_fill(hidden, float("-inf")) for bias, hidden in zip(biases, layout.separate)]
+
+
+def resize_bias_table(table: Tensor, window_size: int) -> Tensor:
+    """The rows ((2 * old - 1)^2, nH) of another window's table, resized bicubically to those of `window_size`."""
+    rows = (2 * window_size - 1) ** 2
+    window = (window_size, window_size)
+    return resize_rel_pos_bias_table_simple(table.float(), window, (rows, table.shape[1])).to(table.dtype)
 
 
 def segment_attention(qkv: Tensor, segments: Segments, biases: Sequence[Tensor | None], dropout: float = 0.0) -> Tensor:

@@ -1,15 +1,23 @@
-"""Geometry of windows: pure functions from sizes and groups to layouts, the order in which tokens stand."""
+"""Geometry of windows: pure functions from sizes and groups to layouts, the order in which tokens stand.
+
+Layouts are worked out on the CPU with NumPy, whatever records or transforms PyTorch's operations at the time.
+"""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from util.errors import UserError
 
 NUM_STAGES = 4
+
+Segments = tuple[tuple[int, int], ...]
+Array = TypeVar("Array", np.ndarray, Tensor)
 
 
 def to_2tuple(size: int | Sequence[int]) -> tuple[int, int]:
@@ -18,144 +26,146 @@ def to_2tuple(size: int | Sequence[int]) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def stage_grids(img_size: tuple[int, int], patch_size: int) -> list[tuple[int, int]]:
-    """(rows, columns) of tokens at each of the four stages; the last one is the grid of cells."""
-    return [tuple(side // (patch_size << stage) for side in img_size) for stage in range(NUM_STAGES)]
+def to_side(size: int | Sequence[int]) -> int:
+    """The side of a square, given as such or as (height, width)."""
+    height, width = to_2tuple(size)
+    if height != width:
+        raise UserError(f"patches are square, got {height}x{width}")
+    return height
+
+
+def grid_of(x: Tensor) -> tuple[int, int]:
+    """(rows, columns) of a map of tokens (B, rows, columns, C), as plain numbers also where shapes are recorded."""
+    return int(x.shape[1]), int(x.shape[2])
+
+
+def stage_grids(size: tuple[int, int], patch_size: int = 1) -> list[tuple[int, int]]:
+    """(rows, columns) of tokens at each of the four stages; those at the right and bottom edge may be padded."""
+    return [tuple(-(-side // (patch_size << stage)) for side in size) for stage in range(NUM_STAGES)]
 
 
 def fit_window(grid: tuple[int, int], window: int) -> int:
-    """The window's side on `grid`: the shorter side of the grid where the window would not fit."""
+    """The window's side on the grid that a model is built for: the grid's shorter side where it would not fit."""
     return min(window, *grid)
-
-
-def largest_window(grid: tuple[int, int], window: int) -> int:
-    """The largest side up to `window` that tiles `grid`."""
-    return max(side for side in range(1, fit_window(grid, window) + 1) if grid[0] % side == grid[1] % side == 0)
-
-
-def img_size_works(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> bool:
-    """Whether every stage's grid is whole and is tiled exactly by its windows."""
-    if min(img_size) <= 0 or any(side % (8 * patch_size) for side in img_size):
-        return False
-    grids = stage_grids(img_size, patch_size)
-    return all(side % fit_window(grid, window) == 0 for grid, window in zip(grids, window_size) for side in grid)
-
-
-def check_img_size(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> None:
-    """Raise a UserError that names the nearest sizes that work when `img_size` does not."""
-    if patch_size < 1 or min(window_size) < 1:
-        raise UserError(f"patch and window sizes must be at least 1, got {patch_size} and {tuple(window_size)}")
-    if img_size_works(img_size, patch_size, window_size):
-        return
-    stride = 8 * patch_size
-    reach = max(window_size) * 2
-    sides = [[stride * k for k in range(max(1, side // stride - reach), side // stride + reach)] for side in img_size]
-    working = [(h, w) for h in sides[0] for w in sides[1] if img_size_works((h, w), patch_size, window_size)]
-    if img_size[0] == img_size[1]:
-        working = [size for size in working if size[0] == size[1]]
-    working.sort(key=lambda size: abs(size[0] - img_size[0]) + abs(size[1] - img_size[1]))
-    near = tuple(max(1, round(side / stride)) * stride for side in img_size)
-    windows = [largest_window(grid, window) for grid, window in zip(stage_grids(near, patch_size), window_size)]
-    raise UserError(
-        f"input size {img_size[0]}x{img_size[1]} does not work with patch size {patch_size} and windows "
-        f"{tuple(window_size)}: both sides must be multiples of {stride}, and the token grid of every stage must be "
-        f"tiled by its window. Nearest sizes that work: {', '.join(f'{h}x{w}' for h, w in working[:3])}; or "
-        f"{near[0]}x{near[1]} with windows {' '.join(map(str, windows))} (--window_size)"
-    )
 
 
 class WindowLayout(NamedTuple):
     """The order in which a stage's tokens stand while its blocks run, and who attends to whom.
 
     Tokens stand in segments, one after another, and a token attends to the tokens of its own segment only. Without
-    groups a segment is a window. With groups it is the part of one group inside one window (see `sorted_layout`).
+    groups a segment is a window, and with groups the part of one group inside one window.
     """
 
     order: Tensor | None  # (T,) raster index of the token at each place; None where that is the raster order
     inverse: Tensor | None  # (T,) place of each token in raster order
-    segments: tuple[tuple[int, int], ...]  # (how many, tokens in each): neighbours of equal length are one attention
-    bias_index: Tensor  # rows of the bias table, segment by segment; those of one window if all windows are the same
-    separate: Tensor | None = None  # (nW, 1, N, N) True where two tokens of a window must not see each other
+    segments: Segments  # (how many, tokens in each): neighbours of equal length are one attention
+    bias_index: Tensor  # rows of the bias table, segment by segment
+    one_bias: bool = True  # `bias_index` has only the first of neighbours of equal length: the others' are the same
+    separate: tuple[Tensor, ...] | None = None  # for each of `segments`, (how many, 1, n, n): True hides the token
 
 
-def raster_to_windows(grid: tuple[int, int], window: int, device: torch.device | None = None) -> Tensor:
-    """(nW, N) raster index of each token, window by window; N = window * window."""
-    rows, columns = grid
-    index = torch.arange(rows * columns, device=device)
-    index = index.view(rows // window, window, columns // window, window)
-    return index.transpose(1, 2).reshape(-1, window * window)
+def sort_tokens(
+    grid: tuple[int, int], window: int, group: np.ndarray | None = None
+) -> tuple[np.ndarray, Segments, np.ndarray]:
+    """The one rule of all layouts: tokens are sorted by window and group, and cut where these change.
+
+    Windows start at the top left, and one that the grid's edge cuts is smaller. Windows of one shape stand together:
+    there are at most four, whole ones and those at the right edge, the bottom edge and the corner.
+
+    Sorting by group is exact. Attention is equivariant to the order of its tokens (the position bias is looked up for
+    the sorted pairs), and a token that masking would hide has an attention weight of exactly zero, so the dense
+    masked attention of a window is block-diagonal after the sort: one smaller attention per group, with nothing left
+    out.
+
+    Args:
+        grid: rows and columns of tokens.
+        window: side of a whole window.
+        group: group ids of the tokens (T,), whole numbers from 0.
+
+    Returns:
+        `order`, `segments` and `bias_index` of a `WindowLayout`; without groups `one_bias` holds.
+    """
+    rows, columns = np.indices(grid).reshape(2, -1)
+    whole_rows, whole_columns = (side - side % window for side in grid)
+    shape = 2 * (rows >= whole_rows) + (columns >= whole_columns)
+    key = (shape * grid[0] + rows // window) * grid[1] + columns // window
+    if group is not None:
+        key = key * (group.max() + 1) + group
+    order = key.argsort(kind="stable")
+    place = (rows % window * window + columns % window)[order]  # in a whole window
+    starts = np.flatnonzero(np.diff(key[order], prepend=-1))
+    lengths = np.diff(starts, append=len(order))
+
+    segments, bias_index, begin = [], [], 0
+    for (n, _), alike in groupby(zip(lengths.tolist(), shape[order[starts]].tolist())):
+        count = sum(1 for _ in alike)
+        run = place[begin : begin + count * n].reshape(count, n)
+        bias_index.append(relative_position_index(run if group is not None else run[:1], window).ravel())
+        segments.append((count, n))
+        begin += count * n
+    return order, tuple(segments), np.concatenate(bias_index)
 
 
-def relative_position_index(place: Tensor, window: int) -> Tensor:
+def relative_position_index(place: Array, window: int) -> Array:
     """Row of the bias table for each pair of tokens: (..., n) raster indices in their window -> (..., n, n).
 
-    The table's rows stand for the offsets (query - key), from -(window - 1) to window - 1, rows before columns.
+    The table's rows stand for the offsets (query - key), from -(window - 1) to window - 1, rows before columns. A
+    window that is cut uses the rows of the offsets that it has.
     """
     offset = place // window * (2 * window - 1) + place % window  # of rows and columns in one number
     return offset[..., :, None] - offset[..., None, :] + 2 * window * (window - 1)
 
 
-def window_layout(grid: tuple[int, int], window: int) -> WindowLayout:
-    """Layout for ordinary window attention: every window is one segment. On the default device."""
-    order = raster_to_windows(grid, window)  # (nW, N)
-    segments = (tuple(order.shape),)
-    bias_index = relative_position_index(torch.arange(window * window), window).flatten()
-    if len(order) == 1:
+sort_windows = lru_cache(maxsize=32)(sort_tokens)  # without groups: those of the last sizes are kept
+
+
+def window_layout(grid: tuple[int, int], window: int, device: torch.device) -> WindowLayout:
+    """Layout for ordinary window attention: every window is one segment."""
+    order, segments, bias_index = sort_windows(grid, window)
+    bias_index = to_device(torch.from_numpy(bias_index), device)
+    if segments == ((1, len(order)),):
         return WindowLayout(None, None, segments, bias_index)
-    order = order.flatten()
-    return WindowLayout(order, order.argsort(), segments, bias_index)
+    return WindowLayout(*order_and_inverse(order, device), segments, bias_index)
+
+
+def order_and_inverse(order: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    return to_device(torch.from_numpy(order), device), to_device(torch.from_numpy(inverse), device)
 
 
 def group_layout(group: Tensor, window: int, layout: WindowLayout, one_shape: bool = False) -> WindowLayout:
     """Layout for attention inside the groups of each window: sorted on a CPU, masked on a GPU where windows are many.
 
     Args:
-        group: (rows, columns) group ids of the stage's tokens, on the CPU, where index arithmetic is cheap and the
-            lengths of segments are known without waiting for a device.
-        window: side of the square windows that tile the grid.
+        group: (rows, columns) group ids of the stage's tokens, whole numbers from 0, on the CPU, where index
+            arithmetic is cheap and the lengths of segments are known without waiting for a device.
+        window: side of a whole window.
         layout: the stage's `window_layout`, on the device where this one's tensors are wanted.
         one_shape: keep shapes independent of how groups cut windows, as `torch.compile` needs. Those of a stage that is
             one window depend on the sizes of the groups alone.
     """
     device = layout.bias_index.device
+    grid, group = tuple(group.shape), group.flatten().numpy()
     many_windows = layout.order is not None
     if many_windows and (one_shape or device.type != "cpu"):
-        return masked_layout(group, window, layout)
-    return sorted_layout(group, window, device)
+        return masked_layout(grid, group, window, layout)
+    order, segments, bias_index = sort_tokens(grid, window, group)
+    bias_index = to_device(torch.from_numpy(bias_index), device)
+    return WindowLayout(*order_and_inverse(order, device), segments, bias_index, one_bias=False)
 
 
-def sorted_layout(group: Tensor, window: int, device: torch.device) -> WindowLayout:
-    """Layout for attention inside groups: the tokens of each window are sorted by group.
-
-    Sorting is exact. Attention is equivariant to the order of its tokens (the position bias is looked up for the
-    sorted pairs), and a token that masking would hide has an attention weight of exactly zero, so the dense masked
-    attention of a window is block-diagonal after the sort: one smaller attention per group, with nothing left out.
-    """
-    order = raster_to_windows(tuple(group.shape), window, group.device)  # (nW, N)
-    window_group, place = group.flatten()[order].sort(dim=1, stable=True)  # (nW, N)
-    order = order.gather(1, place).flatten()
-    groups = int(group.max() - group.min()) + 1
-    segment_ids = window_group + groups * torch.arange(len(place), device=group.device)[:, None]
-    lengths = segment_ids.flatten().unique_consecutive(return_counts=True)[1].tolist()
-    segments = tuple((len(list(same)), n) for n, same in groupby(lengths))
-    places = place.flatten().split([count * n for count, n in segments])
-    bias_index = [
-        relative_position_index(part.view(count, n), window).flatten() for part, (count, n) in zip(places, segments)
-    ]
-    return WindowLayout(
-        to_device(order, device), to_device(order.argsort(), device), segments, to_device(torch.cat(bias_index), device)
-    )
-
-
-def masked_layout(group: Tensor, window: int, layout: WindowLayout) -> WindowLayout:
+def masked_layout(grid: tuple[int, int], group: np.ndarray, window: int, layout: WindowLayout) -> WindowLayout:
     """Layout for attention inside groups with shapes that do not depend on the groups: the textbook's masked windows.
 
     It computes every pair of a window and hides those of different groups. That wastes work but is one operation
-    for all windows, which is what a GPU and `torch.compile` want where windows are many and small.
+    for all windows of one shape, which is what a GPU and `torch.compile` want where windows are many and small.
     """
-    window_group = group.flatten()[raster_to_windows(tuple(group.shape), window, group.device)]  # (nW, N)
-    separate = window_group[:, None, :, None] != window_group[:, None, None, :]  # (nW, 1, N, N)
-    return layout._replace(separate=to_device(separate, layout.bias_index.device))
+    order, segments, _ = sort_windows(grid, window)
+    parts = torch.from_numpy(group[order]).split([count * n for count, n in segments])
+    parts = [part.view(count, 1, n) for part, (count, n) in zip(parts, segments)]
+    separate = (part[..., :, None] != part[..., None, :] for part in parts)  # (count, 1, n, n)
+    return layout._replace(separate=tuple(to_device(hidden, layout.bias_index.device) for hidden in separate))
 
 
 def upsample(cells: Tensor, scale: int) -> Tensor:

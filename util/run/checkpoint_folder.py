@@ -132,16 +132,20 @@ class CheckpointFolder:
         if final or self.failures > TOLERATED_FAILURES:
             raise SaveError(
                 f"the {'last ' if final else ''}checkpoint could not be saved: {error} (failure {self.failures} in a "
-                f"row, {TOLERATED_FAILURES} are tolerated before the run's last). Earlier checkpoints are intact: put "
-                "the disk right and continue with --resume auto"
+                f"row, {TOLERATED_FAILURES} are tolerated before the run's last). {self._what_is_left()}: fix the "
+                "disk and continue with --resume auto"
             ) from error
         logger.error(
-            "a checkpoint could not be saved: %s. Training goes on and earlier checkpoints are intact "
-            "(failure %d in a row, %d are tolerated)",
+            "a checkpoint could not be saved: %s. Training goes on (failure %d in a row, %d are tolerated). %s",
             error,
             self.failures,
             TOLERATED_FAILURES,
+            self._what_is_left(),
         )
+
+    def _what_is_left(self) -> str:
+        saved = any(self.folder.glob("checkpoint*.pth"))
+        return "Earlier checkpoints are intact" if saved else "No checkpoint has been saved yet"
 
     def _write(self, checkpoint: dict[str, Any], names: list[str]) -> None:
         try:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from util.data.decoding import MAX_PIXELS
 from util.errors import UserError
 from util.run.flags import (
     AT_LEAST_1,
@@ -88,6 +89,13 @@ class ReadingFlags(Config):
     TITLE: ClassVar[str] = "reading images"
 
     ignore_exif: bool = flag(False, "ignore the EXIF orientation of photographs, as the authors' code does")
+    max_pixels: int = flag(
+        MAX_PIXELS,
+        "an image with more is unreadable, since decoding it may take all memory",
+        "N",
+        AT_LEAST_1,
+        on_resume=other_bits("other samples wherever an image is too large"),
+    )
     num_workers: int = flag(
         min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
         "data-loading processes per rank",
@@ -101,6 +109,7 @@ class ReadingFlags(Config):
 @dataclass(frozen=True)
 class DataFlags(ReadingFlags):
     TITLE: ClassVar[str] = "data"
+    DATA: ClassVar[str] = "a folder with train/ in it, a folder of images, or a list file"  # as messages call it
 
     data_path: str = flag(
         "",
@@ -132,7 +141,7 @@ class DataFlags(ReadingFlags):
             raise UserError(
                 f"--data_path is missing: give the folder that --dataset {self.dataset} is in, or is downloaded to"
                 if self.dataset
-                else "--data_path is missing: give a folder with train/ in it, a folder of images, or a list file"
+                else f"--data_path is missing: give {self.DATA}"
             )
 
 

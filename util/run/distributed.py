@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from util.run.cores import fit_threads, own_cores
 from util.run.launch import Launch, LaunchError, choose_device, detect_launch
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ world: World | None = None  # None: a single process
 
 
 def init_distributed(flags: argparse.Namespace) -> Launch:
-    """Detect the launcher, choose the device and start the process groups.
+    """Detect the launcher, choose the device and start the process groups; on a CPU, fit the threads to the cores.
 
     Args:
         flags: those of `util.run.config.ProcessFlags`, and `device` ('auto', 'cuda', 'cuda:I' or 'cpu').
@@ -60,21 +62,26 @@ def init_distributed(flags: argparse.Namespace) -> Launch:
     launch = replace(launch, device=choose_device(flags.device, launch))
     if launch.world_size == 1:
         logger.info("started as a single process (launcher: %s) on %s", launch.launcher, launch.device)
+        if launch.device.type == "cpu":
+            logger.info("computing in %s", fit_threads([own_cores()]))
         return launch
     if not launch.master_addr or (launch.launcher == "torchrun" and flags.dist_url == "env://"):
         url = flags.dist_url  # of env://, torch knows that torchrun's agent may hold the store instead of rank 0
     else:
         url = f"tcp://{launch.master_addr}:{launch.master_port}"
     world = _start_groups(launch, url, flags.dist_timeout)
-    nodes = gather_objects(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    own_node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    nodes, cores = zip(*gather_objects((own_node, own_cores())))
     logger.info(
         "started by %s: %d processes (%s), meeting at %s, %s on %s",
         launch.launcher, launch.world_size, describe_placement(nodes), url, dist.get_backend(), launch.device.type,
     )  # fmt: skip
+    if launch.device.type == "cpu":
+        logger.info("computing in %s", fit_threads([theirs for node, theirs in zip(nodes, cores) if node == own_node]))
     return launch
 
 
-def describe_placement(nodes: list[str]) -> str:
+def describe_placement(nodes: Sequence[str]) -> str:
     """The node of every rank, in words: `'2 on node1, 1 on node2'`."""
     return ", ".join(f"{count} on {node}" for node, count in Counter(nodes).items())
 

@@ -9,6 +9,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shutil
 import socket
 import sys
 import tempfile
@@ -23,11 +25,14 @@ from util.data.decoding import BadImageError
 from util.errors import UserError
 from util.run import distributed
 from util.run.distributed import CollectiveError, World
+from util.run.folder_lock import release_folder
 from util.run.launch import stated_rank
 
 logger = logging.getLogger(__name__)
 
 SURVIVOR_WAIT = 3.0  # seconds that the survivors of a failure give each other to report before naming who is missing
+# What PyTorch says when /dev/shm is full; writing to a mapping of it is a bus error.
+SHARED_MEMORY_SIGNS = ("unable to write to file </torch_", "shared memory(shm) for file", "killed by signal: Bus error")
 # What gloo and NCCL say, in RuntimeErrors without a class of their own.
 COLLECTIVE_FAILURE_SIGNS = (
     "gloo", "nccl", "closed by peer", "reset by peer", "broken pipe", "timed out", "pair closure"
@@ -42,12 +47,16 @@ def user_errors() -> Iterator[None]:
     collective are one rank's own.
     """
     try:
-        with explain_collective_failures():
-            yield
-    except (UserError, CollectiveError) as error:
+        try:
+            with explain_collective_failures(), explain_worker_failures():
+                yield
+        except BaseException:
+            release_folder()
+            raise
+    except (UserError, CollectiveError, WorkerError) as error:
         rank, has_companions = stated_rank(os.environ)
         message = f"{Path(sys.argv[0]).name}: error: {in_one_line(error)}"
-        own = isinstance(error, (BadImageError, CollectiveError)) or not has_companions
+        own = isinstance(error, (BadImageError, CollectiveError, WorkerError)) or not has_companions
         if own or _is_first_to_say(message):
             print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
         if distributed.get_world_size() > 1:
@@ -90,6 +99,38 @@ def _age() -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):
         return 0.0
+
+
+class WorkerError(RuntimeError):
+    """A data-loading process was killed, or found no room for its batch. The message is one for the user."""
+
+
+@contextlib.contextmanager
+def explain_worker_failures() -> Iterator[None]:
+    """An error of a data-loading process that its user can put right becomes a WorkerError. Others pass through."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        text = str(error)
+        died = re.search(
+            r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)", text
+        )
+        no_room = any(sign in text for sign in SHARED_MEMORY_SIGNS)
+        if not died and not no_room:
+            raise
+        what = "found no room in shared memory for its batch" if no_room else died[1].strip()
+        shared = shutil.disk_usage("/dev/shm").total / 2**30 if os.path.isdir("/dev/shm") else 0.0
+        raise WorkerError(
+            f"a data-loading process {what}. "
+            + (
+                f"Batches travel through /dev/shm, which has {shared:.1f} GiB here: enlarge it (docker run "
+                "--shm-size=8g), or use a smaller --num_workers or --batch_size"
+                if no_room
+                else "Out of memory, most likely: use a smaller --num_workers (0 reads in the training process), give "
+                "the job more memory (sbatch --mem), or enlarge /dev/shm in a container (docker run --shm-size=8g)"
+            )
+            + ". Continue from the last checkpoint with --resume auto"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ check, and what a change of it means for a run that is resumed. `get_parser` mak
 
 import argparse
 import dataclasses
+import difflib
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -99,6 +100,19 @@ class Config:
 # --- The command line ---
 
 
+class Parser(argparse.ArgumentParser):
+    """Names the flag that an unknown one may have been meant to be."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            given = [argument.partition("=")[0] for argument in unknown if argument.startswith("--")]
+            meant = [difflib.get_close_matches(name, self._option_string_actions, n=1) for name in given]
+            hints = [f"{name}: did you mean {match[0]}?" for name, match in zip(given, meant) if match]
+            self.error("; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
+        return parsed
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every flag that has one."""
 
@@ -109,9 +123,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def get_parser(config_class: type[Config], description: str, prog: str | None = None) -> argparse.ArgumentParser:
     """The command line of a configuration class: one argument group for each class of flags that it is made of."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, prog=prog, description=description, formatter_class=HelpFormatter
-    )
+    parser = Parser(allow_abbrev=False, prog=prog, description=description, formatter_class=HelpFormatter)
     kinds = typing.get_type_hints(config_class)
     for flags in config_class.__mro__:
         if "TITLE" in vars(flags):

@@ -24,6 +24,7 @@ import torchvision
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from util.errors import UserError
 from util.run import distributed
 
 logger = logging.getLogger(__name__)
@@ -202,10 +203,21 @@ class EventsFile:
     Args:
         folder: where they lie.
         purge: axis value from which on TensorBoard shall forget what earlier files in the folder say.
+
+    Raises:
+        UserError: TensorBoard cannot write to a folder of that name.
+        OSError: the folder cannot be written to.
     """
 
     def __init__(self, folder: str, purge: int):
         self.folder = folder
+        try:
+            folder.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"TensorBoard cannot write to {folder!r}, whose name is not UTF-8 here: give another --log_dir, or set "
+                "PYTHONUTF8=1 if the name is shown well elsewhere"
+            ) from None
         self.writer: SummaryWriter | None = SummaryWriter(folder, purge_step=purge)
 
     def scalars(self, values: dict[str, float], x: int) -> None:

@@ -25,7 +25,14 @@ from util.run import distributed
 from util.run.allocator import keep_freed_memory
 from util.run.checkpoint_folder import CheckpointFolder, SaveError
 from util.run.config import Config, TrainingConfig, compare_recipes
-from util.run.failures import CollectiveError, explain_collective_failures, in_one_line
+from util.run.failures import (
+    CollectiveError,
+    WorkerError,
+    explain_collective_failures,
+    explain_worker_failures,
+    in_one_line,
+)
+from util.run.folder_lock import release_folder, take_folder
 from util.run.logger import RunLog, describe_environment
 from util.run.metrics import SPIKE_HISTORY, StepMeter
 from util.run.nonfinite import NonFiniteError, NonFiniteGuard
@@ -49,28 +56,34 @@ class Start:
     weights: tuple[dict[str, Tensor], WeightsInfo] | None = None
 
     def settings(self, given: TrainingConfig, pretraining: bool, default_model: str) -> WeightSettings:
-        """What belongs to the weights: given by flags, else recorded in the checkpoint or with the weights."""
+        """What belongs to the weights: given by flags, else recorded in the checkpoint or with the weights.
+
+        Raises:
+            CheckpointError: the checkpoint is one of the other kind of run.
+        """
         recorded, source = {}, ""
         if self.checkpoint is not None:
             recorded, source = self.checkpoint.get("args", {}), "the checkpoint to resume"
+            refuse_the_other_kind_of_run(recorded, given, pretraining)
         elif self.weights is not None:
             recorded, source = self.weights[1].args, self.weights[1].source
         return weight_settings(recorded, source, given.as_dict(), pretraining, default_model)
 
 
 def find_start(given: TrainingConfig) -> Start:
-    """Open the output folder, and find what --resume or else --finetune names; the same on all ranks.
+    """Take and open the output folder, and find what --resume or else --finetune names; the same on all ranks.
 
     Rank 0 looks for the checkpoint to resume; the others read the file that it found. A resumed run reads nothing of
     --finetune.
 
     Raises:
         CheckpointError: a file is missing, damaged or of another kind.
-        UserError: the folder cannot be written to, or holds a run that this one would replace.
+        UserError: the folder cannot be written to, is another run's, or holds one that this one would replace.
     """
     folder, found, error = None, None, None
     if distributed.is_main_process():
         try:
+            take_folder(given.output_dir)
             folder = CheckpointFolder(given.output_dir, given.keep_checkpoints)
             refuse_to_replace_a_run(folder, given.resume)
             found = folder.resume(given.resume)
@@ -91,6 +104,21 @@ def refuse_to_replace_a_run(folder: CheckpointFolder, resume: str) -> None:
         raise UserError(
             f"{folder.folder} holds a run already, which this one would replace: continue it with --resume auto, or "
             "give another --output_dir"
+        )
+
+
+def refuse_the_other_kind_of_run(recorded: dict[str, Any], given: TrainingConfig, pretraining: bool) -> None:
+    """Raise a CheckpointError where fine-tuning would resume a pretraining run, or the reverse."""
+    if "mask_ratio" in recorded and not pretraining:
+        path = Path(given.output_dir) / "checkpoint.pth" if given.resume == "auto" else Path(given.resume)
+        raise CheckpointError(
+            f"--resume {given.resume}: {path.parent} holds a pretraining run, which fine-tuning does not continue but "
+            f"start from: give --finetune {path} and another --output_dir"
+        )
+    if "nb_classes" in recorded and pretraining:
+        raise CheckpointError(
+            f"--resume {given.resume}: this is a fine-tuning run, which main_finetune.py continues; give another "
+            "--output_dir to pretrain"
         )
 
 
@@ -264,13 +292,14 @@ class Run:
         logger.info("epoch %d done: %s", epoch, ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
 
     def close(self) -> None:
-        """Wait for the last checkpoint to be on the disk, close the logs and leave the other ranks.
+        """Wait for the last checkpoint to be on the disk, close the logs, free the folder and leave the other ranks.
 
         Requests to stop have no effect any more, and must not end this process while rank 0 is writing.
         """
         if self.folder is not None:
             self.folder.wait(final=True)
         self.log.close()
+        release_folder()
         self.preemption.finish()
         distributed.shutdown()
         self.preemption.close()
@@ -368,20 +397,24 @@ def orderly_end(run: Run) -> Iterator[None]:
     """
     try:
         try:
-            with explain_collective_failures():
+            with explain_collective_failures(), explain_worker_failures():
                 yield
                 run.close()
         except Preempted as stopped:
             logger.warning("%s", stopped)
             if run.folder is not None:
                 run.folder.wait(final=True)
+            release_folder()  # a requeued job may start elsewhere before this process has ended
             run.preemption.exit_for_requeue()
-    except (NonFiniteError, BadImageError, CollectiveError, SaveError) as error:
+    except (NonFiniteError, BadImageError, CollectiveError, WorkerError, SaveError) as error:
         if distributed.is_main_process() or not isinstance(error, NonFiniteError):
             logger.error("%s", in_one_line(error))
         if run.folder is not None:
             with contextlib.suppress(SaveError):  # of the checkpoint under way, after the error that ends the run
                 run.folder.wait()
+        release_folder()
         sys.stdout.flush()
         # At once, without Python's shutdown: a rank that hangs must not keep this one waiting for its goodbye.
         os._exit(1)
+    finally:
+        release_folder()

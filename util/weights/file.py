@@ -33,6 +33,7 @@ FORMAT = 1  # the number under 'format' in our files: raised when an older reade
 
 SEAL = re.compile(rb"mixmae seal time=(\d{20}) sha256=([0-9a-f]{64})")
 SEAL_SIZE = len("mixmae seal time=") + 20 + len(" sha256=") + 64
+CONTROL_BYTES = frozenset(range(32)) - frozenset(b"\t\n\f\r")  # no text holds them, every pickle, zip, ... does
 ZIP_END, ZIP_END_SIZE = b"PK\x05\x06", 22  # a zip's last record; its last two bytes are the length of the comment
 
 # What the authors' files hold besides: paths (submitit's output_dir) become pure ones, which never touch the disk.
@@ -225,8 +226,7 @@ def _kind_of(path: Path) -> str:
         raise CheckpointError(f"{path} is a folder: name a file in it")
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    with open(path, "rb") as file:
-        head = file.read(512)
+    head = _first_bytes(path)
     text = head.lstrip().lower()
     if not head:
         raise CheckpointError(f"{path} is empty (0 bytes): the copy or the download failed, fetch it again")
@@ -246,6 +246,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         return {**json.loads(record), "model": read_safetensors(path)}
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: its record of the model is not JSON ({error})") from error
+
+
+def _first_bytes(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(512)
 
 
 def _last_bytes(path: Path, count: int) -> bytes:
@@ -291,7 +296,9 @@ def _restricted_load(path: Path, mmap: bool) -> Any:
                 f"{path} is refused: besides tensors and plain values it would load {unsafe[1]}, which could run code; "
                 f"nothing was run. {remedy}"
             ) from error
-        if isinstance(error, pickle.UnpicklingError):
+        if not CONTROL_BYTES.intersection(_first_bytes(path)):
+            why = "it is a text file; name a .pth or .safetensors file"
+        elif isinstance(error, pickle.UnpicklingError):
             why = "its content is not pickled tensors and plain values; nothing in it was run"
         else:
             why = next(iter(str(error).strip().splitlines()), type(error).__name__)

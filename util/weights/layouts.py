@@ -3,33 +3,17 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import isqrt
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
+from util.layers.conversion import DECODER, MMPRETRAIN_DECODER, StateDict, resized, under_our_names
 from util.weights.file import CheckpointError
-
-StateDict = dict[str, Tensor]
 
 PLAIN_KEYS = ("model", "state_dict")  # where our and the authors', and timm's and mmpretrain's files keep weights
 AVERAGED_KEYS = ("model_ema", "state_dict_ema")  # ours and timm's
 WRAPPERS = re.compile(r"(module\.|_orig_mod\.)+")  # prefixes of DistributedDataParallel and torch.compile
-DERIVED = ("relative_position_index", "attn_mask")
-MMPRETRAIN_NAMES = {
-    "backbone.": "",
-    "head.fc.": "head.",
-    "patch_embed.projection.": "patch_embed.proj.",
-    ".ln1.": ".norm1.",
-    ".ln2.": ".norm2.",
-    ".ffn.layers.0.0.": ".mlp.fc1.",
-    ".ffn.layers.1.": ".mlp.fc2.",
-}
-
-MMPRETRAIN_DECODER = "neck."
-DECODER = ("decoder_", "mask_token", MMPRETRAIN_DECODER)
 
 
 # --- Other programs' names ---
@@ -55,34 +39,7 @@ def normalise_state_dict(checkpoint: dict[str, Any], source: object, ema: bool =
         )
     if all(WRAPPERS.match(name) for name in weights):
         weights = {name[WRAPPERS.match(name).end() :]: tensor for name, tensor in weights.items()}
-    weights = {name: tensor for name, tensor in weights.items() if not name.endswith(DERIVED)}
-    if any(name.startswith("backbone.") for name in weights):
-        return _from_mmpretrain(weights), "mmpretrain"
-    return weights, "mixmae"
-
-
-def _from_mmpretrain(weights: StateDict) -> StateDict:
-    """mmpretrain's MixMIM encoder and classification head under our names; its decoder keeps its own (`neck.`)."""
-    renamed = {}
-    for name, tensor in weights.items():
-        if not name.startswith(("backbone.", "head.fc.", MMPRETRAIN_DECODER)):
-            continue
-        if re.search(r"\.downsample\.(reduction|norm)\.", name):
-            tensor = _patch_merging_order(tensor)
-        for theirs, ours in MMPRETRAIN_NAMES.items():
-            name = name.replace(theirs, ours)
-        renamed[name] = tensor
-    return renamed
-
-
-def _patch_merging_order(tensor: Tensor) -> Tensor:
-    """Reorder the last axis (4C) from unfold's order to that of concatenated neighbours.
-
-    unfold: channel c*4 + k with k over (row, col) = (0,0), (0,1), (1,0), (1,1).
-    Ours: channel k*C + c with k over (0,0), (1,0), (0,1), (1,1).
-    """
-    by_channel = tensor.unflatten(-1, (-1, 4))  # (..., C, 4)
-    return by_channel[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2).contiguous()  # (..., 4, C) -> (..., 4C)
+    return under_our_names(weights)
 
 
 # --- Into a model ---
@@ -178,7 +135,7 @@ def _load(
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     given = {name: state_dict[name] for name in shapes if name in state_dict}
-    given = {name: _resized(name, tensor, shapes[name], model) for name, tensor in given.items()}
+    given = {name: resized(name, tensor, shapes[name], model) for name, tensor in given.items()}
     fitting = {name: tensor for name, tensor in given.items() if tensor.shape == shapes[name]}
     report = LoadReport(
         source,
@@ -221,39 +178,6 @@ def _why_it_does_not_fit(wrong: list[str], state_dict: StateDict, shapes: dict[s
     }
     counts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
     return f"does not fit this model (is --model the one it was made with?): {'; '.join(counts)}"
-
-
-def _resized(name: str, tensor: Tensor, shape: torch.Size, model: nn.Module) -> Tensor:
-    """`tensor` resized to `shape` if it depends on the image size and was made for another one, else itself."""
-    if tensor.ndim != len(shape) or tensor.shape[-1] != shape[-1]:
-        return tensor
-    if name in ("absolute_pos_embed", "decoder_pos_embed"):
-        new_grid = tuple(model.layers[0].grid if name == "absolute_pos_embed" else model.grid_size)
-        side = isqrt(tensor.shape[1])
-        old_grid = _grid_of(tensor) or ((side, side) if tensor.shape != shape else new_grid)
-        if old_grid == new_grid or old_grid[0] * old_grid[1] != tensor.shape[1]:
-            return tensor
-        return resample_abs_pos_embed(tensor, list(new_grid), list(old_grid), num_prefix_tokens=0, antialias=False)
-    if name.endswith("relative_position_bias_table") and tensor.shape != shape:
-        old_side, new_side = isqrt(tensor.shape[0]), isqrt(shape[0])  # of the square table: 2 * window - 1
-        if old_side**2 == tensor.shape[0] and new_side**2 == shape[0]:
-            window = (new_side + 1) // 2
-            return resize_rel_pos_bias_table_simple(tensor.float(), (window, window), tuple(shape)).to(tensor.dtype)
-    return tensor
-
-
-def _grid_of(pos_embed: Tensor) -> tuple[int, int] | None:
-    """The (rows, cols) that a (1, L, D) sin-cos embedding was made for, or None if it is another kind of embedding.
-
-    Its first half encodes the column and is the same in every row; its second half encodes the row.
-    """
-    length, dim = pos_embed.shape[1:]
-    col_code, row_code = pos_embed[0, :, : dim // 2], pos_embed[0, :, dim // 2 :]  # (L, D/2)
-    new_row = ((row_code - row_code[0]).abs().amax(dim=1) > 1e-3).nonzero()
-    cols = int(new_row[0]) if len(new_row) else length
-    if length % cols or (col_code.unflatten(0, (-1, cols)) - col_code[:cols]).abs().amax() > 1e-3:
-        return None
-    return length // cols, cols
 
 
 def _listed(names: Iterable[object], most: int = 8) -> str:

@@ -1,0 +1,274 @@
+"""One run per folder: what keeps a second one out, and makes room at once when the first has died.
+
+On one machine the kernel decides: a run holds a lock on the file `.lock`, which ends with its process, however that
+ends. Network file systems may keep such locks for each machine apart, or not at all. So a run also leaves a claim,
+`.claim.json`: who it is, and by its modification time that it is alive. A claim counts for nothing
+
+- when it is from this machine and the lock is ours now, or its process is gone;
+- when it is from an earlier start of our own Slurm job, which Slurm has ended;
+- when nobody has renewed it for `STALE_AFTER` seconds.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from util.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+RENEW_EVERY = 30.0  # seconds
+STALE_AFTER = 180.0  # seconds
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # what file systems without locks answer
+
+
+class FolderInUseError(UserError):
+    """Another run has the folder."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who has claimed a folder; '' where a claim does not say."""
+
+    token: str = ""  # drawn for every claim
+    host: str = ""
+    kernel: str = ""  # of this boot of the machine: containers may share it, whatever their host names
+    process_namespace: str = ""  # in which `process` is a process's number
+    process: int = 0
+    started: str = ""
+    job: str = ""  # Slurm's, '' outside
+    restart: int = 0  # how often Slurm has requeued the job
+
+    def __str__(self) -> str:
+        job = f" (Slurm job {self.job})" if self.job else ""
+        known = f"process {self.process} on {self.host}, started {self.started}{job}"
+        return known if self.token else "a process that has not said who it is"
+
+    @classmethod
+    def this_process(cls, environ: Mapping[str, str]) -> "Owner":
+        restart = environ.get("SLURM_RESTART_COUNT", "")
+        try:
+            kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            namespace = os.readlink("/proc/self/ns/pid")
+        except OSError:  # not Linux
+            kernel, namespace = socket.gethostname(), ""
+        return cls(
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            kernel=kernel,
+            process_namespace=namespace,
+            process=os.getpid(),
+            started=time.strftime("%Y-%m-%d %H:%M:%S"),
+            job=environ.get("SLURM_JOB_ID", ""),
+            restart=int(restart) if restart.isdecimal() else 0,
+        )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there is such a process; only for an owner in our own process namespace."""
+        try:
+            os.kill(self.process, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+
+class FolderLock:
+    """Makes `folder` if need be and takes it for this process, until `release()` or the end of the process.
+
+    Raises:
+        FolderInUseError: another run has it; says which.
+        UserError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.own = Owner.this_process(os.environ)
+        self.lock, self.claim = self.folder / ".lock", self.folder / ".claim.json"
+        self.temporary = self.folder / f".claim.json.{self.own.host}.tmp"  # used under the lock: one per machine
+        self.locks_work = True
+        self.released = threading.Event()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.descriptor = self._lock()
+            try:
+                self._claim()
+            except BaseException:
+                os.close(self.descriptor)
+                raise
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written to ({error.strerror}): give --output_dir a folder that can"
+            ) from error
+        self.thread = threading.Thread(target=self._renew, name="folder claim", daemon=True)
+        self.thread.start()
+
+    def release(self) -> None:
+        """Give the folder free, leaving nothing behind."""
+        self.released.set()
+        self.thread.join(timeout=5.0)  # longer only while a file system is away
+        with contextlib.suppress(OSError):
+            if self._read_claim()[0] == self.own:
+                self.claim.unlink()
+                self.lock.unlink()  # while it is ours; whoever opened it before will see that it has no name any more
+        os.close(self.descriptor)
+
+    def _lock(self) -> int:
+        """A descriptor of the locked file."""
+        while True:
+            descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    os.close(descriptor)
+                    if error.errno not in (errno.EAGAIN, errno.EACCES):
+                        raise
+                    raise self._in_use(self._locking_owner()) from None
+                self.locks_work = False
+            if os.fstat(descriptor).st_nlink:
+                return descriptor
+            os.close(descriptor)  # removed by its last owner before we had it locked
+
+    def _locking_owner(self) -> Owner:
+        """The owner of the lock; it may need a moment to write its claim over a dead one's."""
+        owner = Owner()
+        for _ in range(20):
+            with contextlib.suppress(FileNotFoundError):
+                owner = self._read_claim()[0]
+                foreign = owner.process_namespace != self.own.process_namespace
+                if owner.kernel == self.own.kernel and (foreign or owner.is_running):
+                    return owner
+            time.sleep(0.05)
+        return owner
+
+    def _claim(self) -> None:
+        """Write our claim, once no other one counts."""
+        first_renewal = None
+        while not self._place_claim():
+            try:
+                owner, renewal = self._read_claim()
+            except FileNotFoundError:  # released just now
+                continue
+            if owner == self.own:  # a network file system reported a repeated request
+                return
+            os.utime(self.lock)
+            silent = os.stat(self.lock).st_mtime - renewal  # both by the clock of the file system
+            if self._is_void(owner) or silent > STALE_AFTER:
+                self._remove_claim(owner)
+                continue
+            if first_renewal is None:
+                first_renewal = renewal
+                logger.warning(
+                    "%s was claimed by %s and last renewed %.0f s ago: waiting at most %.0f s to see if that run lives",
+                    self.folder, owner, silent, STALE_AFTER - silent,
+                )  # fmt: skip
+            if renewal != first_renewal:
+                raise self._in_use(owner)
+            time.sleep(min(1.0, RENEW_EVERY / 10))
+
+    def _is_void(self, owner: Owner) -> bool:
+        if owner.kernel == self.own.kernel:
+            same_namespace = owner.process_namespace == self.own.process_namespace
+            return self.locks_work or (same_namespace and not owner.is_running)
+        return bool(owner.job) and owner.job == self.own.job and owner.restart < self.own.restart
+
+    def _place_claim(self) -> bool:
+        """Write our claim unless there is one; whether it was written. It appears with its content, or not at all."""
+        self.temporary.write_text(json.dumps(asdict(self.own)) + "\n", encoding="utf-8")
+        try:
+            os.link(self.temporary, self.claim)
+        except FileExistsError:
+            return False
+        except OSError:  # no hard links here
+            try:
+                with open(self.claim, "x", encoding="utf-8") as file:
+                    file.write(self.temporary.read_text(encoding="utf-8"))
+            except FileExistsError:
+                return False
+        finally:
+            self.temporary.unlink(missing_ok=True)
+        return True
+
+    def _read_claim(self, path: Path | None = None) -> tuple[Owner, float]:
+        """The owner and the moment of its last renewal. Opening makes network file systems ask for the newest."""
+        with open(path or self.claim, encoding="utf-8", errors="replace") as file:
+            renewal = os.fstat(file.fileno()).st_mtime
+            try:
+                found = json.load(file)
+                values = {field.name: type(field.default)(found[field.name]) for field in fields(Owner)}
+            except (ValueError, TypeError, KeyError):
+                return Owner(), renewal
+        return Owner(**values), renewal
+
+    def _remove_claim(self, judged: Owner) -> None:
+        """Remove the claim of `judged`, but not that of another run which did so first."""
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.claim, self.temporary)
+            if self._read_claim(self.temporary)[0] != judged:
+                with contextlib.suppress(FileExistsError):
+                    os.link(self.temporary, self.claim)
+            self.temporary.unlink()
+
+    def _renew(self) -> None:
+        while not self.released.wait(RENEW_EVERY):
+            with contextlib.suppress(OSError):  # of a file system that is away
+                try:
+                    owner = self._read_claim()[0]
+                except FileNotFoundError:  # another run is about to find out that we live, or somebody tidied up
+                    self._place_claim()
+                    continue
+                if owner != self.own and not self.released.is_set():
+                    logger.error(
+                        "%s was taken over by %s, since this run did not renew its claim for %.0f s: it ends here",
+                        self.folder, owner, STALE_AFTER,
+                    )  # fmt: skip
+                    os._exit(1)  # at once, before it writes among the other's files
+                os.utime(self.claim)
+
+    def _in_use(self, owner: Owner) -> FolderInUseError:
+        return FolderInUseError(
+            f"{self.folder} is in use by another run: {owner}. Wait for its end, or give another --output_dir"
+        )
+
+
+# --- The folder of this process's run ---
+
+_held: FolderLock | None = None
+
+
+def take_folder(folder: str | os.PathLike) -> None:
+    """Take `folder` for the run of this process; raises as `FolderLock`."""
+    global _held
+    _held = FolderLock(folder)
+
+
+def release_folder() -> None:
+    """Give the folder free, if there is one; whatever ends the run calls this after its last write."""
+    global _held
+    held, _held = _held, None
+    if held is not None:
+        held.release()
+
+
+def _forget_in_child() -> None:
+    """A forked process (a data-loading worker, which may outlive us for seconds) must not keep the lock."""
+    global _held
+    if _held is not None:
+        os.close(_held.descriptor)
+        _held = None
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,26 @@
+"""What must happen before PyTorch is imported; mains and commands import this first.
+
+Idle threads sleep: by default OpenMP's spin while they wait for work, which takes the cores from the processes that
+have some (data loading, other ranks, other people's). The setting is read when the library is loaded.
+
+Ctrl-C ends the program in one line, from its first import on; a training run takes over the signal once it can save.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def on_interrupt(_signum: int, _frame: FrameType | None) -> NoReturn:
+    os.write(2, f"\n{Path(sys.argv[0]).name}: interrupted\n".encode())
+    os._exit(128 + signal.SIGINT)  # at once: Python's shutdown would report what it interrupts
+
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent in (ROOT, ROOT / "util"):
+    signal.signal(signal.SIGINT, on_interrupt)  # not in a program that only uses us
