@@ -22,7 +22,6 @@ from util.weights.parts import load_part
 from util.weights.runtimes import open_onnx, open_torch_export
 from util.weights.source import WeightsInfo, read_weights
 
-SLOW = pytest.mark.slow
 CLASSES = ["ant", "bee", "cow", "dog", "elk"]
 SHAPE = dict(img_size=16, window_size=(4, 4, 4, 2), in_chans=1)
 RECORDED = {"model": "swin_quickstart", "input_size": (16, 16), "window_size": (4, 4, 4, 2), "in_chans": 1}
@@ -86,7 +85,8 @@ def onnx_file(checkpoint, images, tmp_path_factory) -> Path:
     return exported(checkpoint, tmp_path_factory.mktemp("onnx") / "model.onnx", "onnx", "--images", images)
 
 
-@pytest.mark.parametrize("part", ["classifier", *(pytest.param(part, marks=SLOW) for part in ("encoder", "pyramid"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["classifier", "encoder", "pyramid"])
 def test_onnx(onnx_file, checkpoint, model, imgs, tmp_path, part):
     path = onnx_file
     if part != "classifier":
@@ -104,9 +104,8 @@ def test_onnx(onnx_file, checkpoint, model, imgs, tmp_path, part):
         open_onnx(damaged)
 
 
-@pytest.mark.parametrize(
-    "part", [pytest.param("classifier", marks=SLOW), pytest.param("encoder", marks=SLOW), "pyramid"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["classifier", "encoder", "pyramid"])
 def test_torch_export(checkpoint, model, imgs, tmp_path, part):
     path = exported(checkpoint, tmp_path / "model.pt2", "torch_export", "--part", part)
     compute, record, _ = open_torch_export(path)
@@ -157,6 +156,7 @@ def test_safetensors_tell_all_that_is_needed(checkpoint, model, imgs, images, tm
     assert tables[2].read_text() == tables[3].read_text()
 
 
+@pytest.mark.slow
 def test_prediction_from_an_onnx_file(onnx_file, checkpoint, images, tmp_path, capfd, monkeypatch):
     path = onnx_file
     quiet = ["--device", "cpu", "--num_workers", "0", images / "val"]

@@ -83,7 +83,7 @@ def onnx_by_dynamo(model, imgs):
 @pytest.mark.parametrize(
     "export",
     [
-        capture_whole,
+        pytest.param(capture_whole, marks=SLOW),
         pytest.param(compile_whole, marks=SLOW),
         pytest.param(torch_export, marks=SLOW),
         jit_trace,

@@ -100,7 +100,9 @@ def test_names_that_the_locale_has_no_letters_for(tmp_path):
 @pytest.mark.parametrize("text", ["101", "epoch 3\nloss 0.5\n", "model:\n  näme: x\n"])
 def test_a_text_file_is_no_checkpoint(tmp_path, text):
     (tmp_path / "notes.pth").write_text(text, encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"notes\.pth is a text file, not a checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"notes\.pth is damaged or not a checkpoint: it is a text file; name a \.pth"
+    ):
         read_checkpoint(tmp_path / "notes.pth")
 
 

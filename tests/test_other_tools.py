@@ -8,8 +8,48 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torch import nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 import models_swin  # noqa: F401  registers the models
+
+
+class Pyramid(nn.Module):
+    """Our four stages under torchvision's feature pyramid, for images of any size."""
+
+    out_channels = 32
+
+    def __init__(self):
+        super().__init__()
+        shape = dict(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+        self.body = timm.create_model("swin_tiny_w14", features_only=True, strict_img_size=False, **shape)
+        self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), self.out_channels, LastLevelMaxPool())
+
+    def forward(self, imgs: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.fpn({str(i): x for i, x in enumerate(self.body(imgs))})
+
+
+@pytest.mark.parametrize("detector", [FasterRCNN, pytest.param(MaskRCNN, marks=pytest.mark.slow)])
+def test_torchvision_detectors_on_images_of_different_sizes(detector):
+    """With their own transform, which resizes and pads every batch to another size."""
+    torch.manual_seed(0)
+    model = detector(Pyramid(), num_classes=3, min_size=96, max_size=160)
+    for sizes in (((120, 90), (70, 131)), ((64, 200), (101, 99))):
+        imgs = [torch.rand(3, *size) for size in sizes]
+        boxes = torch.tensor([[5.0, 5.0, 50.0, 40.0]])
+        targets = [
+            {"boxes": boxes, "labels": torch.tensor([1]), "masks": torch.ones(1, *size, dtype=torch.uint8)}
+            for size in sizes
+        ]
+        losses = model.train()(imgs, targets)
+        sum(losses.values()).backward()
+        assert all(loss.isfinite() for loss in losses.values())
+        with torch.no_grad():
+            found = model.eval()(imgs)
+        assert len(found) == 2 and all(entry["boxes"].shape[1] == 4 for entry in found)
+    for name, parameter in model.backbone.body.named_parameters():
+        assert not parameter.requires_grad or parameter.grad.isfinite().all(), name
 
 
 @pytest.mark.slow

@@ -149,6 +149,7 @@ def test_without_out_the_classes_are_shown(images, checkpoint, capfd):
     assert sum(name in shown.rpartition("/")[2] for name in CLASSES) >= 2 and shown.count("%") == 2
 
 
+@pytest.mark.slow
 def test_several_ranks_write_what_one_does(images, checkpoint, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import matplotlib.figure  # noqa: F401 - runs draw by it, and its first import makes a cache of fonts
 import torch
 from running import read_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
 
+from util.data.decoding import MAX_PIXELS
 from util.data.sources import open_images
 from util.data.transforms import Normalize, crop_ratio, eval_transform
 from util.errors import UserError, unreadable_is_user_error
@@ -237,7 +238,9 @@ def example_images(paths: Sequence[str] | None, settings: WeightSettings) -> Ten
     if not paths:
         coarse = torch.randn(count, settings.in_chans, 8, 8, generator=keyed_generator(0, "images"))
         return F.interpolate(coarse, settings.input_size, mode="bicubic", align_corners=False)
-    source = open_images(paths, SimpleNamespace(in_chans=settings.in_chans, ignore_exif=False, seed=0))
+    source = open_images(
+        paths, SimpleNamespace(in_chans=settings.in_chans, ignore_exif=False, max_pixels=MAX_PIXELS, seed=0)
+    )
     transform, normalize = eval_transform(settings), Normalize(settings.mean, settings.std)
     images = [normalize(transform(source.read(i)[0])) for i in range(min(count, len(source)))]
     return torch.stack([images[i % len(images)] for i in range(count)])

@@ -132,8 +132,8 @@ class CheckpointFolder:
         if final or self.failures > TOLERATED_FAILURES:
             raise SaveError(
                 f"the {'last ' if final else ''}checkpoint could not be saved: {error} (failure {self.failures} in a "
-                f"row, {TOLERATED_FAILURES} are tolerated before the run's last). {self._what_is_left()}: put the "
-                "disk right and start again with --resume auto"
+                f"row, {TOLERATED_FAILURES} are tolerated before the run's last). {self._what_is_left()}: fix the "
+                "disk and continue with --resume auto"
             ) from error
         logger.error(
             "a checkpoint could not be saved: %s. Training goes on (failure %d in a row, %d are tolerated). %s",

@@ -226,8 +226,7 @@ def _kind_of(path: Path) -> str:
         raise CheckpointError(f"{path} is a folder: name a file in it")
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    with open(path, "rb") as file:
-        head = file.read(512)
+    head = _first_bytes(path)
     text = head.lstrip().lower()
     if not head:
         raise CheckpointError(f"{path} is empty (0 bytes): the copy or the download failed, fetch it again")
@@ -235,8 +234,6 @@ def _kind_of(path: Path) -> str:
         raise CheckpointError(f"{path} is a web page, not a checkpoint: download the file itself")
     if text.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the checkpoint itself: run `git lfs pull`")
-    if head[:1] != b"\x80" and not CONTROL_BYTES.intersection(head):
-        raise CheckpointError(f"{path} is a text file, not a checkpoint: name a .pth or .safetensors file")
     if head.startswith(b"PK\x03\x04"):
         return "zip"
     return "safetensors" if head[4:9] == b"\0\0\0\0{" else "pickle"  # the header's length (8 bytes), then its JSON
@@ -249,6 +246,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         return {**json.loads(record), "model": read_safetensors(path)}
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: its record of the model is not JSON ({error})") from error
+
+
+def _first_bytes(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(512)
 
 
 def _last_bytes(path: Path, count: int) -> bytes:
@@ -294,7 +296,9 @@ def _restricted_load(path: Path, mmap: bool) -> Any:
                 f"{path} is refused: besides tensors and plain values it would load {unsafe[1]}, which could run code; "
                 f"nothing was run. {remedy}"
             ) from error
-        if isinstance(error, pickle.UnpicklingError):
+        if not CONTROL_BYTES.intersection(_first_bytes(path)):
+            why = "it is a text file; name a .pth or .safetensors file"
+        elif isinstance(error, pickle.UnpicklingError):
             why = "its content is not pickled tensors and plain values; nothing in it was run"
         else:
             why = next(iter(str(error).strip().splitlines()), type(error).__name__)
