@@ -315,6 +315,15 @@ def test_a_model_works_after_it_was_exported_at_another_size(model):
     torch.testing.assert_close(exported(imgs), logits)
 
 
+@pytest.mark.parametrize("size", [(224, 224), (70, 90)])
+def test_a_model_compiles_whole_at_any_size(model, size):
+    torch._dynamo.reset()
+    imgs = images(*size)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(imgs), model(imgs), rtol=1e-4, atol=1e-5)
+
+
 # --- Pretraining ---
 
 

@@ -119,6 +119,7 @@ def relative_position_index(place: Array, window: int) -> Array:
 sort_windows = lru_cache(maxsize=32)(sort_tokens)  # without groups: those of the last sizes are kept
 
 
+@torch.compiler.assume_constant_result  # numbers and sorting are no business of a compiler
 def window_layout(grid: tuple[int, int], window: int, device: torch.device) -> WindowLayout:
     """Layout for ordinary window attention: every window is one segment."""
     order, segments, bias_index = sort_windows(grid, window)
