@@ -82,7 +82,7 @@ def textbook_accuracy(checkpoint: str, images: Path, k: int, temperature: float)
             pixels = Image.open(path).resize((18, 18), Image.Resampling.BICUBIC)
             img = (torch.tensor(np.asarray(pixels)[1:17, 1:17]) / 255 - 0.4) / 0.2
             with torch.no_grad():
-                feature = model.eval().forward_features(img[None, None]).mean(dim=1)[0]
+                feature = model.eval().forward_features(img[None, None]).mean((1, 2))[0]
             features[split].append((feature / feature.norm(), path.parent.name))
     correct = 0
     for feature, truth in features["val"]:

@@ -45,6 +45,8 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
 def adapt_state_dict(model: nn.Module, state_dict: StateDict, prefix: str, *_) -> None:
     """Hook of `load_state_dict`, which is all that timm's `checkpoint_path` calls: what does not fit is made to."""
     own = {name[len(prefix) :]: state_dict[name] for name in state_dict if name.startswith(prefix)}
+    if not all(isinstance(tensor, Tensor) for tensor in own.values()):
+        return  # load_state_dict says what is wrong
     if {name: tensor.shape for name, tensor in own.items()} == {n: t.shape for n, t in model.state_dict().items()}:
         return
     for name in own:
