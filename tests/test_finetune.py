@@ -369,14 +369,14 @@ def test_mixing_flags_arrive():
 
 
 def test_random_erasing_works_on_normalised_images(data, tmp_path, monkeypatch):
-    model_inputs, embed = [], SwinTransformer.embed
+    model_inputs, forward = [], SwinTransformer.forward
 
     def watch(self, imgs):
         if self.training:
             model_inputs.append(imgs.clone())
-        return embed(self, imgs)
+        return forward(self, imgs)
 
-    monkeypatch.setattr(SwinTransformer, "embed", watch)
+    monkeypatch.setattr(SwinTransformer, "forward", watch)
     flags = ["--aa", "", "--reprob", "1", "--remode", "const", "--epochs", "1"]
     run(main_finetune, *FINETUNE, *flags, "--data_path", data, "--output_dir", tmp_path)
     assert len(model_inputs) == 3
