@@ -32,13 +32,6 @@ def imgs() -> torch.Tensor:
     return torch.randn(5, 1, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def compile_whole(model, imgs):
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        pytest.skip("torch.compile on a CPU needs a C++ compiler")
-    torch._dynamo.reset()
-    return torch.compile(model, fullgraph=True)
-
-
 def capture_whole(model, imgs):
     """The graph that torch.compile takes, without generating code."""
     torch._dynamo.reset()
@@ -84,7 +77,6 @@ def onnx_by_dynamo(model, imgs):
     "export",
     [
         pytest.param(capture_whole, marks=SLOW),
-        pytest.param(compile_whole, marks=SLOW),
         pytest.param(torch_export, marks=SLOW),
         jit_trace,
         onnx_by_trace,
@@ -102,6 +94,16 @@ def test_exported_models_compute_the_same(model, imgs, export, gradients, warm):
         exported = export(model, imgs[:2])
         for batch in (1, 5):
             torch.testing.assert_close(exported(others[:batch]), model(others[:batch]), rtol=1e-4, atol=1e-4)
+
+
+@SLOW
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+def test_compiled_code_computes_the_same(model, imgs):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        for batch in (1, 5):
+            torch.testing.assert_close(compiled(imgs[:batch]), model(imgs[:batch]), rtol=1e-4, atol=1e-4)
 
 
 def test_features_are_captured_whole(model, imgs):

@@ -17,9 +17,8 @@ import main_finetune
 import main_pretrain
 import util.run.session
 from engine_finetune import Evaluation
-from models_swin import classification_loss
+from models_swin import SwinTransformer, classification_loss
 from util.data.transforms import BatchAugmentation
-from util.layers.patch_embed import PaddedPatchEmbed
 from util.run.optim import learning_rate
 from util.weights.file import read_checkpoint
 from util.weights.settings import weight_settings
@@ -370,14 +369,14 @@ def test_mixing_flags_arrive():
 
 
 def test_random_erasing_works_on_normalised_images(data, tmp_path, monkeypatch):
-    model_inputs, embed = [], PaddedPatchEmbed.forward
+    model_inputs, forward = [], SwinTransformer.forward
 
     def watch(self, imgs):
         if self.training:
             model_inputs.append(imgs.clone())
-        return embed(self, imgs)
+        return forward(self, imgs)
 
-    monkeypatch.setattr(PaddedPatchEmbed, "forward", watch)
+    monkeypatch.setattr(SwinTransformer, "forward", watch)
     flags = ["--aa", "", "--reprob", "1", "--remode", "const", "--epochs", "1"]
     run(main_finetune, *FINETUNE, *flags, "--data_path", data, "--output_dir", tmp_path)
     assert len(model_inputs) == 3

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from models_mixmae import MixMAE
 from util.data.datasets import build_dataset
-from util.data.decoding import BadImageError, PixelType, decode
+from util.data.decoding import MAX_PIXELS, BadImageError, PixelType, decode
 from util.data.image_index import IMAGE_EXTENSIONS
 from util.data.transforms import Normalize, ResizeAndCentreCrop
 from util.errors import UserError, unreadable_is_user_error
@@ -306,6 +306,7 @@ class FolderOfImages:
     max_bad_images: float = 0.0
     val_share: float = 0.0
     ignore_exif: bool = False
+    max_pixels: int = MAX_PIXELS
 
 
 def load_images(paths: list[str], num_images: int, in_chans: int, seed: int) -> tuple[list[Tensor], list[str]]:

@@ -212,7 +212,7 @@ class EventsFile:
     def __init__(self, folder: str, purge: int):
         self.folder = folder
         try:
-            folder.encode()
+            str(folder).encode()
         except UnicodeEncodeError:
             raise UserError(
                 f"TensorBoard cannot write to {folder!r}, whose name is not UTF-8 here: give another --log_dir, or set "
