@@ -38,6 +38,7 @@ def train(model: MixMAE, imgs: torch.Tensor, steps: range, optimizer: torch.opti
     return losses
 
 
+@pytest.mark.slow
 def test_pretraining():
     torch.manual_seed(0)
     imgs = torch.randn(4, 3, 64, 64)
@@ -53,6 +54,7 @@ def test_pretraining():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_evaluation_of_a_classifier():
     torch.manual_seed(0)

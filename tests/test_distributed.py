@@ -25,6 +25,7 @@ from util.run.launch import LaunchError, choose_device, detect_launch, device_in
 from util.run.preemption import EXIT_REQUEUE, Preemption
 
 ROOT = Path(__file__).resolve().parent.parent
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 TORCHRUN = {
     "RANK": "5",
@@ -469,7 +470,7 @@ with failures.explain_collective_failures():
 """
 
 
-@pytest.mark.parametrize(("signal_name", "victim"), [("SIGKILL", 1), ("SIGSTOP", 1), ("SIGSTOP", 0)])
+@pytest.mark.parametrize(("signal_name", "victim"), [("SIGKILL", 1), slow("SIGSTOP", 1), ("SIGSTOP", 0)])
 def test_survivors_say_which_rank_is_gone(tmp_path, signal_name, victim):
     body = FAILURE.replace("SIGNAL", signal_name).replace("VICTIM", str(victim))
     processes = start_ranks(tmp_path, body, 3, "--dist_timeout", "4")
@@ -510,7 +511,7 @@ for step in range(100000):
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [slow(signal.SIGUSR1), slow(signal.SIGUSR2), signal.SIGTERM])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, signum):
     processes = start_ranks(tmp_path, STEPS, 3)
     wait_until_ready(processes)

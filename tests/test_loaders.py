@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from util.data.datasets import BadImageError, ImageDataset, build_dataset, build
 from util.data.transforms import pretrain_transform, train_transform
 
 CPU = torch.device("cpu")
+slow = partial(pytest.param, marks=pytest.mark.slow)
 PATHS = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]  # for scripts
 
 
@@ -135,7 +137,7 @@ print(*workers)
 """
 
 
-@pytest.mark.parametrize("end", ["pass", "raise SystemExit(3)", "raise RuntimeError('x')", "del batches, loader"])
+@pytest.mark.parametrize("end", ["pass", slow("raise SystemExit(3)"), slow("raise RuntimeError('x')"), "del batches, loader"])
 def test_workers_survive_signals_and_end_with_their_process(tmp_path, end):
     root = photo_folder(tmp_path / "data")
     script = LOADER_SCRIPT.format(paths=PATHS, root=str(root), end=end)

@@ -41,7 +41,7 @@ def kill_after(trial: Trial, out: Path, steps: int) -> None:
     assert trial.wait() == [-signal.SIGKILL]
 
 
-@pytest.mark.parametrize("save_steps", [4, 99])
+@pytest.mark.parametrize("save_steps", [4, pytest.param(99, marks=pytest.mark.slow)])
 def test_after_a_kill_each_epoch_and_step_stands_there_once(place, tmp_path, save_steps):
     """Also where it came before the first checkpoint, so that the run began anew."""
     out = tmp_path / "out"

@@ -68,6 +68,7 @@ def test_four_tasks_on_two_nodes_train_as_torchrun_does(cluster, images, tmp_pat
     assert (tmp_path / "srun/checkpoint.pth").exists()
 
 
+@pytest.mark.slow
 def test_sixteen_tasks_take_a_step(cluster, images, tmp_path):
     flags = [*SMALL, *SCHEDULE, "--batch_size", "6", "--epochs", "1"]  # 96 images, one step
     result = cluster.run("sh", PRETRAIN, "partition", "16", images, *flags, *into(tmp_path), timeout=300)
@@ -76,6 +77,7 @@ def test_sixteen_tasks_take_a_step(cluster, images, tmp_path):
     assert len(losses(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_fine_tuning_inside_an_allocation_then_evaluation(cluster, images, tmp_path):
     result = cluster.run(
         "salloc", "--ntasks=2", "--nodes=2", "--gres=gpu:1",
@@ -102,6 +104,7 @@ def redone_steps(output):
     return len(steps) - len(set(steps))
 
 
+@pytest.mark.slow
 def test_ten_preemptions_cost_nothing(cluster, images, tmp_path):
     flags = [
         *SMALL,
@@ -149,6 +152,7 @@ def test_ten_preemptions_cost_nothing(cluster, images, tmp_path):
     assert redone_steps(output) <= 10
 
 
+@pytest.mark.slow
 def test_a_dead_or_hung_rank_ends_its_job(cluster, images, tmp_path):
     """Three jobs at once, on the same nodes: they must not meet on each other's ports either."""
     flags = [*SMALL, *SCHEDULE, "--batch_size", "4", "--epochs", "1000", "--dist_timeout", "10"]
@@ -182,6 +186,7 @@ def test_a_dead_or_hung_rank_ends_its_job(cluster, images, tmp_path):
             assert "--dist_timeout 10 s" in output
 
 
+@pytest.mark.slow
 def test_submitit_job_survives_a_preemption(cluster, images, tmp_path):
     flags = [*SMALL, *SCHEDULE, "--batch_size", "4", "--epochs", "10", *into(tmp_path / "out")]
     result = cluster.run(
