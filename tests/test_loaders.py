@@ -137,7 +137,10 @@ print(*workers)
 """
 
 
-@pytest.mark.parametrize("end", ["pass", slow("raise SystemExit(3)"), slow("raise RuntimeError('x')"), "del batches, loader"])
+ENDS = ["pass", slow("raise SystemExit(3)"), slow("raise RuntimeError('x')"), "del batches, loader"]
+
+
+@pytest.mark.parametrize("end", ENDS)
 def test_workers_survive_signals_and_end_with_their_process(tmp_path, end):
     root = photo_folder(tmp_path / "data")
     script = LOADER_SCRIPT.format(paths=PATHS, root=str(root), end=end)

@@ -12,9 +12,7 @@ import logging
 import os
 import re
 import shutil
-import socket
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,6 @@ from util.weights.file import (
 logger = logging.getLogger(__name__)
 
 TOLERATED_FAILURES = 3  # saves in a row that may fail (a full disk, a network file system away) before the run ends
-STALE_AFTER = 3600  # seconds; a temporary file of a process that cannot be asked is a leftover when it is older
 
 
 class SaveError(OSError):
@@ -50,11 +47,11 @@ POSITION = (
 )
 
 STEP_NAME = re.compile(r"checkpoint-\d+\.pth")
-TEMPORARY_NAME = re.compile(r"\.checkpoint.*\.pth\.(?P<host>.+)\.(?P<pid>\d+)\.tmp")
+TEMPORARY_NAME = re.compile(r"\.checkpoint.*\.pth\..+\.\d+\.tmp")  # see temporary_path
 
 
 class CheckpointFolder:
-    """Saves and finds the checkpoints of one run. For one process of a run: rank 0.
+    """Saves and finds the checkpoints of one run. For one process of a run: rank 0, which has taken the folder.
 
     Saving copies the tensors to the CPU and returns; a thread writes the copy, one at a time. The copy's memory is kept
     for the next one, since getting it anew would take longer than copying. The folder is whole at every moment: each
@@ -174,10 +171,9 @@ class CheckpointFolder:
         return sorted(found, key=lambda entry: (entry[0], STEP_NAME.fullmatch(entry[1].name) is not None))
 
     def _remove_leftovers(self) -> None:
-        """Remove the temporary files of runs that died while saving."""
+        """Remove the temporary files of runs that died while saving: the folder is ours, so nobody is writing them."""
         for path in self.folder.glob(".checkpoint*.tmp"):
-            match = TEMPORARY_NAME.fullmatch(path.name)
-            if match and not _may_be_in_use(path, match["host"], int(match["pid"])):
+            if TEMPORARY_NAME.fullmatch(path.name):
                 path.unlink(missing_ok=True)
                 logger.info("removed %s, left by a run that ended while saving", path)
 
@@ -283,20 +279,3 @@ def _give_name(existing: Path, name: Path) -> None:
         sync_folder(name.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _may_be_in_use(path: Path, host: str, pid: int) -> bool:
-    """Whether the process that named a temporary file may still be writing it."""
-    if time.time() - path.stat().st_mtime > STALE_AFTER:
-        return False
-    if host != socket.gethostname():
-        return True
-    if pid == os.getpid():
-        return False  # this process has not begun to write: the name is of an earlier one with the same number
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
