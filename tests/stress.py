@@ -7,6 +7,7 @@ steps.jsonl, log.txt and TensorBoard (but for the clock), as the run that nobody
 
 import argparse
 import logging
+import math
 import os
 import random
 import re
@@ -42,6 +43,7 @@ from trials import (
     waiting_for,
 )
 
+import main_finetune
 from util.run.checkpoint_folder import CheckpointFolder
 from util.weights.file import CheckpointError, read_checkpoint
 
@@ -49,6 +51,8 @@ EPOCHS, STEPS_PER_EPOCH, MICRO_BATCHES = 3, 8, 2
 STEPS = EPOCHS * STEPS_PER_EPOCH
 RECIPE = (*TINY, "--epochs", EPOCHS, "--batch_size", 2, "--accum_iter", MICRO_BATCHES)
 RECIPE = (*RECIPE, "--drop_path", 0.3, "--range_mask_ratio", 0.2, "--clip_grad", 1)
+CLASSIFIER = ("--device", "cpu", "--num_workers", 0, "--model", "swin_quickstart", "--in_chans", 1, "--batch_size", 8)
+CLASSIFIER = (*CLASSIFIER, "--epochs", 2, "--warmup_epochs", 0)
 MOST_SECONDS = 10  # from a value that is not finite until all ranks have left
 
 
@@ -205,6 +209,84 @@ def pairs(bench: Bench) -> tuple[str, str]:
     return f"{bench.args.pairs} pairs of starts, half of them after a `kill -9`", result
 
 
+def renamings(bench: Bench) -> tuple[str, str]:
+    """Some class folders get other names: for an evaluation, where val/ is alone, and for a run that is resumed."""
+    data, renamed, out = bench.place / "classes", bench.place / "renamed", bench.fresh("classifier")
+    folders = [Path(split) / f"class{i}" for split in ("train", "val") for i in range(6)]
+    for number, folder in enumerate(folders):
+        make_images(data / folder, 4, seed=number)
+    resume = (*CLASSIFIER, "--output_dir", out, "--resume", "auto", "--data_path")
+    evaluate = ("--eval", "--finetune", out / "checkpoint.pth", *CLASSIFIER[:4], "--data_path")
+    Trial(bench.place / "logs", *resume, data, main=main_finetune).finish()
+    Trial(bench.place / "logs", *evaluate, data, main=main_finetune).finish()
+    saved = state_of(out)
+    for number in range(bench.args.renamings):
+        chosen = {f"class{i}" for i in bench.rng.sample(range(6), bench.rng.randrange(1, 7))}
+        prefix = bench.rng.choice(["a", "z", "class0 ", "Class", "\u00e9"])
+        for splits, flags in ((["val"], evaluate), (["train", "val"], (*resume[:-1], "--epochs", 3, "--data_path"))):
+            shutil.rmtree(renamed, ignore_errors=True)
+            for folder in folders:
+                if folder.parts[0] in splits:
+                    new = prefix + folder.name if folder.name in chosen else folder.name
+                    shutil.copytree(data / folder, renamed / folder.parent / new)
+            said = Trial(bench.place / "logs", *flags, renamed, main=main_finetune).finish(2)
+            assert "only in the data: " in said and "result:" not in said and "Traceback" not in said, said
+            assert all(name in said for name in chosen), said
+        assert same(state_of(out), saved)
+        bench.report(number + 1, bench.args.renamings, "renamed")
+    total = bench.args.renamings
+    return f"{total} renamings of 1 to 6 of 6 classes", f"{total} evaluations and {total} resumed runs stopped"
+
+
+def units(bench: Bench) -> tuple[str, str]:
+    """Arrays in random units that --mean and --std do not fit, then with the flags that the message gives."""
+    folder, total = bench.place / "arrays", bench.args.units
+    for number in range(total):
+        shutil.rmtree(folder, ignore_errors=True)
+        make_images(folder, 16, channels=2, seed=number)
+        dtype = bench.rng.choice(["uint16", "int16", "float32", "float64"])
+        scale = 10 ** bench.rng.uniform(0, math.log10(127)) if "int" in dtype else 10 ** bench.rng.uniform(0, 6)
+        for path in folder.iterdir():
+            np.save(path, (np.load(path) * scale + 30).astype(dtype))
+        flags = ("--data_path", folder, "--in_chans", 2, "--epochs", 1)
+        said = bench.start(bench.fresh(), *flags).finish(2)
+        assert "epoch 0" not in said and "Traceback" not in said, said
+        pasted = re.search(r"Measured on .*?(--mean [-\d.e+ ]+ --std [-\d.e+ ]+\d)", said)[1].split()
+        bench.start(bench.fresh(), *flags, *pasted).finish()
+        assert all(line["loss"] < 10 for line in steps_of(bench.place / "out"))
+        bench.report(number + 1, total, "units")
+    return (
+        f"{total} sets of arrays in random units",
+        f"{total} stopped before training, {total} ran with the flags printed",
+    )
+
+
+def changed_data(bench: Bench) -> tuple[str, str]:
+    """Images are added, removed or renamed while a run stands still."""
+    total, out, copy = bench.args.changes, bench.fresh(), bench.place / "changed"
+    bench.start(out, sabotage=stop_signal(MICRO_BATCHES * STEPS_PER_EPOCH // 2)).finish(75)
+    for number in range(total):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(bench.place / "images", copy)
+        names, count = sorted(path.name for path in copy.iterdir()), bench.rng.randrange(1, 9)
+        for name in bench.rng.sample(names, count):
+            if number % 3 == 0:
+                shutil.copy(copy / name, copy / f"more-{name}")
+            elif number % 3 == 1:
+                (copy / name).unlink()
+            else:
+                (copy / name).rename(copy / f"new-{name}")
+        now = len(names) + (count, -count, 0)[number % 3]
+        shutil.copytree(out, bench.fresh("copy"))
+        flags = ("--resume", "auto", "--data_path", copy)
+        said = bench.start(bench.place / "copy", *flags).finish()
+        change = f"{len(names)} -> {now} images" if now != len(names) else "under other names"
+        assert f"the train images are not those of the checkpoint: {len(names)}" in said and change in said, said
+        bench.report(number + 1, total, "changed")
+    result = f"{total} resumed with a warning that names the change"
+    return f"{total} times 1 to 8 images added, removed or renamed", result
+
+
 def disk(bench: Bench) -> tuple[str, str]:
     """A tmpfs that becomes full; one that has room again later, one that stays full."""
     (bench.place / "disk").mkdir(exist_ok=True)
@@ -315,6 +397,9 @@ PROMISES: dict[str, tuple[str, Callable[[Bench], tuple[str, str]]]] = {
     "damage": ("A damaged checkpoint is never used; the previous one is", damage),
     "stops": ("Resuming is exact at any step, with any number of workers", stops),
     "pairs": ("Of two runs in one folder the second is an error before it writes", pairs),
+    "renamings": ("Renamed classes are never taken for those of the weights", renamings),
+    "units": ("Values in other units than --mean and --std are never trained on", units),
+    "changed_data": ("A run that goes on with other images says so", changed_data),
     "disk": ("A full disk harms no checkpoint and ends no run at once", disk),
     "read_only": ("A read-only output folder is an error before training", read_only),
     "nan": ("A value that is not finite on one rank stops all within 10 s", nan),
@@ -331,6 +416,9 @@ def main() -> int:
     parser.add_argument("--stops", type=int, default=15, metavar="N", help="steps at which runs are stopped")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 3], metavar="N", help="to go on with")
     parser.add_argument("--pairs", type=int, default=100, metavar="N", help="pairs of starts in one folder")
+    parser.add_argument("--renamings", type=int, default=20, metavar="N", help="times that classes get other names")
+    parser.add_argument("--units", type=int, default=20, metavar="N", help="sets of arrays in random units")
+    parser.add_argument("--changes", type=int, default=21, metavar="N", help="times that the images of a run change")
     parser.add_argument("--nans", type=int, default=3, metavar="N", help="spoiled losses, and as many gradients")
     parser.add_argument("--images", type=int, default=10_000, metavar="N", help="of which 1 %% are bad")
     parser.add_argument("--only", nargs="+", default=list(PROMISES), choices=PROMISES, metavar="NAME", help="which")
