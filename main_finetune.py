@@ -22,6 +22,7 @@ import csv
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -41,6 +42,7 @@ from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
 from util.run.classes import check_division, classes_to_evaluate, count_classes, number_classes, write_division
 from util.run.config import TrainingConfig, resolve
+from util.run.defaults import FINETUNING_MODEL, GPU_BATCH, finetuning_defaults
 from util.run.failures import user_errors
 from util.run.flags import (
     AT_LEAST_1,
@@ -68,7 +70,6 @@ from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "swin_base_w14"
 HEAD_INIT_STD = 2e-5  # of a fresh head on a pretrained encoder: it starts at equal probabilities
 
 
@@ -137,12 +138,13 @@ class EvaluationFlags(Config):
 @dataclass(frozen=True)
 class FinetuneConfig(FinetuningFlags, AugmentationFlags, EvaluationFlags, TrainingConfig):
     drop_path: float = with_default(TrainingConfig, "drop_path", 0.1)
+    epochs: int = with_default(TrainingConfig, "epochs", 100)
     blr: float = with_default(TrainingConfig, "blr", 5e-4)
     min_lr: float = with_default(TrainingConfig, "min_lr", 1e-6)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if uses_mixup(self) and self.batch_size % 2:
+        if uses_mixup(self) and self.batch_size is not None and self.batch_size % 2:
             raise UserError(
                 f"mixup and cutmix pair the images of a batch: --batch_size must be even, got {self.batch_size} "
                 "(or use --mixup 0 --cutmix 0)"
@@ -263,8 +265,8 @@ def evaluate_only(given: FinetuneConfig, launch: Launch) -> None:
     """`--eval`: classify the validation images with the weights of --finetune or --resume."""
     source = given.finetune or given.resume
     weights, info = read_weights(source, ema=given.model_ema)
-    settings = weight_settings(info.args, source, given.as_dict(), default_model=DEFAULT_MODEL)
-    config = resolve(given, launch, settings)
+    settings = weight_settings(info.args, source, given.as_dict(), defaults={"model": FINETUNING_MODEL})
+    config = resolve(given, launch, settings, {"batch_size": GPU_BATCH})
     validation = build_validation(config, launch)
     dataset, device = validation.dataset, launch.device
     check_statistics(config, dataset)
@@ -316,8 +318,7 @@ def main(flags: argparse.Namespace) -> None:
         preemption.install()
         log_environment(launch.device)
         start = find_start(given)
-        settings = start.settings(given, pretraining=False, default_model=DEFAULT_MODEL)
-        config = resolve(given, launch, settings)
+        config = start.resolve(given, launch, pretraining=False, choose=partial(finetuning_defaults, given, launch))
         run, validation = prepare(config, launch, start, preemption)
     with orderly_end(run):
         train(run, validation)

@@ -16,6 +16,7 @@ import argparse
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import timm
@@ -31,9 +32,10 @@ from util.data.transforms import Normalize, pretrain_transform
 from util.errors import UserError
 from util.knn import NEIGHBOURS, knn_accuracy, labelled_datasets
 from util.run import distributed
-from util.run.config import TrainingConfig, resolve
+from util.run.config import TrainingConfig
+from util.run.defaults import pretraining_defaults
 from util.run.failures import user_errors
-from util.run.flags import BELOW_1, FREE, NOT_NEGATIVE, flag, get_parser, given_flags, with_default
+from util.run.flags import BELOW_1, FREE, NOT_NEGATIVE, flag, get_parser, given_flags
 from util.run.launch import Launch
 from util.run.logger import log_environment, setup_logging
 from util.run.metrics import count_work
@@ -56,9 +58,6 @@ PICTURE_IMAGES = 6
 class PretrainConfig(TrainingConfig):
     TITLE: ClassVar[str] = "pretraining"
 
-    epochs: int = with_default(TrainingConfig, "epochs", 400)
-    blr: float = with_default(TrainingConfig, "blr", 1.5e-4)
-    warmup_epochs: float = with_default(TrainingConfig, "warmup_epochs", 40)
     mask_ratio: float = flag(
         0.5,
         "fraction of the cells that is replaced by the partner's",
@@ -74,7 +73,7 @@ class PretrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batch_size % 2:
+        if self.batch_size is not None and self.batch_size % 2:
             raise UserError(f"--batch_size must be even, since images are mixed in pairs; got {self.batch_size}")
 
 
@@ -176,8 +175,7 @@ def main(flags: argparse.Namespace) -> None:
         preemption.install()
         log_environment(launch.device)
         start = find_start(given)
-        settings = start.settings(given, pretraining=True, default_model="mixmae_base")
-        config = resolve(given, launch, settings)
+        config = start.resolve(given, launch, pretraining=True, choose=partial(pretraining_defaults, given, launch))
         run, labelled = prepare(config, launch, start, preemption)
     began = time.time()
     with orderly_end(run):

@@ -11,7 +11,7 @@
 here=$(dirname -- "$0") && [ -f "$here/../launch.sh" ] || here=exp/base_600ep # sbatch runs a copy of this file
 . "$here/../launch.sh" # takes PARTITION, GPUS and DATA
 launch main_finetune.py \
-    --model swin_base_w14 --input_size 224 --nb_classes 1000 --ignore_exif \
+    --model swin_base_w14 --input_size 224 --in_chans 3 --nb_classes 1000 --ignore_exif \
     --finetune "$here/ckpt_finetune/checkpoint.pth" \
     --eval --batch_size 128 \
     "$@"

@@ -13,7 +13,7 @@
 here=$(dirname -- "$0") && [ -f "$here/../launch.sh" ] || here=exp/base_600ep # sbatch runs a copy of this file
 . "$here/../launch.sh" # takes PARTITION, GPUS and DATA
 effective_batch=1024 launch main_finetune.py \
-    --model swin_base_w14 --input_size 224 --nb_classes 1000 --ignore_exif \
+    --model swin_base_w14 --input_size 224 --in_chans 3 --nb_classes 1000 --ignore_exif \
     --finetune "$here/ckpt/checkpoint.pth" \
     --batch_size 128 --epochs 100 --warmup_epochs 5 \
     --blr 5e-4 --min_lr 1e-6 --layer_decay 0.7 --weight_decay 0.05 --drop_path 0.1 \

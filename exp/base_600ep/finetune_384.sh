@@ -13,7 +13,7 @@
 here=$(dirname -- "$0") && [ -f "$here/../launch.sh" ] || here=exp/base_600ep # sbatch runs a copy of this file
 . "$here/../launch.sh" # takes PARTITION, GPUS and DATA
 effective_batch=512 launch main_finetune.py \
-    --model swin_base_w16_384 --input_size 384 --nb_classes 1000 --ignore_exif \
+    --model swin_base_w16_384 --input_size 384 --in_chans 3 --nb_classes 1000 --ignore_exif \
     --finetune "$here/ckpt_finetune/checkpoint.pth" \
     --batch_size 32 --epochs 30 --warmup_epochs 2 \
     --blr 5e-5 --min_lr 1e-6 --layer_decay 0.7 --weight_decay 0.05 --drop_path 0.2 \

@@ -11,7 +11,7 @@
 here=$(dirname -- "$0") && [ -f "$here/../launch.sh" ] || here=exp/huge_600ep # sbatch runs a copy of this file
 . "$here/../launch.sh" # takes PARTITION, GPUS and DATA
 effective_batch=2048 launch main_finetune.py \
-    --model swin_huge_w14 --input_size 224 --nb_classes 1000 --ignore_exif \
+    --model swin_huge_w14 --input_size 224 --in_chans 3 --nb_classes 1000 --ignore_exif \
     --finetune "$here/ckpt/checkpoint.pth" --freeze_encoder \
     --batch_size 128 --epochs 90 --warmup_epochs 10 \
     --blr 1e-3 --min_lr 0 --layer_decay 1.0 --weight_decay 0 --drop_path 0 \

@@ -12,7 +12,7 @@
 here=$(dirname -- "$0") && [ -f "$here/../launch.sh" ] || here=exp/large_600ep # sbatch runs a copy of this file
 . "$here/../launch.sh" # takes PARTITION, GPUS and DATA
 effective_batch=2048 launch main_pretrain.py \
-    --model mixmae_large --input_size 224 --ignore_exif \
+    --model mixmae_large --input_size 224 --in_chans 3 --ignore_exif \
     --mask_ratio 0.5 --norm_pix_loss \
     --batch_size 64 --epochs 600 --warmup_epochs 40 \
     --blr 1.5e-4 --min_lr 0 --weight_decay 0.05 \

@@ -149,15 +149,19 @@ class DataFlags(ReadingFlags):
 class OptimizerFlags(Config):
     TITLE: ClassVar[str] = "optimisation"
 
-    batch_size: int = flag(64, "images per rank and micro-batch", "N", AT_LEAST_1, on_resume=BATCHES)
-    epochs: int = flag(100, "epochs of the whole schedule", "N", AT_LEAST_1)
+    batch_size: int | None = flag(
+        None, "images per rank and micro-batch (default: chosen)", "N", AT_LEAST_1, on_resume=BATCHES
+    )
+    epochs: int | None = flag(None, "epochs of the whole schedule (default: chosen)", "N", AT_LEAST_1)
     accum_iter: int = flag(1, "micro-batches accumulated into one optimizer step", "N", AT_LEAST_1, on_resume=BATCHES)
     clip_grad: float | None = flag(None, "clip the gradient norm (default: no clipping)", "NORM", POSITIVE)
     weight_decay: float = flag(0.05, "AdamW's weight decay", "X", NOT_NEGATIVE)
-    lr: float | None = flag(None, "learning rate (default: blr * effective batch / 256)", "X", NOT_NEGATIVE)
-    blr: float = flag(1e-4, "base learning rate, per 256 images", "X", NOT_NEGATIVE)
+    lr: float | None = flag(
+        None, "learning rate (default: blr * effective batch / 256; without --blr, chosen)", "X", NOT_NEGATIVE
+    )
+    blr: float | None = flag(None, "base learning rate, per 256 images", "X", NOT_NEGATIVE)
     min_lr: float = flag(0.0, "learning rate at the end", "X", NOT_NEGATIVE)
-    warmup_epochs: float = flag(5, "epochs of linear warm-up", "N", NOT_NEGATIVE)
+    warmup_epochs: float | None = flag(None, "epochs of linear warm-up (default: chosen)", "N", NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -243,9 +247,11 @@ class TrainingConfig(WeightFlags, ModelFlags, OptimizerFlags, DataFlags, DeviceF
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.epochs is None:
+            return
         if self.start_epoch >= self.epochs:
             raise UserError(f"--start_epoch {self.start_epoch} leaves nothing to train: --epochs is {self.epochs}")
-        if self.warmup_epochs > self.epochs:
+        if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise UserError(f"--warmup_epochs {self.warmup_epochs:g} is longer than the run: --epochs {self.epochs}")
 
     @property
@@ -257,19 +263,30 @@ class TrainingConfig(WeightFlags, ModelFlags, OptimizerFlags, DataFlags, DeviceF
 # --- Resolving ---
 
 
-def resolve(given: C, launch: Launch, settings: WeightSettings) -> C:
+OPTIMISATION = ("batch_size", "epochs", "warmup_epochs", "lr", "blr")
+
+
+def resolve(given: C, launch: Launch, settings: WeightSettings, others: Mapping[str, Any] | None = None) -> C:
     """The configuration: what was given, and what follows from it.
 
     Args:
         given: of `given_flags`.
         launch: the processes of the run; `world_size` and `device` become what they are.
         settings: what belongs to the weights (`util.weights.settings.weight_settings`), for what was not given.
+        others: values for the flags of `OPTIMISATION` that were not given.
 
     Raises:
         UserError: a precision that the device does not have.
     """
     names = {field.name for field in dataclasses.fields(given)}
     values = {name: value for name, value in settings.values().items() if name in names}
+    values |= {
+        name: value
+        for name, value in (others or {}).items()
+        if name in OPTIMISATION and name in names and getattr(given, name) is None
+    }
+    if getattr(given, "blr", None) is not None:
+        values["lr"] = given.lr  # derived from --blr, unless it is given too
     values |= {"world_size": launch.world_size, "device": launch.device.type}
     values["precision"] = resolve_precision(given.precision, launch.device)
     if "log_dir" in names:

@@ -1,15 +1,16 @@
 """One training run from its start to its end: what it goes on from, its steps and epochs, and how it ends."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
 from util.run.allocator import keep_freed_memory
 from util.run.checkpoint_folder import CheckpointFolder, SaveError
-from util.run.config import Config, TrainingConfig, compare_recipes
+from util.run.config import Config, TrainingConfig, compare_recipes, resolve
 from util.run.failures import (
     CollectiveError,
     WorkerError,
@@ -33,6 +34,7 @@ from util.run.failures import (
     in_one_line,
 )
 from util.run.folder_lock import release_folder, take_folder
+from util.run.launch import Launch
 from util.run.logger import RunLog, describe_environment
 from util.run.metrics import SPIKE_HISTORY, StepMeter
 from util.run.nonfinite import NonFiniteError, NonFiniteGuard
@@ -44,7 +46,11 @@ from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
 
+C = TypeVar("C", bound=TrainingConfig)
+
 # --- What a run goes on from ---
+
+WEIGHT_FIELDS = [field.name for field in dataclasses.fields(WeightSettings)]
 
 
 @dataclass
@@ -55,11 +61,15 @@ class Start:
     checkpoint: dict[str, Any] | None = None
     weights: tuple[dict[str, Tensor], WeightsInfo] | None = None
 
-    def settings(self, given: TrainingConfig, pretraining: bool, default_model: str) -> WeightSettings:
-        """What belongs to the weights: given by flags, else recorded in the checkpoint or with the weights.
+    def resolve(
+        self, given: C, launch: Launch, pretraining: bool, choose: Callable[[Mapping[str, Any]], dict[str, Any]]
+    ) -> C:
+        """The configuration: what flags give, else what the run to resume or the weights were made with, else what
+        `choose` (of util.run.defaults) says when it is told what is known.
 
         Raises:
             CheckpointError: the checkpoint is one of the other kind of run.
+            UserError: settings that contradict each other, or the images.
         """
         recorded, source = {}, ""
         if self.checkpoint is not None:
@@ -67,7 +77,12 @@ class Start:
             refuse_the_other_kind_of_run(recorded, given, pretraining)
         elif self.weights is not None:
             recorded, source = self.weights[1].args, self.weights[1].source
-        return weight_settings(recorded, source, given.as_dict(), pretraining, default_model)
+        known = {name: value for name, value in given.as_dict().items() if value is not None}
+        # Of other weights than the run's own, only what belongs to them counts.
+        own = recorded if self.checkpoint is not None else {name: recorded.get(name) for name in WEIGHT_FIELDS}
+        chosen = choose(own | known)
+        settings = weight_settings(recorded, source, known, pretraining, chosen)
+        return resolve(given, launch, settings, chosen | own)
 
 
 def find_start(given: TrainingConfig) -> Start:

@@ -70,7 +70,7 @@ def weight_settings(
     source: str,
     given: Mapping[str, Any] | None = None,
     pretraining: bool = False,
-    default_model: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> WeightSettings:
     """The settings for weights that are used: what is given, else what is recorded with them, else the model's own.
 
@@ -82,16 +82,17 @@ def weight_settings(
         source: what the weights are called, for messages.
         given: flags by name, which win; None and missing ones are not given.
         pretraining: whether the model is to be a pretraining model, rather than a classifier or encoder.
-        default_model: where neither says which; None makes that an error.
+        defaults: by name, for what neither says; without a model in it, an unknown model is an error.
 
     Raises:
         UserError: an unknown model, a record of another type, statistics that do not fit the channels.
     """
     check_recorded(recorded, source)
     given = {name: value for name, value in (given or {}).items() if value is not None}
+    defaults = defaults or {}
     name, origin = given.get("model"), "--model"
     if name is None:
-        name, origin = recorded.get("model") or default_model, f"{source}, which records the model"
+        name, origin = recorded.get("model") or defaults.get("model"), f"{source}, which records the model"
     if name is None:
         raise CheckpointError(f"{source} does not record which model it is: give --model")
     model = resolve_model_name(name, pretraining, origin)
@@ -99,7 +100,8 @@ def weight_settings(
         recorded = {name: recorded.get(name) for name in ("in_chans", "mean", "std")}
 
     def choose(name: str) -> Any:
-        return given[name] if name in given else recorded.get(name)
+        value = given[name] if name in given else recorded.get(name)
+        return defaults.get(name) if value is None else value
 
     in_chans = choose("in_chans") or 3
     input_size = choose("input_size") or timm.get_pretrained_cfg(model).input_size[1:]

@@ -1,0 +1,129 @@
+"""What is not given is chosen by rules from the data and the machine, said with the reason, and stored with the run."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import fails, make_images, run
+
+import main_finetune
+import main_pretrain
+from util.data.survey import Survey, shape_in_header
+from util.run.defaults import choose_for_finetuning, choose_for_pretraining
+from util.run.flags import given_flags
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+KNOWN = {"accum_iter": 1, "world_size": 1}
+QUIET = ["--device", "cpu", "--num_workers", "0", "--vis_every", "0"]
+
+
+def photographs(images: int) -> Survey:
+    return Survey(images, in_chans=3, size=None, longest_side=500)
+
+
+@pytest.mark.parametrize(
+    "images, device, world_size, expected",
+    [
+        (600, CPU, 1, dict(model="mixmae_quickstart", input_size=(64, 64), patch_size=2, batch_size=32, epochs=56)),
+        (60, CPU, 1, dict(batch_size=14, epochs=250, warmup_epochs=25, lr=2e-3)),
+        (6, CPU, 1, dict(batch_size=2, epochs=334)),
+        (1, CPU, 1, dict(batch_size=2)),
+        (1_500, GPU, 1, dict(model="mixmae_quickstart", batch_size=128, epochs=400, warmup_epochs=40, lr=2e-3)),
+        (60_000, GPU, 1, dict(model="mixmae_tiny", batch_size=128, lr=3e-4)),
+        (1_281_167, GPU, 16, dict(model="mixmae_base", batch_size=128, epochs=400, warmup_epochs=40, lr=1.2e-3)),
+    ],
+)
+def test_rules_of_pretraining(images, device, world_size, expected):
+    choices = choose_for_pretraining({**KNOWN, "world_size": world_size}, photographs(images), device)
+    assert {name: choices.chosen[name] for name in expected} == expected
+    assert len(choices.reasons) == len(choices.chosen)
+    if choices.chosen["model"] != "mixmae_quickstart":
+        assert "input_size" not in choices.chosen  # the model's own
+
+
+def test_small_images_get_the_small_model_at_its_own_size():
+    choices = choose_for_pretraining(KNOWN, Survey(60_000, 1, (28, 28), 28), GPU)
+    assert choices.chosen["model"] == "mixmae_quickstart" and choices.chosen["in_chans"] == 1
+    assert not {"input_size", "patch_size"} & choices.chosen.keys()
+
+
+def test_what_is_known_is_not_chosen_and_decides_the_rest():
+    known = {**KNOWN, "model": "mixmae_tiny", "batch_size": 64, "epochs": 20, "blr": 1e-4, "in_chans": 1}
+    choices = choose_for_pretraining(known, photographs(600), CPU)
+    assert choices.chosen == {"warmup_epochs": 2}
+    choices = choose_for_finetuning({**KNOWN, "epochs": 30, "model": "swin_tiny_w14"}, photographs(100), CPU)
+    assert choices.chosen == {"in_chans": 3, "batch_size": 24, "warmup_epochs": 3}
+
+
+def test_headers(tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "colour.jpg")
+    Image.new("P", (30, 20)).save(tmp_path / "palette.png")
+    Image.new("I;16", (30, 20)).save(tmp_path / "deep.png")
+    np.save(tmp_path / "bands.npy", np.zeros((20, 30, 13), np.uint16))
+    np.save(tmp_path / "grey.npy", np.zeros((20, 30), np.float32))
+    found = {path.stem: shape_in_header(str(path)) for path in tmp_path.iterdir()}
+    channels = {"colour": 3, "palette": 3, "deep": 1, "bands": 13, "grey": 1}
+    assert found == {name: (20, 30, number) for name, number in channels.items()}
+
+
+@pytest.mark.parametrize(
+    "experiment", sorted((ROOT / "exp").glob("*_600ep/*.sh")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_nothing_is_chosen_for_an_experiment(experiment):
+    """Recipes give everything."""
+    printed = subprocess.run(["sh", experiment, "print", "8", "/data"], capture_output=True, text=True, check=True)
+    script, *flags = printed.stdout.removesuffix("\n").split("\n")
+    main = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune}[script]
+    config_class = main_pretrain.PretrainConfig if main is main_pretrain else main_finetune.FinetuneConfig
+    if "--eval" in flags:
+        flags += ["--finetune", "weights.pth"]
+    known = {**given_flags(config_class, main.get_args_parser().parse_args(flags)).as_dict(), "world_size": 8}
+    choose = choose_for_pretraining if main is main_pretrain else choose_for_finetuning
+    assert choose(known, photographs(1_281_167), GPU).chosen.keys() <= (
+        {"batch_size", "warmup_epochs"} if "--eval" in flags else set()
+    )
+
+
+def test_a_folder_and_nothing_else(tmp_path, capfd):
+    """Trains, says what was chosen and why; goes on with the same when resumed on more images."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    make_images(data, 10, (28, 28))
+    flags = [*QUIET, "--output_dir", out, "--data_path", data, "--resume", "auto"]
+    run(main_pretrain, *flags, "--epochs", "2")
+    said = capfd.readouterr().out
+    for choice in ("in_chans 1", "model mixmae_quickstart", "batch_size 2", "warmup_epochs 0.2", "lr 0.002"):
+        assert f"not given, so chosen: --{choice}: " in said
+    stored = json.loads((out / "config.json").read_text())["config"]
+    make_images(data, 100, (28, 28))
+    run(main_pretrain, *flags)
+    said = capfd.readouterr().out
+    assert "chosen" not in said and "10 -> 100 images" in said and "with another setting" not in said
+    again = json.loads((out / "config.json").read_text())["config"]
+    assert {**again, "epochs": stored["epochs"]} == stored
+
+
+@pytest.mark.parametrize("main", [main_pretrain, main_finetune])
+def test_too_few_images(tmp_path, capfd, main):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    flags = ["--device", "cpu", "--data_path", tmp_path / "data", "--output_dir", tmp_path / "out"]
+    fails(main, capfd, "no images found under", *flags)
+    if main is main_pretrain:
+        make_images(tmp_path / "data" / "train", 1)
+        fails(main, capfd, "1 training images do not fill one effective batch of 2", *flags)
+
+
+def test_arrays_of_several_channels(tmp_path, capfd):
+    make_images(tmp_path / "data", 6, (16, 16), channels=5)
+    make_images(tmp_path / "data" / "other", 2, (16, 16), channels=4)
+    flags = [*QUIET, "--epochs", "1", "--data_path", tmp_path / "data", "--output_dir", tmp_path / "out"]
+    fails(
+        main_pretrain,
+        capfd,
+        r"different numbers of channels: of 8 that were looked at, 2 with 4, 6 with 5; .*--in_chans",
+        *flags,
+    )

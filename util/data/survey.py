@@ -1,0 +1,66 @@
+"""What kind of images there are, from the headers of some of them: for settings that nobody has given."""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from util.data.decoding import PILLOW_FORMATS
+from util.data.sources import Source
+from util.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SAMPLE = 100  # images whose headers are read
+GREY_MODES = ("1", "L", "LA", "La", "I", "F")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the images of a data set have in common; None where that is not known, or they differ."""
+
+    images: int
+    in_chans: int | None
+    size: tuple[int, int] | None  # height, width
+    longest_side: int | None  # of any image that was looked at
+
+
+def survey_images(source: Source) -> Survey:
+    """Look at images from all over `source`; those that cannot be read are left for others to report.
+
+    Raises UserError where arrays have different numbers of channels.
+    """
+    count = len(source)
+    shapes = []
+    for number in range(min(SAMPLE, count)):
+        try:
+            shapes.append(shape_in_header(source.path(number * count // min(SAMPLE, count))))
+        except Exception:  # not a file (a tar, a data set of timm's), or whatever Pillow raises on damaged ones
+            continue
+    channels = Counter(shape[2] for shape in shapes)
+    in_chans = 3 if set(channels) == {1, 3} else next(iter(channels), None)
+    if len(channels) > 1 and set(channels) != {1, 3}:
+        found = ", ".join(f"{number} with {name}" for name, number in sorted(channels.items()))
+        raise UserError(
+            f"the images have different numbers of channels: of {len(shapes)} that were looked at, {found}; keep one "
+            "kind, or say with --in_chans which"
+        )
+    sizes = {shape[:2] for shape in shapes}
+    return Survey(
+        images=count,
+        in_chans=in_chans,
+        size=sizes.pop() if len(sizes) == 1 else None,
+        longest_side=max((max(shape[:2]) for shape in shapes), default=None),
+    )
+
+
+def shape_in_header(path: str) -> tuple[int, int, int]:
+    """(height, width, channels) of an image file, without decoding it; 1 channel is grey, 3 is colour of any kind."""
+    if path.lower().endswith(".npy"):
+        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+        return (*shape, 1) if len(shape) == 2 else shape
+    with Image.open(path, formats=PILLOW_FORMATS) as image:
+        grey = image.mode in GREY_MODES or image.mode.startswith("I;16")
+        return image.height, image.width, 1 if grey else 3

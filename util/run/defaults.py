@@ -1,0 +1,174 @@
+"""What a run does where no flag says: chosen once from the data and the machine, logged with the reason, and stored
+with the run, so that resuming it does not choose again. The experiment scripts give every setting, so nothing is chosen
+for them. In pretraining:
+
+    --in_chans        what the image files have; grey and colour mixed count as colour
+    --model           on a CPU, for few images or small ones, mixmae_quickstart; else mixmae_tiny, and mixmae_base from
+                      200,000 images on
+    --input_size      the model's own; for a mixmae_quickstart that was chosen, 64 with --patch_size 2 where images are
+                      larger than 40 pixels
+    --batch_size      128 per GPU as in the recipes, 32 on a CPU; less where an epoch would have fewer than 4 steps
+    --epochs          the authors' 400; on a CPU as many as make 1,000 optimizer steps
+    --warmup_epochs   the recipes' 40, at most a tenth of the run
+    --lr              2e-3 for mixmae_quickstart; for others the recipe's 1.2e-3 at 2,048 images a step, less by the
+                      square root for fewer images
+
+In fine-tuning --in_chans and --batch_size likewise, and --warmup_epochs 5, at most a tenth of the run.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from util.data.sources import open_source
+from util.data.survey import Survey, survey_images
+from util.errors import UserError, unreadable_is_user_error
+from util.run import distributed
+from util.run.config import TrainingConfig
+from util.run.launch import Launch
+
+logger = logging.getLogger(__name__)
+
+SMALL_MODEL = "mixmae_quickstart"
+FINETUNING_MODEL = "swin_base_w14"
+FEW_IMAGES, MANY_IMAGES = 2_000, 200_000
+SMALL_SIDE = 40  # pixels
+GPU_BATCH, CPU_BATCH = 128, 32
+STEPS_PER_EPOCH = 4
+GPU_EPOCHS, CPU_STEPS = 400, 1_000
+WARMUP_EPOCHS, FINETUNING_WARMUP_EPOCHS = 40, 5
+SMALL_MODEL_LR = 2e-3
+RECIPE_LR, RECIPE_BATCH = 1.2e-3, 2048
+
+
+class Choices:
+    """Settings: those that are known, and those that are chosen for want of them, each with its reason."""
+
+    def __init__(self, known: Mapping[str, Any]):
+        self.settings = {name: value for name, value in known.items() if value is not None}
+        self.chosen: dict[str, Any] = {}
+        self.reasons: list[str] = []
+
+    def choose(self, name: str, value: Any, reason: str) -> None:
+        """Take `value` for what is not known yet."""
+        if name not in self.settings:
+            self.settings[name] = self.chosen[name] = value
+            words = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            self.reasons.append(f"--{name} {words}: {reason}")
+
+    @property
+    def eff_batch_size(self) -> int:
+        return self.settings["batch_size"] * self.settings["accum_iter"] * self.settings["world_size"]
+
+    def choose_batch(self, images: int, device: torch.device) -> None:
+        usual, reason = (CPU_BATCH, "usual on a CPU") if device.type == "cpu" else (GPU_BATCH, "as in the recipes")
+        most = images // (STEPS_PER_EPOCH * self.settings["accum_iter"] * self.settings["world_size"])
+        if most < usual:
+            usual, reason = max(2, most // 2 * 2), f"an epoch of {images} images should have {STEPS_PER_EPOCH} steps"
+        self.choose("batch_size", usual, reason)
+
+    def choose_warmup(self, most: int) -> None:
+        tenth = round(self.settings["epochs"] / 10, 1)
+        self.choose("warmup_epochs", min(most, tenth), "a tenth of the run" if tenth < most else "as in the recipes")
+
+
+def choose_for_pretraining(known: Mapping[str, Any], survey: Survey, device: torch.device) -> Choices:
+    """Everything that is not among the `known` settings (of which None does not count), by the rules above."""
+    choices = Choices(known)
+    settings, side = choices.settings, survey.longest_side
+    if survey.in_chans is not None:
+        choices.choose("in_chans", survey.in_chans, "what the image files have")
+    if "model" not in settings:
+        reason = ""
+        if device.type == "cpu":
+            reason = "larger ones are slow on a CPU"
+        elif survey.images < FEW_IMAGES:
+            reason = f"{survey.images} images are few"
+        elif side is not None and side <= SMALL_SIDE:
+            reason = f"no image is larger than {side} pixels"
+        if reason:
+            choices.choose("model", SMALL_MODEL, reason)
+            if not {"input_size", "patch_size", "window_size"} & settings.keys() and not (side and side <= SMALL_SIDE):
+                choices.choose("input_size", (64, 64), "four times the pixels of the model's own")
+                choices.choose("patch_size", 2, "as many tokens as the model's own")
+        elif survey.images < MANY_IMAGES:
+            choices.choose("model", "mixmae_tiny", f"{survey.images} images are fewer than {MANY_IMAGES}")
+        else:
+            choices.choose("model", "mixmae_base", f"{survey.images} images")
+    choices.choose_batch(survey.images, device)
+    if device.type == "cpu":
+        steps_per_epoch = max(1, survey.images // choices.eff_batch_size)
+        epochs = min(GPU_EPOCHS, math.ceil(CPU_STEPS / steps_per_epoch))
+        choices.choose("epochs", epochs, f"{epochs * steps_per_epoch} optimizer steps")
+    else:
+        choices.choose("epochs", GPU_EPOCHS, "the authors' default")
+    choices.choose_warmup(WARMUP_EPOCHS)
+    if "blr" not in settings:
+        if settings["model"] == SMALL_MODEL:
+            choices.choose("lr", SMALL_MODEL_LR, f"suits {SMALL_MODEL}")
+        else:
+            lr = float(f"{RECIPE_LR * math.sqrt(choices.eff_batch_size / RECIPE_BATCH):.3g}")
+            choices.choose(
+                "lr", lr, f"{RECIPE_LR:g} x sqrt({choices.eff_batch_size} / {RECIPE_BATCH}), by the recipe's batch"
+            )
+    return choices
+
+
+def choose_for_finetuning(known: Mapping[str, Any], survey: Survey, device: torch.device) -> Choices:
+    """Likewise."""
+    choices = Choices(known)
+    if survey.in_chans is not None:
+        choices.choose("in_chans", survey.in_chans, "what the image files have")
+    choices.choose_batch(survey.images, device)
+    choices.choose_warmup(FINETUNING_WARMUP_EPOCHS)
+    choices.choose("model", FINETUNING_MODEL, "the paper's")
+    return choices
+
+
+def _look_and_choose(
+    rules: Callable[[Mapping[str, Any], Survey, torch.device], Choices],
+    names: Iterable[str],
+    given: TrainingConfig,
+    launch: Launch,
+    known: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `rules` choose, on rank 0 for all; the images are looked at where one of `names` is not known."""
+    known = {**known, "world_size": launch.world_size}
+    if all(known.get(name) is not None for name in names):
+        return {}
+    found, error = None, None
+    if distributed.is_main_process():
+        try:
+            with unreadable_is_user_error(f"cannot read --data_path {given.data_path}"):
+                source = open_source(replace(given, in_chans=known.get("in_chans") or 3), "train", require_labels=False)
+            found = survey_images(source)
+        except UserError as caught:
+            error = str(caught)
+    survey, error = distributed.gather_objects((found, error))[0]
+    if error:
+        raise UserError(error)
+    choices = rules(known, survey, launch.device)
+    for reason in choices.reasons:
+        logger.info("not given, so chosen: %s", reason)
+    return choices.chosen
+
+
+def pretraining_defaults(given: TrainingConfig, launch: Launch, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for what main_pretrain.py needs and is not `known`; the same on all ranks, which must call this together.
+
+    Raises:
+        UserError: the images of --data_path cannot be found.
+    """
+    rate = "lr" if known.get("blr") is None else "blr"
+    names = ("in_chans", "model", "batch_size", "epochs", "warmup_epochs", rate)
+    return _look_and_choose(choose_for_pretraining, names, given, launch, known)
+
+
+def finetuning_defaults(given: TrainingConfig, launch: Launch, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Likewise for main_finetune.py."""
+    names = ("in_chans", "model", "batch_size", "warmup_epochs")
+    return _look_and_choose(choose_for_finetuning, names, given, launch, known)
