@@ -49,10 +49,10 @@ def launch(world_size: int = 1) -> Launch:
 def resolved(config_class=PretrainConfig, *flags: str, recorded: dict | None = None, world_size: int = 1):
     parsed = get_parser(config_class, "test").parse_args(["--data_path", "somewhere", *map(str, flags)])
     pretraining = config_class is PretrainConfig
-    default = "mixmae_base" if pretraining else "swin_base_w14"
     given = given_flags(config_class, parsed)
-    settings = weight_settings(recorded or {}, "a file", given.as_dict(), pretraining, default)
-    return resolve(given, launch(world_size), settings)
+    chosen = {"model": "mixmae_base" if pretraining else "swin_base_w14", "batch_size": 64, "epochs": 400, "lr": 0.1}
+    settings = weight_settings(recorded or {}, "a file", given.as_dict(), pretraining, chosen)
+    return resolve(given, launch(world_size), settings, chosen)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,8 @@ def test_what_follows_from_flags_is_filled_in():
     config = resolved(PretrainConfig, "--batch_size", 8, "--accum_iter", 2, "--blr", 1e-3, world_size=4)
     assert config.eff_batch_size == 64 and config.lr == 1e-3 * 64 / 256 and config.world_size == 4
     assert (config.model, config.input_size, config.precision) == ("mixmae_base", (224, 224), "fp32")
-    assert (config.epochs, PretrainConfig(data_path="a").epochs) == (400, 400)  # one default, however it is made
+    assert config.epochs == 400  # chosen, since not given
+    assert resolved(PretrainConfig, "--batch_size", 8).lr == 0.1  # likewise
     assert config.log_dir == config.output_dir and config.device == "cpu"
     assert resolved(PretrainConfig, "--input_size", 64).input_size == (64, 64)
     assert resolved(PretrainConfig, "--input_size", 64, 96, "--lr", 0.5).lr == 0.5
