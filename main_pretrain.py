@@ -3,7 +3,7 @@
 On this machine (a CPU, or one GPU):
     python main_pretrain.py --data_path /path/to/images --model mixmae_tiny --batch_size 32
 On the GPUs of one machine:
-    torchrun --standalone --nproc_per_node 8 main_pretrain.py --data_path /path/to/imagenet --norm_pix_loss
+    torchrun --standalone --nproc_per_node 8 main_pretrain.py --data_path /path/to/imagenet
 The paper's experiments, on Slurm or here:
     sh exp/base_600ep/pretrain.sh partition 16 /path/to/imagenet
     sh exp/base_600ep/pretrain.sh local 8 /path/to/imagenet
@@ -67,7 +67,7 @@ class PretrainConfig(TrainingConfig):
     range_mask_ratio: float = flag(
         0.0, "add a random amount from 0 to this to each step's mask ratio", "FRACTION", BELOW_1
     )
-    norm_pix_loss: bool = flag(False, "predict pixels normalised by their cell's mean and variance")
+    norm_pix_loss: bool = flag(True, "predict pixels normalised by their cell's mean and variance")
     vis_every: int = flag(20, "draw a picture every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
     knn_every: int = flag(0, "test by kNN every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
 

@@ -233,4 +233,4 @@ def test_help_shows_defaults(capsys):
         "--save_every --vis_every"
     ).split():
         assert flag in text
-    assert "(default: 0.00015)" in text and "EPOCHS" in text
+    assert "(default: 0.05)" in text and "(default: chosen)" in text and "EPOCHS" in text
