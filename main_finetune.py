@@ -39,7 +39,7 @@ from util.data.datasets import ImageDataset, build_dataset, build_loader
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import BatchAugmentation, Normalize, eval_transform, train_transform, uses_mixup
 from util.errors import UserError, unreadable_is_user_error
-from util.run import distributed
+from util.run import advice, distributed
 from util.run.classes import check_division, classes_to_evaluate, count_classes, number_classes, write_division
 from util.run.config import TrainingConfig, resolve
 from util.run.defaults import FINETUNING_MODEL, GPU_BATCH, finetuning_defaults
@@ -322,6 +322,8 @@ def main(flags: argparse.Namespace) -> None:
         run, validation = prepare(config, launch, start, preemption)
     with orderly_end(run):
         train(run, validation)
+    if launch.rank == 0:  # the ranks no longer know each other
+        logger.info(advice.describe(advice.after_fine_tuning(config)))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from util.data.samplers import TrainBatchSampler
 from util.data.transforms import Normalize, pretrain_transform
 from util.errors import UserError
 from util.knn import NEIGHBOURS, knn_accuracy, labelled_datasets
-from util.run import distributed
+from util.run import advice, distributed
 from util.run.config import TrainingConfig
 from util.run.defaults import pretraining_defaults
 from util.run.failures import user_errors
@@ -180,8 +180,10 @@ def main(flags: argparse.Namespace) -> None:
     began = time.time()
     with orderly_end(run):
         train(run, labelled)
-    minutes = (time.time() - began) / 60
-    logger.info("pretraining took %.1f minutes; checkpoint: %s/checkpoint.pth", minutes, config.output_dir)
+    if launch.rank == 0:  # the ranks no longer know each other
+        minutes = (time.time() - began) / 60
+        logger.info("pretraining took %.1f minutes; checkpoint: %s/checkpoint.pth", minutes, config.output_dir)
+        logger.info(advice.describe(advice.after_pretraining(config, run.loader.dataset.classes is not None)))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from util.data.statistics import check_images
 from util.data.transforms import Normalize
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
+from util.run.advice import to_continue
 from util.run.allocator import keep_freed_memory
 from util.run.checkpoint_folder import CheckpointFolder, SaveError
 from util.run.config import Config, TrainingConfig, compare_recipes, resolve
@@ -417,6 +418,8 @@ def orderly_end(run: Run) -> Iterator[None]:
                 run.close()
         except Preempted as stopped:
             logger.warning("%s", stopped)
+            if run.config.world_size == 1 and "SLURM_JOB_ID" not in os.environ:
+                logger.warning("to go on: %s", to_continue())
             if run.folder is not None:
                 run.folder.wait(final=True)
             release_folder()  # a requeued job may start elsewhere before this process has ended

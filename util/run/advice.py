@@ -1,0 +1,84 @@
+"""What to do next, as commands to paste: at the end of a run, and after it was stopped."""
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from util.run.config import TrainingConfig
+
+
+def command(*words: object) -> str:
+    """A shell command that runs in the environment of this process: `words` after the Python interpreter."""
+    activated = shutil.which("python")
+    python = "python" if activated and os.path.samefile(activated, sys.executable) else sys.executable
+    if python.startswith(f"{os.getcwd()}{os.sep}"):
+        python = os.path.relpath(python)
+    return shlex.join([python, *map(str, words)])
+
+
+def data_flags(config: TrainingConfig, divided: bool = True) -> list[object]:
+    """The flags that name the images and say how they are read; `divided`: into training and validation images."""
+    flags: list[object] = ["--data_path", config.data_path]
+    if config.dataset:
+        flags += ["--dataset", config.dataset]
+    elif divided and config.val_share:
+        flags += ["--val_share", config.val_share]
+    elif divided:
+        folder = Path(config.data_path) if Path(config.data_path).is_dir() else Path(config.data_path).parent
+        validation = any((folder / name).exists() for name in ("val", "val.txt", "val.tar"))
+        flags += [] if validation else ["--val_share", 0.1]
+    return flags + ["--ignore_exif"] * config.ignore_exif
+
+
+def after_pretraining(config: TrainingConfig, labelled: bool) -> list[tuple[str, str]]:
+    """What can be done with the checkpoint, and how.
+
+    Args:
+        labelled: whether the images have labels.
+    """
+    folder, data = Path(config.output_dir), data_flags(config)
+    checkpoint = ["--checkpoint", folder / "checkpoint.pth"]
+    steps = []
+    if not config.dataset:
+        drawn = [*checkpoint, "--images", config.data_path, "--out", folder / "reconstructions.png"]
+        steps.append(("see reconstructions", command("-m", "util.visualize", *drawn)))
+    if labelled:
+        steps.append(("measure the features", command("-m", "util.knn", *checkpoint, *data)))
+        finetuned = folder.with_name(f"{folder.name}_finetuned")
+        flags = ["--finetune", folder / "checkpoint.pth", *data, "--output_dir", finetuned]
+        steps.append(("fine-tune with labels", command("main_finetune.py", *flags)))
+    elif not config.dataset:
+        embeddings = [config.data_path, "--features", "--out", folder / "embeddings.npz"]
+        steps.append(("embed the images", command("-m", "util.predict", *checkpoint, *embeddings)))
+    exported = ["--part", "encoder", "--format", "safetensors", "--out", folder / "encoder.safetensors"]
+    steps.append(("use the encoder elsewhere", command("-m", "util.export", *checkpoint, *exported)))
+    more = folder.with_name(f"{folder.name}_continued")
+    flags = [*data_flags(config, False), "--finetune", folder / "checkpoint.pth", "--output_dir", more]
+    steps.append(("pretrain further", command("main_pretrain.py", *flags)))
+    return steps
+
+
+def after_fine_tuning(config: TrainingConfig) -> list[tuple[str, str]]:
+    """Likewise for a classifier."""
+    folder, data = Path(config.output_dir), data_flags(config)
+    best = folder / "checkpoint-best.pth"
+    predictions = ["--per_class", "--predictions", folder / "predictions.csv"]
+    steps = [("evaluate again", command("main_finetune.py", "--eval", "--finetune", best, *data, *predictions))]
+    if not config.dataset:
+        classified = ["--checkpoint", best, config.data_path, "--out", folder / "classes.csv"]
+        steps.append(("classify images", command("-m", "util.predict", *classified)))
+    exported = ["--checkpoint", best, "--format", "safetensors", "--out", folder / "classifier.safetensors"]
+    return [*steps, ("use the classifier elsewhere", command("-m", "util.export", *exported))]
+
+
+def describe(steps: list[tuple[str, str]]) -> str:
+    """The commands, one per line, each below what it does."""
+    return "\n".join(["what can be done next:", *(f"  # {purpose}\n  {line}" for purpose, line in steps)])
+
+
+def to_continue() -> str:
+    """The command that goes on with the run of this process."""
+    words = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume", "auto"]
+    return command(*words)
