@@ -95,6 +95,22 @@ def test_the_time_left_follows_from_the_epochs_left():
     assert meter.line(2, scalars | {"seconds_per_step": 10.0}).endswith("ETA 0:01:20")
 
 
+def test_slow_steps_are_shown_before_a_line_is_due(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    meter = StepMeter(0, 1, 40, 8, torch.device("cpu"), deque(maxlen=SPIKE_HISTORY))
+    assert meter.line_meanwhile(0) == ""
+    lines = []
+    for step in range(1, 7):
+        now[0] += 4
+        meter.add(step, 0.1, torch.tensor(float(step)), torch.tensor(1.0))
+        lines.append(meter.line_meanwhile(step))
+    assert [bool(line) for line in lines] == [False, False, True, False, False, True]  # 12 s after the one before
+    assert "step 3/40  loss 2.0000" in lines[2] and "2 images/s" in lines[2]
+    records, _ = meter.flush()
+    assert [record["loss"] for record in records] == [1, 2, 3, 4, 5, 6]  # nothing is lost by it
+
+
 def test_tensorboard_forgets_what_is_done_again_and_keeps_the_rest(tmp_path):
     first = EventsFile(tmp_path, purge=0)
     for x in (500, 1000, 1500, 2000):

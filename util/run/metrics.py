@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 SPIKE_HISTORY = 100  # steps that say what losses are usual
 SPIKE_SIGMAS = 6.0
+SECONDS_BETWEEN_LINES = 10.0  # at most, however slow the steps are
 
 
 class StepMeter:
@@ -50,7 +51,7 @@ class StepMeter:
         self.pending: list[tuple[int, float, Tensor, Tensor]] = []
         self.usual_losses = usual_losses
         self.waited = 0.0
-        self.window_start = time.perf_counter()
+        self.window_start = self.last_line = time.perf_counter()
 
     def next_batch(self, batches: Iterator) -> Any:
         """The next one of `batches`; the time spent waiting for it is noted."""
@@ -76,27 +77,37 @@ class StepMeter:
         losses = torch.tensor(torch.stack(losses).tolist(), dtype=torch.float64)
         losses = distributed.all_reduce_mean(losses).tolist()
         norms = torch.stack(norms).float().tolist()
-        now = time.perf_counter()
-        seconds = now - self.window_start
         records = [
             {"step": step, "epoch": self.epoch, "lr": lr, "loss": loss, "grad_norm": norm}
             for step, lr, loss, norm in zip(steps, lrs, losses, norms)
         ]
-        scalars = {
-            "loss": sum(losses) / len(losses),
-            "lr": lrs[-1],
-            "grad_norm": sum(norms) / len(norms),
-            "images_per_second": self.images_per_step * len(steps) / seconds,
+        scalars = self._scalars(losses, norms)
+        self.warn_of_spikes(records)
+        self.pending, self.waited, self.window_start = [], 0.0, time.perf_counter()
+        return records, scalars
+
+    def _scalars(self, losses: Sequence[float], norms: Sequence[float]) -> dict[str, float]:
+        seconds, steps = time.perf_counter() - self.window_start, len(self.pending)
+        return {
+            "loss": sum(losses) / steps,
+            "lr": self.pending[-1][1],
+            "grad_norm": sum(norms) / steps,
+            "images_per_second": self.images_per_step * steps / seconds,
             "data_wait_share": self.waited / seconds,
             "memory_mb": peak_memory_mb(self.device),
-            "seconds_per_step": seconds / len(steps),
+            "seconds_per_step": seconds / steps,
         }
-        self.warn_of_spikes(records)
-        self.pending, self.waited, self.window_start = [], 0.0, now
-        return records, scalars
+
+    def line_meanwhile(self, step_in_epoch: int) -> str:
+        """A console line of this rank's own numbers where none has been due for long; else ''."""
+        if not self.pending or time.perf_counter() - self.last_line < SECONDS_BETWEEN_LINES:
+            return ""
+        losses, norms = ([value.item() for value in values] for values in list(zip(*self.pending))[2:])
+        return self.line(step_in_epoch, self._scalars(losses, norms))
 
     def line(self, step_in_epoch: int, scalars: dict[str, float]) -> str:
         """The console line of a flush."""
+        self.last_line = time.perf_counter()
         left = ((self.epochs - self.epoch) * self.steps_per_epoch - step_in_epoch) * scalars["seconds_per_step"]
         return (
             f"epoch {self.epoch}  step {step_in_epoch}/{self.steps_per_epoch}  loss {scalars['loss']:.4f}  "

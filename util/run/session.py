@@ -268,6 +268,8 @@ class Run:
         save = stop or (self.saves_at_this_step and not last)  # after the last step, the epoch's end saves
         if save or last or progress.step % config.print_freq == 0:
             self.report(meter)
+        elif distributed.is_main_process() and (line := meter.line_meanwhile(progress.step_in_epoch)):
+            logger.info(line)
         if save:
             self.save()
         if stop:
