@@ -40,7 +40,14 @@ from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import BatchAugmentation, Normalize, eval_transform, train_transform, uses_mixup
 from util.errors import UserError, unreadable_is_user_error
 from util.run import advice, distributed
-from util.run.classes import check_division, classes_to_evaluate, count_classes, number_classes, write_division
+from util.run.classes import (
+    check_division,
+    classes_to_evaluate,
+    count_classes,
+    name_classes_without_images,
+    number_classes,
+    write_division,
+)
 from util.run.config import TrainingConfig, resolve
 from util.run.defaults import FINETUNING_MODEL, GPU_BATCH, finetuning_defaults
 from util.run.failures import user_errors
@@ -193,6 +200,8 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
     if dataset.classes:
         validation.dataset.number_labels_as(dataset.classes, "the training images")
     count_classes(config, validation.dataset)
+    name_classes_without_images(validation.dataset)
+    check_statistics(config, validation.dataset, f"{config.data_path} (val)")
     model = build_classifier(config, num_classes).to(launch.device)
     if launch.rank == 0:
         parameters, multiply_adds = count_work(model, 1)
@@ -246,6 +255,8 @@ def train(run: Run, validation: DataLoader) -> None:
         run.finish_epoch({**record, "best_acc1": progress.best_acc1, "seconds": time.time() - start}, best)
     if final is None:  # resumed when all was done
         final = evaluate(state.model, validation, run.normalize, config.precision, run.device)
+    if run.folder is not None:
+        run.folder.wait(final=True)  # what the result is said to be of
     logger.info(describe_result(config, final, f"{config.output_dir}/checkpoint.pth"))
     if progress.best_acc1 is not None:  # unknown in a finished run of the authors' program
         averaged = ": its averaged weights, --eval --model_ema" if config.model_ema else ""
@@ -269,7 +280,7 @@ def evaluate_only(given: FinetuneConfig, launch: Launch) -> None:
     config = resolve(given, launch, settings, {"batch_size": GPU_BATCH})
     validation = build_validation(config, launch)
     dataset, device = validation.dataset, launch.device
-    check_statistics(config, dataset)
+    check_statistics(config, dataset, config.data_path)
     check_division(config, dataset, info)
     model = build_classifier(config, classes_to_evaluate(config, dataset, weights, info))
     logger.info("%s", load_classifier(model, weights, info))

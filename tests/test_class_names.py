@@ -88,7 +88,7 @@ def test_evaluation_of_some_classes_alone_numbers_them_as_training_did(data, tra
     flags = ["--data_path", some, "--finetune", trained, "--predictions", table]
     run(main_finetune, *SHARED, "--eval", *flags)
     said = capfd.readouterr().out
-    assert result(said) == "100.000" and "1 of 3 classes have no image: ['blue']" in said
+    assert result(said) == "100.000" and "1 of 3 classes have no validation image: ['blue']" in said
     rows = list(csv.DictReader(table.open()))
     assert len(rows) == 8 and all(row["label"] == row["top1"] == Path(row["path"]).parent.name for row in rows)
     assert {row["top3"] for row in rows} | {row["top2"] for row in rows} >= {"blue"}

@@ -58,11 +58,14 @@ def labelled_datasets(config: Config, neighbours: Sequence[int]) -> tuple[ImageD
         neighbours: the values of k.
 
     Raises:
-        UserError: no labels, no validation images, or fewer training images than a k.
+        UserError: no labels, no validation images, fewer training images than a k, or images in other units than the
+            configuration's mean and standard deviation.
     """
     train, val = (
         build_dataset(config, split, eval_transform(config), require_labels=True) for split in ("train", "val")
     )
+    check_statistics(config, train, f"{config.data_path} (train)")
+    check_statistics(config, val, f"{config.data_path} (val)")
     if min(neighbours) < 1 or max(neighbours) > len(train):
         raise UserError(f"k must lie between 1 and the {len(train)} training images, got {list(neighbours)}")
     return train, val
@@ -211,7 +214,6 @@ def evaluate(given: KnnConfig, launch: Launch) -> dict:
     model, config, info = load_model(given, launch)
     normalize = Normalize(config.mean, config.std).to(launch.device)
     train, val = labelled_datasets(config, config.k)
-    check_statistics(config, train)
     accuracy = knn_accuracy(model, train, val, normalize, config, config.k, config.temperature)
     return {
         "accuracy": {str(k): value for k, value in accuracy.items()},  # k -> top-1 in percent

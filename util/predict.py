@@ -36,7 +36,6 @@ from tqdm import tqdm
 from util.data.datasets import NumberedImages, build_loader
 from util.data.samplers import EvalBatchSampler
 from util.data.sources import open_images
-from util.data.statistics import check_images
 from util.data.transforms import Normalize, eval_transform
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
@@ -46,6 +45,7 @@ from util.run.flags import AT_LEAST_1, Config, flag, get_parser, given_flags
 from util.run.launch import Launch
 from util.run.logger import setup_logging
 from util.run.optim import autocast
+from util.run.session import check_statistics
 from util.weights.file import temporary_path
 from util.weights.parts import load_part, output_names
 from util.weights.runtimes import open_onnx
@@ -333,9 +333,7 @@ def predict(given: PredictConfig, images: list[str], launch: Launch) -> None:
         raise UserError("these images can only be streamed: give files, folders or a list of them")
     dataset = NumberedImages(source, eval_transform(config), config.seed, skip_bad=config.bad_images == "skip")
     logger.info("%d images", len(dataset))
-    for doubt in check_images(dataset.sample(), config.mean, config.std):
-        if doubt:  # no error, since a single image may be as dark as it likes
-            logger.warning("%s", doubt)
+    check_statistics(config, dataset, "these images")
     sampler = EvalBatchSampler(len(dataset), config.batch_size, launch.rank, launch.world_size)
     loader = build_loader(dataset, sampler, config, launch.device)
     normalize = Normalize(config.mean, config.std).to(launch.device)

@@ -159,7 +159,7 @@ class ImageDataset(Dataset):
                     return self._read(candidate)
                 except BadImageError as error:
                     if not self.skip_bad:
-                        advice = "Repair or remove it; training images are replaced with --bad_images skip"
+                        advice = "Repair or remove it (--bad_images skip replaces training images only)"
                         raise BadImageError(f"{error}. {advice}") from None
                     self._record_bad(candidate, error)
             candidate = derive_seed("replacement", self.seed, epoch, index, attempt) % len(self)

@@ -95,10 +95,18 @@ def classes_to_evaluate(config: Config, dataset: ImageDataset, weights: dict[str
             )
     if dataset.targets is not None:
         check_targets(torch.as_tensor(dataset.targets), number)
-        used = set(dataset.targets.tolist())
-        if unused := [name for i, name in enumerate(dataset.classes or ()) if i not in used]:
-            logger.warning("%d of %d classes have no image: %s", len(unused), number, abbreviate(unused))
+    name_classes_without_images(dataset)
     return number
+
+
+def name_classes_without_images(dataset: ImageDataset) -> None:
+    """Warn of classes that no accuracy on the validation images says anything about."""
+    used = set(() if dataset.targets is None else dataset.targets.tolist())
+    unused = [name for i, name in enumerate(dataset.classes or ()) if i not in used]
+    if used and unused:
+        logger.warning(
+            "%d of %d classes have no validation image: %s", len(unused), len(dataset.classes), abbreviate(unused)
+        )
 
 
 def check_division(config: Config, dataset: ImageDataset, info: WeightsInfo) -> None:

@@ -357,7 +357,7 @@ def open_run(
         start.weights = None
         if state.model_ema is not None:
             state.model_ema.set(state.model)
-    check_statistics(config, loader.dataset)
+    check_statistics(config, loader.dataset, config.data_path)
     with unreadable_is_user_error(f"{config.output_dir} or {config.log_dir} cannot be written to"):
         write_configuration(config, state)
         log = RunLog(
@@ -387,8 +387,12 @@ def write_configuration(config: TrainingConfig, state: TrainingState) -> None:
         os.replace(temporary, path)
 
 
-def check_statistics(config: Config, dataset: ImageDataset) -> None:
+def check_statistics(config: Config, dataset: ImageDataset, what: str) -> None:
     """Look at a sample of the images, on rank 0 for all, before anything is made of them.
+
+    Args:
+        config: `mean`, `std`, `allow_odd_statistics`.
+        what: which images these are, for messages.
 
     Raises:
         UserError: they are not in the units of `config.mean` and `config.std`, and no `config.allow_odd_statistics`.
@@ -399,11 +403,11 @@ def check_statistics(config: Config, dataset: ImageDataset) -> None:
     error, warning = distributed.gather_objects(found)[0] or ("", "")
     if error and not config.allow_odd_statistics:
         raise UserError(
-            f"{config.data_path}: {error}. Give these flags (or for weights that are trained already, bring the images "
-            "into the units of their training); --allow_odd_statistics goes on all the same"
+            f"{what}: {error}. Give these flags (or for weights that are trained already, bring the images into the "
+            "units of their training); --allow_odd_statistics goes on all the same"
         )
     if error or warning:
-        logger.warning("%s: %s", config.data_path, error or warning)
+        logger.warning("%s: %s", what, error or warning)
 
 
 @contextlib.contextmanager
