@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models_mixmae import mixmae_tiny
 from util.data.decoding import decode
 from util.data.transforms import ResizeAndCentreCrop
-from util.layers.windows import sorted_layout, stage_grids, upsample
+from util.layers.windows import sort_tokens, stage_grids, upsample
 from util.visualize import COLOURS, HAIRLINE, INK, LIGHT, MUTED, enlarge, outline
 
 FOLDER = Path(__file__).resolve().parent
@@ -137,7 +137,8 @@ def draw() -> None:
         "dense attentions: half the pairs,\nexactly the same result."
     )
     heading(44, PANEL + 66, "In every window", explanation)
-    group, order = hidden.flatten(), sorted_layout(hidden.int(), len(hidden), hidden.device).order
+    group = hidden.flatten()
+    order, _, _ = sort_tokens(model.grid_size, len(hidden), group.int().numpy())
     number, visible, middle = len(group), int(own.sum()), PANEL + 101
     show_tokens(hidden, 312, middle, 112)
     arrow((436, middle), (506, middle))
@@ -148,7 +149,8 @@ def draw() -> None:
     write(368, PANEL + 198, f"{number} tokens")
     write(601, PANEL + 198, f"masked: {number}\u00d7{number} pairs")
     write(873, PANEL + 198, f"dense: {visible}\u00d7{visible} and {number - visible}\u00d7{number - visible}")
+
+
+if __name__ == "__main__":
+    draw()
     figure.savefig(FOLDER / "method.png")
-
-
-draw()

@@ -17,10 +17,15 @@ from main_finetune import FinetuneConfig
 from main_pretrain import PretrainConfig
 from util import knn, visualize
 from util.errors import UserError
+from util.export import ExportConfig
 from util.knn import KnnConfig
+from util.predict import PredictConfig
+from util.replay import ReplayConfig
 from util.run.config import resolve
 from util.run.flags import FREE, Change, get_parser, given_flags
 from util.run.launch import Launch
+from util.submit import SubmitConfig
+from util.visualize import VisualizeConfig
 from util.weights.file import read_checkpoint, write_checkpoint
 from util.weights.settings import IMAGENET_MEAN, IMAGENET_STD, weight_settings
 
@@ -40,6 +45,7 @@ FINETUNE = [
     "1",
 ]
 CONFIGS = (PretrainConfig, FinetuneConfig, KnnConfig)
+COMMANDS = (VisualizeConfig, PredictConfig, ExportConfig, ReplayConfig, SubmitConfig)
 
 
 def launch(world_size: int = 1) -> Launch:
@@ -74,7 +80,7 @@ def pretrained(images, tmp_path_factory) -> Path:
 # --- Declared once ---
 
 
-@pytest.mark.parametrize("config_class", CONFIGS)
+@pytest.mark.parametrize("config_class", CONFIGS + COMMANDS)
 def test_every_flag_is_declared_once_with_its_help_and_its_meaning_on_resuming(config_class):
     declared = []
     for flags in filter(dataclasses.is_dataclass, config_class.__mro__):
@@ -123,6 +129,22 @@ def test_a_missing_data_path_is_asked_for_as_the_data_set_needs_it(tmp_path, cap
     fails(main_pretrain, capfd, "--data_path is missing: give a folder with train/ in it", *flags)
     message = "--data_path is missing: give the folder that --dataset torch/cifar10 is in, or is downloaded to"
     fails(main_pretrain, capfd, message, *flags, "--dataset", "torch/cifar10")
+
+
+@pytest.mark.parametrize(
+    "config_class, given, message",
+    [
+        (VisualizeConfig, ["--images", "a.png", "--out", "b.png"], "--checkpoint is missing: give a file of weights"),
+        (VisualizeConfig, ["--checkpoint", "a", "--out", "b.png"], "--images is missing: give image files, a folder"),
+        (ExportConfig, ["--checkpoint", "a", "--out", "b"], "--format is missing: give one of safetensors, timm, onnx"),
+        (KnnConfig, ["--data_path", "a"], "--checkpoint is missing: give a file of weights, or a published name"),
+        (ReplayConfig, [], "--dump is missing: give a nan_dump_rank<n>.pth"),
+        (SubmitConfig, ["--data_path", "a"], "--partition is missing: give a Slurm partition"),
+    ],
+)
+def test_flags_that_must_be_given_are_asked_for(config_class, given, message):
+    with pytest.raises(UserError, match=message):
+        given_flags(config_class, get_parser(config_class, "test").parse_args(given))
 
 
 def test_wrong_flags_leave_no_folder_behind(images, tmp_path, capfd):
@@ -221,6 +243,10 @@ def test_settings_of_weights_have_one_set_of_fallbacks():
         weight_settings({"model": "mixmae_tiny", "mean": "x"}, "a")
 
 
+def picture_of(checkpoint: Path) -> VisualizeConfig:
+    return VisualizeConfig(checkpoint=str(checkpoint), images=("images",), out="picture.png")
+
+
 def test_all_commands_take_them_from_the_checkpoint(pretrained, images, tmp_path, capfd):
     """A model of 16 pixels with small windows, one channel and its own statistics: nothing is given but its file."""
     checkpoint = pretrained / "checkpoint.pth"
@@ -229,7 +255,7 @@ def test_all_commands_take_them_from_the_checkpoint(pretrained, images, tmp_path
     run(knn, "--checkpoint", checkpoint, *flags, "--k", "1", "--out", result)
     result = json.loads(result.read_text())
     assert (result["model"], result["input_size"], result["mean"]) == ("swin_quickstart", [16, 16], [0.3])
-    _, settings, _ = visualize.load_model(str(checkpoint))
+    _, settings, _ = visualize.load_model(picture_of(checkpoint))
     assert (settings.input_size, settings.mean, settings.std) == ((16, 16), (0.3,), (0.4,))
 
     flags += ["--epochs", "1", "--warmup_epochs", "1", "--batch_size", "4"]
@@ -256,7 +282,7 @@ def test_statistics_of_five_channels_are_the_same_for_pictures_and_knn(tmp_path)
     for name in ("mean", "std"):
         del checkpoint["args"][name]
     write_checkpoint(out / "bare.pth", checkpoint)
-    _, settings, _ = visualize.load_model(str(out / "bare.pth"))
+    _, settings, _ = visualize.load_model(picture_of(out / "bare.pth"))
     parsed = knn.get_args_parser().parse_args(["--checkpoint", str(out / "bare.pth"), "--data_path", str(tmp_path)])
     _, config, _ = knn.load_model(given_flags(KnnConfig, parsed), launch())
     assert settings.mean == config.mean == (0.5,) * 5 and settings.std == config.std == (0.25,) * 5

@@ -17,6 +17,7 @@ import main_finetune
 import main_pretrain
 import models_mixmae
 from util import export, predict
+from util.run.config import with_settings
 from util.weights.file import RECORD, CheckpointError, read_checkpoint, write_checkpoint
 from util.weights.parts import load_part
 from util.weights.runtimes import open_onnx, open_torch_export
@@ -304,7 +305,9 @@ def test_packages_that_are_missing_are_named(checkpoint, tmp_path, capfd, monkey
 def test_images_to_compare_with_are_prepared_as_for_evaluation(images):
     info = WeightsInfo("here", Path("here"), "mixmae", RECORDED)
     settings = load_part(timm.create_model("swin_quickstart", **SHAPE).state_dict(), info)[1]
-    given = export.example_images([str(images / "val" / "ant")], settings)
+    paths = (str(images / "val" / "ant"),)
+    config = export.ExportConfig(checkpoint="here", format="timm", out="there", images=paths)
+    given = export.example_images(with_settings(config, settings))
     assert given.shape == (5, 1, 16, 16) and torch.equal(given[0], given[3]) and not torch.equal(given[0], given[1])
     undone = given * 0.2 + 0.4
     assert undone.min() >= -1e-6 and undone.max() <= 1 + 1e-6

@@ -134,7 +134,7 @@ def test_result_names_everything(checkpoint, images, tmp_path, capfd):
     run(knn, *flags, "--out", tmp_path / "new" / "result.json")
     line = capfd.readouterr().out.splitlines()[-1]
     record = json.loads((tmp_path / "new" / "result.json").read_text())
-    assert f"kNN top-1: k=5 {record['accuracy']['5']:.3f}% of {checkpoint} after epoch 4 (swin_quickstart at" in line
+    assert f"kNN top-1: k=5 {record['accuracy']['5']:.3f}% of {checkpoint} after 5 epochs (swin_quickstart at" in line
     assert "16x16, mean of the last stage, 128 channels, temperature 0.07, fp32) on 21 images of" in line
     assert record["mean"] == [0.4] and record["model"] == "swin_quickstart" and not record["random_weights"]
 
@@ -175,7 +175,7 @@ def test_classifiers_bare_weights_and_the_authors_files(checkpoint, images, tmp_
     # Tables and embedding are resized from the recorded 16x16 to the model's 32x32.
     flags = ["--model", "mixmae_quickstart", "--in_chans", "1", "--k", "3", *statistics]
     result = measure(command(tmp_path / "bare.pth", images, *flags))
-    assert result["input_size"] == [32, 32] and result["epoch"] is None
+    assert result["input_size"] == (32, 32) and result["epoch"] is None
 
 
 def test_averaged_weights(checkpoint, images, tmp_path):
@@ -184,7 +184,7 @@ def test_averaged_weights(checkpoint, images, tmp_path):
     write_checkpoint(tmp_path / "both.pth", both)
     result = measure(command(tmp_path / "both.pth", images, "--model_ema", "--k", "3"))
     assert result["accuracy"] == measure(command(checkpoint, images, "--k", "3"))["accuracy"]
-    assert "both.pth after epoch 4 (averaged weights)" in knn.describe(result)
+    assert "both.pth after 5 epochs (averaged weights)" in knn.describe(result)
 
 
 def test_a_result_that_cannot_be_written_is_said_before_the_work(checkpoint, images, tmp_path, capfd, monkeypatch):

@@ -1,6 +1,5 @@
 """`python -m util.models`: the registered models and their published sizes."""
 
-import argparse
 import json
 
 import pytest
@@ -46,5 +45,5 @@ def test_the_table_is_aligned(facts):
 def test_json(facts, capsys, monkeypatch):
     monkeypatch.setattr(models, "PRETRAINING_MODELS", ["mixmae_base"])
     monkeypatch.setattr(models, "CLASSIFIER_MODELS", ["swin_base_w14"])
-    models.main(argparse.Namespace(json=True))
+    models.main(models.get_args_parser().parse_args(["--json"]))
     assert json.loads(capsys.readouterr().out) == [facts["mixmae_base"], facts["swin_base_w14"]]

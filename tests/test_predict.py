@@ -182,6 +182,8 @@ def test_what_cannot_be_used_is_said(images, checkpoint, tmp_path, capfd):
     fails(predict, capfd, "nowhere.png", *QUIET, "--checkpoint", checkpoint, tmp_path / "nowhere.png")
     fails(predict, capfd, "nowhere does not exist", *QUIET, "--checkpoint", checkpoint, tmp_path / "nowhere")
     fails(predict, capfd, "--checkpoint is missing", *QUIET, images)
+    (tmp_path / "images.zip").write_bytes(b"PK")
+    fails(predict, capfd, "is a compressed archive", *QUIET, "--checkpoint", checkpoint, tmp_path / "images.zip")
     headless = tmp_path / "pretrained.pth"
     weights = timm.create_model("mixmae_quickstart", **SHAPE).state_dict()
     write_checkpoint(headless, {"model": weights, "args": RECORDED | {"model": "mixmae_quickstart"}})

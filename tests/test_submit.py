@@ -31,7 +31,7 @@ def test_recipe_passes_on_what_the_script_rejects(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["eval"], "eval is a script of an experiment: add --exp"),
-    (["pretrain", "--nodes", "0"], "--nodes 0 and --ngpus 8 must be positive"),
+    (["pretrain", "--nodes", "0"], "--nodes must be at least 1, got 0"),
     (["pretrain", "--exp", "base_600ep", "--data_path", "/no/such"], "'/no/such' does not exist"),
     (["pretrain", "--data_path", "/no/such"], "'/no/such' does not exist"),
 ])  # fmt: skip

@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 
 import models_mixmae
 from util import visualize
+from util.run.flags import given_flags
 from util.visualize import Display, outline, reconstruct, reconstruction_figure, shown_channels
 from util.weights.file import write_checkpoint
 
@@ -162,7 +165,7 @@ def images(tmp_path) -> list[str]:
 
 def run(checkpoint: str, images: list[str], out, *flags: str) -> None:
     command = ["--checkpoint", checkpoint, "--images", *images, "--out", str(out), *flags]
-    visualize.visualize(visualize.get_args_parser().parse_args(command))
+    visualize.visualize(given_flags(visualize.VisualizeConfig, visualize.get_args_parser().parse_args(command)))
 
 
 def test_folder_list_and_files(tmp_path, checkpoint, images, caplog):
@@ -182,6 +185,25 @@ def test_same_seed_same_picture(tmp_path, checkpoint, images):
         run(checkpoint, [str(tmp_path / "images")], tmp_path / name, "--seed", seed)
     a, b, c = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
     assert a == b != c
+
+
+def test_weights_that_record_nothing_are_told_what_they_are(tmp_path, images):
+    """And images are read as flags say: these are turned by EXIF, or too large."""
+    torch.save({"model": small_model().state_dict()}, tmp_path / "bare.pth")
+    flags = ["--model", "mixmae_quickstart", "--in_chans", "1"]
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter turn
+    for path in images[:2]:
+        Image.open(path).save(path, exif=turned)
+    for name, more in (("upright.png", []), ("stored.png", ["--ignore_exif"])):
+        run(str(tmp_path / "bare.pth"), images[:2], tmp_path / name, *flags, *more)
+    assert (tmp_path / "upright.png").read_bytes() != (tmp_path / "stored.png").read_bytes()
+    with pytest.raises(ValueError, match=r"0\.png'.*2000 pixels.*"):
+        run(str(tmp_path / "bare.pth"), images, tmp_path / "large.png", *flags, "--max_pixels", "1999")
+
+
+def test_the_figure_of_the_method_can_be_drawn():
+    runpy.run_path(str(Path(visualize.__file__).parent.parent / "figures" / "method.py"))["draw"]()
 
 
 def test_authors_checkpoint(tmp_path):
@@ -215,7 +237,7 @@ def test_wrong_inputs_are_explained(tmp_path, checkpoint, images):
         run(checkpoint, images, out, "--num_images", "1")
     with pytest.raises(ValueError, match=r"must end in one of \.png"):
         run(checkpoint, images, tmp_path / "picture.gif")
-    with pytest.raises(ValueError, match=r"--images .*absent does not exist"):
+    with pytest.raises(ValueError, match=r"absent does not exist; give images, folders"):
         run(checkpoint, [str(tmp_path / "absent")], out)
     with pytest.raises(ValueError, match=r"missing\.pth is neither a file nor"):
         run(str(tmp_path / "missing.pth"), images, out)
@@ -225,7 +247,7 @@ def test_wrong_inputs_are_explained(tmp_path, checkpoint, images):
         torch.save({"model": small_model().state_dict()}, tmp_path / "bare.pth")
         run(str(tmp_path / "bare.pth"), images, out)
     np.save(tmp_path / "array.npy", np.zeros((32, 32, 4), np.float32))
-    with pytest.raises(ValueError, match=r"array\.npy: the array has shape \(32, 32, 4\), \(H, W, 1\) is needed"):
+    with pytest.raises(ValueError, match=r"array\.npy': the array has shape \(32, 32, 4\), \(H, W, 1\) is needed"):
         run(checkpoint, [str(tmp_path / "array.npy"), images[0]], out)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--out .*file.*picture\.png cannot be written"):

@@ -15,11 +15,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import timm
@@ -29,13 +28,12 @@ from safetensors.torch import save_file
 from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
 
-from util.data.decoding import MAX_PIXELS
 from util.data.sources import open_images
 from util.data.transforms import Normalize, crop_ratio, eval_transform
 from util.errors import UserError, unreadable_is_user_error
-from util.run.config import WeightFlags
+from util.run.config import CheckpointFlags, DecodingFlags, with_settings
 from util.run.failures import user_errors
-from util.run.flags import Config, flag, get_parser, given_flags
+from util.run.flags import flag, get_parser, given_flags
 from util.run.logger import setup_logging
 from util.seeding import keyed_generator
 from util.weights.file import FORMAT, RECORD, read_checkpoint, sync_folder, temporary_path, write_checkpoint
@@ -189,12 +187,11 @@ FORMATS: dict[str, tuple[Writer, Opener]] = {
 
 
 @dataclass(frozen=True)
-class ExportFlags(Config):
+class ExportConfig(CheckpointFlags, DecodingFlags):
     TITLE: ClassVar[str] = "export"
 
-    checkpoint: str = flag("", "a path, https URL#sha256=..., or a published name such as base_600ep_ft", "WEIGHTS")
-    format: str = flag("", "what to write", choices=tuple(FORMATS))
-    out: str = flag("", "the file to write; for timm a folder", "PATH")
+    format: str = flag("", "what to write", choices=tuple(FORMATS), required=f"one of {', '.join(FORMATS)}")
+    out: str = flag("", "the file to write; for timm a folder", "PATH", required="the file, or for timm the folder")
     part: str | None = flag(
         None,
         "logits; the mean of the last stage; the maps of the four stages (default: classifier if there is a head)",
@@ -203,13 +200,11 @@ class ExportFlags(Config):
     images: tuple[str, ...] | None = flag(
         None, "images, folders or lists to compare with (default: smooth random ones)", "PATH"
     )
+    seed: int = flag(0, "draws the random images", "N")
     model_ema: bool = flag(False, "the averaged weights in the checkpoint")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("checkpoint", "format", "out"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing")
         if self.part == "pyramid" and self.format in ("safetensors", "timm"):
             raise UserError(
                 f"--part pyramid is not for --format {self.format}, which holds weights alone: export the encoder, and "
@@ -217,11 +212,6 @@ class ExportFlags(Config):
             )
         if self.part is not None and self.format == "authors":
             raise UserError("--format authors keeps the whole checkpoint: leave out --part")
-
-
-@dataclass(frozen=True)
-class ExportConfig(ExportFlags, WeightFlags):
-    pass
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -232,16 +222,14 @@ def as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
-def example_images(paths: Sequence[str] | None, settings: WeightSettings) -> Tensor:
-    """Images (5, C, H, W), prepared as for evaluation: the first ones of `paths`, over again if they are fewer."""
+def example_images(config: ExportConfig) -> Tensor:
+    """Images (5, C, H, W), prepared as for evaluation: the first of `--images`, over again if they are fewer."""
     count = max(BATCHES)
-    if not paths:
-        coarse = torch.randn(count, settings.in_chans, 8, 8, generator=keyed_generator(0, "images"))
-        return F.interpolate(coarse, settings.input_size, mode="bicubic", align_corners=False)
-    source = open_images(
-        paths, SimpleNamespace(in_chans=settings.in_chans, ignore_exif=False, max_pixels=MAX_PIXELS, seed=0)
-    )
-    transform, normalize = eval_transform(settings), Normalize(settings.mean, settings.std)
+    if not config.images:
+        coarse = torch.randn(count, config.in_chans, 8, 8, generator=keyed_generator(config.seed, "images"))
+        return F.interpolate(coarse, config.input_size, mode="bicubic", align_corners=False)
+    source = open_images(config.images, config)
+    transform, normalize = eval_transform(config), Normalize(config.mean, config.std)
     images = [normalize(transform(source.read(i)[0])) for i in range(min(count, len(source)))]
     return torch.stack([images[i % len(images)] for i in range(count)])
 
@@ -282,7 +270,7 @@ def export_model(config: ExportConfig) -> None:
     weights, info = read_weights(config.checkpoint, ema=config.model_ema)
     part, settings, report = load_part(weights, info, config.as_dict(), config.part)
     logger.info("%s", report)
-    export = Export(part, settings, info, example_images(config.images, settings), config.model_ema)
+    export = Export(part, settings, info, example_images(with_settings(config, settings)), config.model_ema)
     write, load_back = FORMATS[config.format]
     with ExitStack() as cleaning, unreadable_is_user_error(f"--out {out} cannot be written"):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ from util.data.samplers import EvalBatchSampler
 from util.data.transforms import Normalize, eval_transform
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
-from util.run.config import DataFlags, DeviceFlags, ProcessFlags, WeightFlags, resolve
+from util.run.config import CheckpointFlags, DataFlags, DeviceFlags, ProcessFlags, resolve
 from util.run.failures import user_errors
 from util.run.flags import AT_LEAST_1, POSITIVE, Config, flag, get_parser, given_flags
 from util.run.launch import Launch
@@ -160,10 +160,10 @@ def nearest(query: Tensor, features: Tensor, labels: Tensor, k: int) -> tuple[Te
 
 
 @dataclass(frozen=True)
-class KnnFlags(Config):
+class KnnConfig(CheckpointFlags, DataFlags, DeviceFlags, ProcessFlags):
     TITLE: ClassVar[str] = "kNN"
+    DATA: ClassVar[str] = "a folder with train/ and val/ in it, both with one folder of images per class"
 
-    checkpoint: str = flag("", "a path, https URL#sha256=..., or a published name such as base_600ep", "WEIGHTS")
     k: tuple[int, ...] = flag(
         NEIGHBOURS, "how many neighbours vote", "K", (lambda value: min(value) >= 1, "must be at least 1")
     )
@@ -172,16 +172,6 @@ class KnnFlags(Config):
     model_ema: bool = flag(False, "use the averaged weights in the checkpoint")
     batch_size: int = flag(64, "batch size per rank", "N", AT_LEAST_1)
     out: str = flag("", "write the result and all settings to this file", "FILE.json")
-
-
-@dataclass(frozen=True)
-class KnnConfig(KnnFlags, WeightFlags, DataFlags, DeviceFlags, ProcessFlags):
-    DATA: ClassVar[str] = "a folder with train/ and val/ in it, both with one folder of images per class"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.checkpoint:
-            raise UserError("--checkpoint is missing: give a file of weights, or a published name such as base_600ep")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -215,21 +205,10 @@ def evaluate(given: KnnConfig, launch: Launch) -> dict:
     normalize = Normalize(config.mean, config.std).to(launch.device)
     train, val = labelled_datasets(config, config.k)
     accuracy = knn_accuracy(model, train, val, normalize, config, config.k, config.temperature)
-    return {
+    return config.as_dict() | {
         "accuracy": {str(k): value for k, value in accuracy.items()},  # k -> top-1 in percent
-        "temperature": config.temperature,
-        "checkpoint": config.checkpoint,
         "epoch": info.epoch,
-        "model_ema": config.model_ema,
-        "random_weights": config.random_weights,
-        "seed": config.seed,
-        "model": config.model,
         "features": f"mean of the last stage, {model.num_features} channels",
-        "input_size": list(model.img_size),
-        "mean": list(config.mean),
-        "std": list(config.std),
-        "precision": config.precision,
-        "data": config.data_path,
         "train_images": len(train),
         "val_images": len(val),
     }
@@ -238,7 +217,7 @@ def evaluate(given: KnnConfig, launch: Launch) -> dict:
 def describe(result: dict) -> str:
     """One line that stands for itself."""
     accuracy = ", ".join(f"k={k} {value:.3f}%" for k, value in result["accuracy"].items())
-    weights = result["checkpoint"] + (f" after epoch {result['epoch']}" if result["epoch"] is not None else "")
+    weights = result["checkpoint"] + (f" after {result['epoch'] + 1} epochs" if result["epoch"] is not None else "")
     if result["model_ema"]:
         weights += " (averaged weights)"
     if result["random_weights"]:
@@ -246,8 +225,8 @@ def describe(result: dict) -> str:
     height, width = result["input_size"]
     return (
         f"kNN top-1: {accuracy} of {weights} ({result['model']} at {height}x{width}, {result['features']}, temperature "
-        f"{result['temperature']:g}, {result['precision']}) on {result['val_images']} images of {result['data']}, by "
-        f"{result['train_images']} training images"
+        f"{result['temperature']:g}, {result['precision']}) on {result['val_images']} images of "
+        f"{result['data_path']}, by {result['train_images']} training images"
     )
 
 

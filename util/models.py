@@ -7,11 +7,14 @@ python -m util.models --json > models.json
 import argparse
 import json
 import logging
+from dataclasses import dataclass
+from typing import ClassVar
 
 import timm
 import torch
 
 from util.run.failures import user_errors
+from util.run.flags import Config, flag, get_parser, given_flags
 from util.run.metrics import count_work
 from util.weights.published import PUBLISHED
 from util.weights.settings import CLASSIFIER_MODELS, ENCODERS, PRETRAINING_MODELS
@@ -64,19 +67,22 @@ def table(models: list[dict]) -> str:
     return "\n".join("  ".join(cells).rstrip() for cells in lines)
 
 
+@dataclass(frozen=True)
+class ModelsConfig(Config):
+    TITLE: ClassVar[str] = "output"
+
+    json: bool = flag(False, "print a JSON list with all facts")
+
+
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog="python -m util.models",
-        description="List the registered models. Multiply-adds are those of one image's forward pass.",
-    )
-    parser.add_argument("--json", action="store_true", help="print a JSON list with all facts")
-    return parser
+    description = "List the registered models. Multiply-adds are those of one image's forward pass."
+    return get_parser(ModelsConfig, description, "python -m util.models")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(flags: argparse.Namespace) -> None:
+    given = given_flags(ModelsConfig, flags)
     models = [describe_model(name) for name in (*PRETRAINING_MODELS, *CLASSIFIER_MODELS)]
-    print(json.dumps(models, indent=2) if args.json else table(models))
+    print(json.dumps(models, indent=2) if given.json else table(models))
 
 
 if __name__ == "__main__":

@@ -39,9 +39,9 @@ from util.data.sources import open_images
 from util.data.transforms import Normalize, eval_transform
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
-from util.run.config import DeviceFlags, ProcessFlags, ReadingFlags, WeightFlags, resolve
+from util.run.config import CheckpointFlags, DeviceFlags, ProcessFlags, ReadingFlags, resolve
 from util.run.failures import user_errors
-from util.run.flags import AT_LEAST_1, Config, flag, get_parser, given_flags
+from util.run.flags import AT_LEAST_1, flag, get_parser, given_flags
 from util.run.launch import Launch
 from util.run.logger import setup_logging
 from util.run.optim import autocast
@@ -61,13 +61,10 @@ Model = Callable[[Tensor], list[Tensor]]  # normalised images -> outputs of a pa
 
 
 @dataclass(frozen=True)
-class PredictFlags(Config):
+class PredictConfig(CheckpointFlags, ReadingFlags, DeviceFlags, ProcessFlags):
     TITLE: ClassVar[str] = "prediction"
+    DESCRIPTION: ClassVar[str] = "--checkpoint may also be a model exported by `python -m util.export --format onnx`."
 
-    checkpoint: str = flag(
-        "", "a path (also of an exported .onnx), https URL#sha256=..., or a published name such as base_600ep_ft",
-        "WEIGHTS",
-    )  # fmt: skip
     features: bool = flag(False, "embeddings instead of classes: the mean of the encoder's last stage")
     dense: bool = flag(False, "the maps of the encoder's four stages instead of classes (needs an .npz)")
     top: int = flag(5, "how many classes per image", "K", AT_LEAST_1)
@@ -80,8 +77,6 @@ class PredictFlags(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.checkpoint:
-            raise UserError("--checkpoint is missing: give a file of weights, or a published name such as base_600ep")
         if self.features and self.dense:
             raise UserError("--features and --dense exclude each other")
         if self.out and Path(self.out).suffix not in (".csv", ".npz"):
@@ -94,11 +89,6 @@ class PredictFlags(Config):
     @property
     def part(self) -> str:
         return "encoder" if self.features else "pyramid" if self.dense else "classifier"
-
-
-@dataclass(frozen=True)
-class PredictConfig(PredictFlags, WeightFlags, ReadingFlags, DeviceFlags, ProcessFlags):
-    pass
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -14,7 +14,8 @@ import util.run.startup  # noqa: F401 - before PyTorch
 import argparse
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 
 from models_swin import classification_loss
 from util.data.transforms import BatchAugmentation, Normalize
+from util.run.config import DeviceFlags
 from util.run.failures import user_errors
-from util.run.flags import HelpFormatter
+from util.run.flags import Config, flag, get_parser, given_flags, with_default
+from util.run.launch import choose_device, detect_launch
 from util.run.logger import setup_logging
 from util.run.optim import autocast, make_scaler, resolve_precision
 from util.seeding import seed_all
@@ -175,24 +178,28 @@ def first_names(names: list[str]) -> str:
     return f"{len(names)} ({', '.join(names[:MOST_NAMES])}{rest})"
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog="python -m util.replay",
-        description="Rerun the step in a dump of --nan_dump and say where it goes wrong.",
-        formatter_class=HelpFormatter,
+@dataclass(frozen=True)
+class ReplayConfig(Config):
+    TITLE: ClassVar[str] = "replay"
+
+    dump: str = flag(
+        "", "output_dir/nan_dump_rank<n>.pth", "FILE", required="a nan_dump_rank<n>.pth, written by --nan_dump"
     )
-    parser.add_argument("--dump", required=True, metavar="FILE", help="output_dir/nan_dump_rank<n>.pth")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="instead of the run's")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
-    return parser
+    precision: str | None = flag(None, "instead of the run's", choices=("fp32", "bf16", "fp16"))
+    device: str = with_default(DeviceFlags, "device", "auto")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    description = "Rerun the step in a dump of --nan_dump and say where it goes wrong."
+    return get_parser(ReplayConfig, description, "python -m util.replay")
 
 
 def main(flags: argparse.Namespace) -> None:
     with user_errors():
         setup_logging()
-        device = torch.device(flags.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        for line in replay(read_dump(flags.dump), device, flags.precision):
+        given = given_flags(ReplayConfig, flags)
+        device = choose_device(given.device, detect_launch({}))
+        for line in replay(read_dump(given.dump), device, given.precision):
             logger.info("%s", line)
 
 

@@ -13,9 +13,12 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from util.errors import UserError
+from util.run.flags import AT_LEAST_1, NOT_NEGATIVE, Config, flag, get_parser, given_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("pretrain", "finetune", "finetune_384", "linear", "eval")
@@ -64,32 +67,29 @@ def recipe(exp: str, task: str, gpus: int, data_path: str, flags: list[str]) -> 
     return main, lines
 
 
+@dataclass(frozen=True)
+class SubmitConfig(Config):
+    TITLE: ClassVar[str] = "job"
+
+    exp: str = flag("", "experiment whose recipe to take, such as base_600ep (default: none)", "NAME")
+    data_path: str = flag("", "the data, as for the main", "PATH", required="the data, as for the main")
+    partition: str = flag("", "Slurm partition", "NAME", required="a Slurm partition")
+    nodes: int = flag(1, "number of nodes", "N", AT_LEAST_1)
+    ngpus: int = flag(8, "GPUs, and processes, per node", "N", AT_LEAST_1)
+    cpus_per_task: int = flag(8, "CPUs per process", "N", AT_LEAST_1)
+    timeout: int = flag(4320, "time limit of one attempt in minutes (default: 3 days)", "MINUTES", AT_LEAST_1)
+    signal_delay: int = flag(120, "how long before the time limit to save and stop", "SECONDS", NOT_NEGATIVE)
+    requeue_limit: int = flag(
+        10, "how often the job may run into its time limit and be queued again", "N", NOT_NEGATIVE
+    )
+    job_dir: str = flag("runs/%j", "job folder, %%j is the job id (default: runs/%%j)", "DIR")
+
+
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog="python -m util.submit",
-        description="Submit a run to Slurm; it is queued again after preemption and at its time limit.",
-        epilog="Flags after -- are passed to the script and override the recipe.",
-    )
+    description = "Submit a run to Slurm; it is queued again after preemption and at its time limit."
+    parser = get_parser(SubmitConfig, description, "python -m util.submit")
+    parser.epilog = "Flags after -- are passed to the script and override the recipe."
     parser.add_argument("task", choices=TASKS, help="script of the experiment, or (without --exp) pretrain or finetune")
-    parser.add_argument("--exp", default="", help="experiment whose recipe to take, such as base_600ep (default: none)")
-    parser.add_argument("--data_path", required=True, help="the data, as for the main")
-    parser.add_argument("--partition", required=True, help="Slurm partition")
-    parser.add_argument("--nodes", type=int, default=1, help="number of nodes (default: %(default)s)")
-    parser.add_argument("--ngpus", type=int, default=8, help="GPUs, and processes, per node (default: %(default)s)")
-    parser.add_argument("--cpus_per_task", type=int, default=8, help="CPUs per process (default: %(default)s)")
-    parser.add_argument(
-        "--timeout", type=int, default=4320, help="time limit of one attempt in minutes (default: 3 days)"
-    )
-    parser.add_argument(
-        "--signal_delay", type=int, default=120, metavar="SECONDS",
-        help="how long before the time limit to save and stop, in seconds (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--requeue_limit", type=int, default=10, metavar="N",
-        help="how often the job may run into its time limit and be queued again (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--job_dir", default="runs/%j", help="job folder, %%j is the job id (default: runs/%%j)")
     parser.add_argument(
         "--slurm", action="append", default=[], metavar="KEY=VALUE",
         help="further options of sbatch, such as account=lab or qos=long; may be repeated",
@@ -97,8 +97,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def submit(args: argparse.Namespace, flags: list[str]):
+def submit(given: SubmitConfig, task: str, options: list[str], flags: list[str]):
     """Submit the job and return submitit's `Job`.
+
+    Args:
+        task: one of `TASKS`.
+        options: KEY=VALUE of sbatch.
+        flags: of the script.
 
     Raises:
         UserError: contradictory arguments, or no Slurm or submitit here.
@@ -108,40 +113,38 @@ def submit(args: argparse.Namespace, flags: list[str]):
     except ImportError as error:
         raise UserError("submitit is not installed: pip install submitit") from error
 
-    if args.nodes < 1 or args.ngpus < 1:
-        raise UserError(f"--nodes {args.nodes} and --ngpus {args.ngpus} must be positive")
-    if args.exp:
-        main, flags = recipe(args.exp, args.task, args.nodes * args.ngpus, args.data_path, flags)
-    elif args.task in ("pretrain", "finetune"):
-        main, flags = f"main_{args.task}.py", ["--data_path", args.data_path, *flags]
+    if given.exp:
+        main, flags = recipe(given.exp, task, given.nodes * given.ngpus, given.data_path, flags)
+    elif task in ("pretrain", "finetune"):
+        main, flags = f"main_{task}.py", ["--data_path", given.data_path, *flags]
     else:
-        raise UserError(f"{args.task} is a script of an experiment: add --exp, such as --exp base_600ep")
+        raise UserError(f"{task} is a script of an experiment: add --exp, such as --exp base_600ep")
     # Parse the flags here, where the user sees what is wrong with them.
-    given = runpy.run_path(str(ROOT / main))["get_args_parser"]().parse_args(flags)
-    if not given.dataset and not Path(given.data_path).exists():
-        raise UserError(f"the data folder (or list of images) '{given.data_path}' does not exist")
-    options = {}
-    for option in args.slurm:
+    parsed = runpy.run_path(str(ROOT / main))["get_args_parser"]().parse_args(flags)
+    if not parsed.dataset and not Path(parsed.data_path).exists():
+        raise UserError(f"the data folder (or list of images) '{parsed.data_path}' does not exist")
+    further = {}
+    for option in options:
         key, separator, value = option.partition("=")
-        options[key] = value if separator else True
+        further[key] = value if separator else True
 
-    folder = str(Path(args.job_dir).absolute())
+    folder = str(Path(given.job_dir).absolute())
     try:
-        executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=args.requeue_limit)
+        executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=given.requeue_limit)
     except RuntimeError as error:
         raise UserError(f"Slurm's srun is not installed here ({error}): submit from a login node") from error
     executor.update_parameters(
-        name=f"{args.exp or 'mixmae'}-{args.task}",
-        nodes=args.nodes,
-        tasks_per_node=args.ngpus,
-        gpus_per_node=args.ngpus,
-        cpus_per_task=args.cpus_per_task,
-        timeout_min=args.timeout,
-        slurm_partition=args.partition,
-        slurm_signal_delay_s=args.signal_delay,
+        name=f"{given.exp or 'mixmae'}-{task}",
+        nodes=given.nodes,
+        tasks_per_node=given.ngpus,
+        gpus_per_node=given.ngpus,
+        cpus_per_task=given.cpus_per_task,
+        timeout_min=given.timeout,
+        slurm_partition=given.partition,
+        slurm_signal_delay_s=given.signal_delay,
         slurm_srun_args=["--kill-on-bad-exit=1"],
         slurm_setup=[f"export PYTHONPATH={ROOT}:$PYTHONPATH OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}"],
-        slurm_additional_parameters={"requeue": True, **options},
+        slurm_additional_parameters={"requeue": True, **further},
     )
     try:
         return executor.submit(Training(main, flags, folder))
@@ -155,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(own)
     try:
-        job = submit(args, flags)
+        job = submit(given_flags(SubmitConfig, args), args.task, args.slurm, flags)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
     print(f"submitted job {job.job_id}; its log is {job.paths.stdout}")

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import timm
@@ -25,18 +26,19 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from models_mixmae import MixMAE
-from util.data.datasets import build_dataset
-from util.data.decoding import MAX_PIXELS, BadImageError, PixelType, decode
+from util.data.datasets import NumberedImages
 from util.data.image_index import IMAGE_EXTENSIONS
+from util.data.sources import open_images
 from util.data.transforms import Normalize, ResizeAndCentreCrop
 from util.errors import UserError, unreadable_is_user_error
+from util.run.config import CheckpointFlags, DecodingFlags, with_settings
 from util.run.failures import user_errors
-from util.run.flags import HelpFormatter
+from util.run.flags import flag, get_parser, given_flags
 from util.run.logger import setup_logging
 from util.seeding import keyed_generator
 from util.weights.file import CheckpointError
 from util.weights.layouts import load_pretraining
-from util.weights.settings import WeightSettings, model_arguments, weight_settings
+from util.weights.settings import model_arguments, weight_settings
 from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
@@ -272,118 +274,102 @@ def outline(region: Tensor, size: tuple[int, int]) -> np.ndarray:
     return (inside * near_outside)[0, 0].bool().numpy()
 
 
-# --- The command --------------------------------------------------------------------------------------------
-
-
-def load_model(checkpoint: str) -> tuple[MixMAE, WeightSettings, WeightsInfo]:
-    """The pretraining model of a checkpoint, as its recorded arguments describe it, and where it came from.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, not a pretraining checkpoint, or records no model.
-    """
-    weights, info = read_weights(checkpoint)
-    if "mask_token" not in weights:
-        raise CheckpointError(
-            f"{checkpoint} has no decoder, so it cannot reconstruct images (it was fine-tuned, or is an encoder "
-            "alone): give a checkpoint of main_pretrain.py"
-        )
-    settings = weight_settings(info.args, checkpoint, pretraining=True)
-    norm_pix_loss = bool(info.args.get("norm_pix_loss", False))
-    model = timm.create_model(settings.model, norm_pix_loss=norm_pix_loss, **model_arguments(settings))
-    logger.info("%s", load_pretraining(model, weights, checkpoint))
-    return model.eval(), settings, info
+# --- The command ---
 
 
 @dataclass(frozen=True)
-class FolderOfImages:
-    """The images of one folder or list, as `build_dataset` takes them."""
+class VisualizeConfig(CheckpointFlags, DecodingFlags):
+    TITLE: ClassVar[str] = "picture"
 
-    data_path: str
-    in_chans: int
-    seed: int
-    dataset: str = ""
-    bad_images: str = "error"
-    max_bad_images: float = 0.0
-    val_share: float = 0.0
-    ignore_exif: bool = False
-    max_pixels: int = MAX_PIXELS
+    images: tuple[str, ...] = flag(
+        (), "image files, all of which are shown; or folders, lists and tars to draw from", "PATH",
+        required="image files, a folder of images or a list of them",
+    )  # fmt: skip
+    out: str = flag("", "the picture to write", "FILE.png", required="the name of the picture to write")
+    num_images: int = flag(
+        8, "how many to draw from folders, lists and tars", "N",
+        (lambda value: value >= 2, "must be at least 2, since images are mixed in pairs"),
+    )  # fmt: skip
+    mask_ratio: float = flag(0.5, "share of the cells to hide", "SHARE")
+    channels: tuple[int, ...] | None = flag(None, "one or three channels to show, from 0 (default: the first)", "C")
+    seed: int = flag(0, "draws the images and the mask", "N")
 
-
-def load_images(paths: list[str], num_images: int, in_chans: int, seed: int) -> tuple[list[Tensor], list[str]]:
-    """Images (in_chans, h, w) and their paths: the files in `paths`, or `num_images` drawn from a folder or list.
-
-    Raises:
-        UserError: nothing there, unreadable, or of another number of channels.
-    """
-    for path in paths:
-        if not Path(path).exists():
-            raise UserError(f"--images {path} does not exist: give image files, a folder of images or a list of them")
-    if len(paths) == 1 and not paths[0].lower().endswith(IMAGE_EXTENSIONS):
-        dataset = build_dataset(FolderOfImages(paths[0], in_chans, seed), "train", transform=lambda image: image)
-        chosen = torch.randperm(len(dataset), generator=keyed_generator(seed, "images"))[:num_images].tolist()
-        return [dataset[(0, index)][0] for index in chosen], [dataset.path_of(index) for index in chosen]
-    images = []
-    for path in paths:
-        try:
-            image = decode(Path(path).read_bytes(), in_chans)
-            images.append(PixelType(image.dtype).convert(image))
-        except (BadImageError, OSError) as error:
-            raise BadImageError(f"{path}: {error}") from error
-    return images, paths
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.out.lower().endswith(OUTPUT_EXTENSIONS):
+            raise UserError(f"--out {self.out} must end in one of {', '.join(OUTPUT_EXTENSIONS)}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog="python -m util.visualize",
-        description="Draw a picture of how a pretraining checkpoint mixes and reconstructs images.",
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint of main_pretrain.py")
-    parser.add_argument(
-        "--images", required=True, nargs="+", metavar="PATH", help="image files; or one folder or list to draw from"
-    )
-    parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture to write")
-    parser.add_argument("--num_images", type=int, default=8, metavar="N", help="how many to draw from a folder or list")
-    parser.add_argument("--mask_ratio", type=float, default=0.5, metavar="SHARE", help="share of the cells to hide")
-    parser.add_argument("--channels", type=int, nargs="+", metavar="C", help="one or three channels to show, from 0")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws the images and the mask")
-    return parser
+    description = "Draw a picture of how a pretraining checkpoint mixes and reconstructs images."
+    return get_parser(VisualizeConfig, description, "python -m util.visualize")
 
 
-def visualize(args: argparse.Namespace) -> None:
+def load_model(given: VisualizeConfig) -> tuple[MixMAE, VisualizeConfig, WeightsInfo]:
+    """The pretraining model of `--checkpoint`, the configuration completed by what is recorded with it, and its origin.
+
+    Raises:
+        UserError: the weights cannot be used, have no decoder, or do not say which model they are.
+    """
+    weights, info = read_weights(given.checkpoint)
+    if "mask_token" not in weights:
+        raise CheckpointError(
+            f"{info} has no decoder, so it cannot reconstruct images (it was fine-tuned, or is an encoder "
+            "alone): give a checkpoint of main_pretrain.py"
+        )
+    settings = weight_settings(info.args, info.source, given.as_dict(), pretraining=True)
+    norm_pix_loss = bool(info.args.get("norm_pix_loss", False))
+    model = timm.create_model(settings.model, norm_pix_loss=norm_pix_loss, **model_arguments(settings))
+    logger.info("%s", load_pretraining(model, weights, info))
+    return model.eval(), with_settings(given, settings), info
+
+
+def choose_images(config: VisualizeConfig) -> tuple[NumberedImages, list[int]]:
+    """The images that are given, and the numbers of those to show: all if files are named, else a random draw.
+
+    Raises:
+        UserError: nothing there, unreadable, or fewer than a pair.
+    """
+    transform = ResizeAndCentreCrop(config.input_size, crop_ratio=1.0)
+    dataset = NumberedImages(open_images(config.images, config), transform, config.seed)
+    if len(dataset) < 2:
+        raise UserError(f"images are mixed in pairs: at least 2 are needed, --images gives {len(dataset)}")
+    chosen = list(range(len(dataset)))
+    if not all(path.lower().endswith(IMAGE_EXTENSIONS) for path in config.images):
+        chosen = torch.randperm(len(dataset), generator=keyed_generator(config.seed, "images")).tolist()
+        chosen = chosen[: config.num_images]
+    if len(chosen) % 2:
+        left_out = dataset.path_of(chosen.pop())
+        logger.warning("images are mixed in pairs: the last of the %d, %s, is left out", len(chosen) + 1, left_out)
+    return dataset, chosen
+
+
+def visualize(given: VisualizeConfig) -> None:
     """Write the picture.
 
     Raises:
         UserError: for what the user can put right.
     """
-    out = Path(args.out)
-    if out.suffix.lower() not in OUTPUT_EXTENSIONS:
-        raise UserError(f"--out {out} must end in one of {', '.join(OUTPUT_EXTENSIONS)}")
-    if args.num_images < 2:
-        raise UserError(f"--num_images must be at least 2, since images are mixed in pairs; got {args.num_images}")
-    model, settings, info = load_model(args.checkpoint)
-    mask = model.random_masking(args.mask_ratio, keyed_generator(args.seed, "mask"))
-    channels = shown_channels(model.in_chans, args.channels)
-    images, paths = load_images(args.images, args.num_images, model.in_chans, args.seed)
-    if len(images) < 2:
-        raise UserError(f"images are mixed in pairs: at least 2 are needed, --images gives {len(images)}")
-    if len(images) % 2:
-        logger.warning("images are mixed in pairs: the last of the %d, %s, is left out", len(images), paths.pop())
-        images.pop()
-    mean, std = settings.mean, settings.std
-    crop, normalize = ResizeAndCentreCrop(model.img_size, crop_ratio=1.0), Normalize(mean, std)
-    imgs = torch.stack([normalize(crop(image)) for image in images])
-    source = f"{info.args.get('model', settings.model)}, {info.path.parent.name}/{info.path.name}"
+    model, config, info = load_model(given)
+    mask = model.random_masking(config.mask_ratio, keyed_generator(config.seed, "mask"))
+    channels = shown_channels(config.in_chans, config.channels)
+    dataset, chosen = choose_images(config)
+    imgs = Normalize(config.mean, config.std)(torch.stack([dataset[(0, index)][0] for index in chosen]))
+    source = f"{info.args.get('model', config.model)}, {info.path.parent.name}/{info.path.name}"
     if info.epoch is not None:
         source += f", after {info.epoch + 1} epochs"
+    out = Path(config.out)
     with unreadable_is_user_error(f"--out {out} cannot be written"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        reconstruction_figure(model, imgs, mask, mean, std, channels, source).save(out)
+        reconstruction_figure(model, imgs, mask, config.mean, config.std, channels, source).save(out)
     logger.info("wrote %s", out)
 
 
-if __name__ == "__main__":
+def main(flags: argparse.Namespace) -> None:
     with user_errors():
         setup_logging()
-        visualize(get_args_parser().parse_args())
+        visualize(given_flags(VisualizeConfig, flags))
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

@@ -138,9 +138,9 @@ def open_images(paths: Sequence[str], config: DataSettings) -> JoinedSource:
                 index = replace(load_index(path), root=path)  # named as it was given
                 sources.append(FileSource(index, config.in_chans, config.ignore_exif, config.max_pixels))
             elif os.path.isfile(path):
-                sources.append(
-                    FileSource(_read_list(Path(path)), config.in_chans, config.ignore_exif, config.max_pixels)
-                )
+                refuse_what_is_no_list(Path(path))
+                index = _read_list(Path(path))
+                sources.append(FileSource(index, config.in_chans, config.ignore_exif, config.max_pixels))
             else:
                 raise UserError(f"{path} does not exist; give images, folders of images, lists of images or tars")
     return JoinedSource(sources, config.in_chans)
@@ -181,22 +181,22 @@ def open_source(config: DataSettings, split: str, require_labels: bool) -> Sourc
 
 
 def refuse_what_is_no_list(path: Path) -> None:
-    """Raise a UserError for a file that is given as --data_path but lists no images, with what to give instead."""
+    """Raise a UserError for a file that is given as images but lists none, with what to give instead."""
     name = path.name.lower()
     if name.endswith(ARCHIVES):
         raise UserError(
-            f"--data_path {path} is a compressed archive: unpack it and give the folder, or make an uncompressed .tar "
+            f"{path} is a compressed archive: unpack it and give the folder, or make an uncompressed .tar "
             "of its images (they do not become smaller by compression)"
         )
     if name.endswith(tuple(IMAGE_EXTENSIONS)):
         raise UserError(
-            f"--data_path {path} is one image: give the folder that holds the images ({path.parent}), or a text file "
+            f"{path} is one image: give the folder that holds the images ({path.parent}), or a text file "
             "that lists them"
         )
     with open(path, "rb") as file:
         if b"\0" in file.read(1024):
             raise UserError(
-                f"--data_path {path} is neither a folder of images, nor a text file that lists them, nor a .tar of them"
+                f"{path} is neither a folder of images, nor a text file that lists them, nor a .tar of them"
             )
 
 

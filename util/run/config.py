@@ -66,7 +66,18 @@ class WeightFlags(Config):
         "standard deviation per channel, in the same units (default: that of the weights, else ImageNet's, or 0.25)",
         "X",
     )
-    allow_odd_statistics: bool = flag(False, "go on where --mean and --std do not fit the images", on_resume=FREE)
+
+
+@dataclass(frozen=True)
+class CheckpointFlags(WeightFlags):
+    """Of commands that use a trained model."""
+
+    TITLE: ClassVar[str] = "weights"
+
+    checkpoint: str = flag(
+        "", "a path, https URL#sha256=..., or a published name such as base_600ep", "WEIGHTS",
+        required="a file of weights, or a published name such as base_600ep",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,8 @@ class ModelFlags(Config):
 
 
 @dataclass(frozen=True)
-class ReadingFlags(Config):
-    TITLE: ClassVar[str] = "reading images"
+class DecodingFlags(Config):
+    TITLE: ClassVar[str] = "decoding images"
 
     ignore_exif: bool = flag(False, "ignore the EXIF orientation of photographs, as the authors' code does")
     max_pixels: int = flag(
@@ -96,6 +107,12 @@ class ReadingFlags(Config):
         AT_LEAST_1,
         on_resume=other_bits("other samples wherever an image is too large"),
     )
+
+
+@dataclass(frozen=True)
+class ReadingFlags(DecodingFlags):
+    TITLE: ClassVar[str] = "reading images"
+
     num_workers: int = flag(
         min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
         "data-loading processes per rank",
@@ -134,6 +151,7 @@ class DataFlags(ReadingFlags):
         PROBABILITY,
         on_resume=FREE,
     )
+    allow_odd_statistics: bool = flag(False, "go on where --mean and --std do not fit the images", on_resume=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -266,6 +284,12 @@ class TrainingConfig(WeightFlags, ModelFlags, OptimizerFlags, DataFlags, DeviceF
 OPTIMISATION = ("batch_size", "epochs", "warmup_epochs", "lr", "blr")
 
 
+def with_settings(given: C, settings: WeightSettings) -> C:
+    """The configuration with what belongs to the weights (`util.weights.settings.weight_settings`) filled in."""
+    names = {field.name for field in dataclasses.fields(given)}
+    return dataclasses.replace(given, **{name: value for name, value in settings.values().items() if name in names})
+
+
 def resolve(given: C, launch: Launch, settings: WeightSettings, others: Mapping[str, Any] | None = None) -> C:
     """The configuration: what was given, and what follows from it.
 
@@ -279,8 +303,7 @@ def resolve(given: C, launch: Launch, settings: WeightSettings, others: Mapping[
         UserError: a precision that the device does not have.
     """
     names = {field.name for field in dataclasses.fields(given)}
-    values = {name: value for name, value in settings.values().items() if name in names}
-    values |= {
+    values = {
         name: value
         for name, value in (others or {}).items()
         if name in OPTIMISATION and name in names and getattr(given, name) is None
@@ -291,7 +314,7 @@ def resolve(given: C, launch: Launch, settings: WeightSettings, others: Mapping[
     values["precision"] = resolve_precision(given.precision, launch.device)
     if "log_dir" in names:
         values["log_dir"] = given.log_dir or given.output_dir
-    config = dataclasses.replace(given, **values)
+    config = dataclasses.replace(with_settings(given, settings), **values)
     if "lr" in names and config.lr is None:
         config = dataclasses.replace(config, lr=config.blr * config.eff_batch_size / 256)
     logger.info("configuration: %s", " ".join(f"{name}={value!r}" for name, value in config.as_dict().items()))

@@ -57,6 +57,7 @@ def flag(
     on_resume: Change = RECIPE,
     choices: Sequence[str] | None = None,
     aliases: Sequence[str] = (),
+    required: str = "",
 ) -> Any:
     """A field of a configuration class that is a flag.
 
@@ -68,8 +69,10 @@ def flag(
         on_resume: what changing it means for a run that is resumed.
         choices: the allowed words.
         aliases: other spellings, with their dashes.
+        required: what to give, as the message says where the flag is missing (its value is empty).
     """
     metadata = dict(help=help, metavar=metavar, check=check, on_resume=on_resume, choices=choices, aliases=aliases)
+    metadata["required"] = required
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -91,6 +94,8 @@ class Config:
             value, check = getattr(self, field.name), field.metadata["check"]
             if check is not None and value is not None and not check[0](value):
                 raise UserError(f"--{field.name} {check[1]}, got {value}")
+            if field.metadata["required"] and not value:
+                raise UserError(f"--{field.name} is missing: give {field.metadata['required']}")
 
     def as_dict(self) -> dict[str, Any]:
         """All values by name, plain ones, as checkpoints store them."""
@@ -117,7 +122,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS)) or action.default == ""
+        hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS)) or action.default in (
+            "",
+            (),
+            [],
+        )
         return action.help if hidden or "default" in action.help else super()._get_help_string(action)
 
 
@@ -152,6 +161,8 @@ def _add_flag(group: Any, field: dataclasses.Field, kind: Any) -> None:
             )
         return
     options = {key: metadata[key] for key in ("help", "metavar", "choices") if metadata[key] is not None}
+    if metadata["required"]:
+        options["help"] += " (required)"
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
         options["nargs"], kind = "+" if items[-1] is Ellipsis else len(items), items[0]
