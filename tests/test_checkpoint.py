@@ -379,3 +379,10 @@ def test_a_checkpoint_that_contains_itself(tmp_path):
 def test_ordered_dicts_and_parameters_are_plain(tmp_path):
     write_checkpoint(tmp_path / "a.pth", OrderedDict(weight=nn.Parameter(torch.ones(2)), size=torch.Size([1])))
     assert read_checkpoint(tmp_path / "a.pth")["size"] == torch.Size([1])
+
+
+@pytest.mark.parametrize("name", ["classifier.onnx", "encoder.pt2"])
+def test_exported_programs_are_told_from_weights(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK\x03\x04 whatever")
+    with pytest.raises(CheckpointError, match=f"{name} is an exported program, not weights: .*--format safetensors"):
+        read_checkpoint(tmp_path / name)

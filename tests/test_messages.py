@@ -138,7 +138,14 @@ def test_a_disk_that_is_full_before_the_first_checkpoint_leaves_none(place, tmp_
 
 @pytest.mark.parametrize(
     "given, meant",
-    [("--epoch", "--epochs"), ("--batchsize=4", "--batch_size"), ("--norm-pix-loss", "--norm_pix_loss"), ("--zzz", "")],
+    [
+        ("--epoch", "--epochs"),
+        ("--batchsize=4", "--batch_size"),
+        ("--norm-pix-loss", "--norm_pix_loss"),
+        ("--zzz", ""),
+        ("--output", "--output_dir"),
+        ("--data", "--data_path"),
+    ],
 )
 def test_unknown_flags_are_told_what_they_may_mean(given, meant, capsys):
     with pytest.raises(SystemExit) as stopped:

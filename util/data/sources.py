@@ -260,6 +260,7 @@ def _folder_index(data_path: Path, split: str, require_labels: bool, alone: bool
             raise UserError(
                 f"{folder} does not exist; it must hold the {split} images, one folder per class"
                 + ("; or let --val_share 0.1 set a part of the training images aside" if split == "val" else "")
+                + (f"; or, if the class folders lie in {data_path}, give --val_share 0.1" if split == "train" else "")
             )
         folder = data_path
     index = load_index(folder)

@@ -112,7 +112,11 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             given = [argument.partition("=")[0] for argument in unknown if argument.startswith("--")]
-            meant = [difflib.get_close_matches(name, self._option_string_actions, n=1) for name in given]
+            known = list(self._option_string_actions)
+            meant = [
+                [flag for flag in known if flag.startswith(f"{name}_")] or difflib.get_close_matches(name, known, n=1)
+                for name in given
+            ]
             hints = [f"{name}: did you mean {match[0]}?" for name, match in zip(given, meant) if match]
             self.error("; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
         return parsed

@@ -234,6 +234,11 @@ def _kind_of(path: Path) -> str:
         raise CheckpointError(f"{path} is a web page, not a checkpoint: download the file itself")
     if text.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the checkpoint itself: run `git lfs pull`")
+    if path.suffix in (".onnx", ".pt2"):
+        raise CheckpointError(
+            f"{path} is an exported program, not weights: give the checkpoint that it was exported from, or export it "
+            "with --format safetensors"
+        )
     if head.startswith(b"PK\x03\x04"):
         return "zip"
     return "safetensors" if head[4:9] == b"\0\0\0\0{" else "pickle"  # the header's length (8 bytes), then its JSON
