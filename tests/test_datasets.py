@@ -310,6 +310,10 @@ def test_exif_of_sets_that_hand_out_pillow_images(tmp_path, monkeypatch, kind):
 def test_missing_and_empty_paths(tmp_path):
     with pytest.raises(UserError, match=r"--data_path .*nowhere does not exist"):
         plain(data_args(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"nowhere\.tar does not exist: give a tar of images"):
+        plain(data_args(tmp_path / "nowhere.tar"))
+    with pytest.raises(UserError, match="nowhere does not exist: give the folder that --dataset torch/cifar10 is in"):
+        plain(data_args(tmp_path / "nowhere", dataset="torch/cifar10"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no images found under"):
         plain(data_args(tmp_path / "empty"))

@@ -35,16 +35,16 @@ WORKERS = multiprocessing.get_context("fork" if sys.platform == "linux" else Non
 class ImageDataset(Dataset):
     """`dataset[(epoch, index)]` -> (image (C, H, W) after the transform, target); -1 without labels.
 
-    Images are uint8, or float32 where the first image has more than 8 bits (see util.data.decoding).
-    Before the transform all generators are seeded with (seed, epoch, index): a sample depends on nothing
-    else, neither on the worker that makes it nor on the samples before it. (With num_workers 0 the generators
-    are those of the training process.)
+    Images are uint8, or float32 where the first image has more than 8 bits (see util.data.decoding). Before the transform
+    all generators are seeded with (seed, epoch, index): a sample depends on nothing else, neither on the worker that
+    makes it nor on the samples before it. (With num_workers 0 the generators are those of the training process.)
 
-    An image that cannot be read is a BadImageError that names it. With `skip_bad`, another image takes its
-    place, drawn with the key (seed, epoch, index); it is logged once and counted, exactly across the workers
-    of this process, and when more than `max_bad_share` of the data set has turned out bad, that is a
-    BadImageError.
+    An image that cannot be read is a BadImageError that names it. With `skip_bad`, another image takes its place, drawn
+    with the key (seed, epoch, index); it is logged once and counted, exactly across the workers of this process, and
+    when more than `max_bad_share` of the data set has turned out bad, that is a BadImageError.
     """
+
+    pixels: PixelType | None = None  # of all images; not known before the first is read
 
     def __init__(
         self, source: Source, transform: Callable, seed: int, skip_bad: bool = False, max_bad_share: float = 0.01
@@ -56,7 +56,6 @@ class ImageDataset(Dataset):
         self._bad = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # shared with the workers
         self._bad_lock = WORKERS.Lock()
         self._reduced = torch.zeros(1, dtype=torch.uint8).share_memory_()  # whether an image lost bits, and it was said
-        self.pixels: PixelType | None = None
         self.pixels = self._first_image_pixels()
 
     def __len__(self) -> int:

@@ -112,8 +112,7 @@ class ImageIndex:
 
         Raises UserError when an image's class is not among `classes`.
         """
-        unknown = sorted(set(self.classes or []) - set(classes))
-        if unknown:
+        if unknown := sorted(set(self.classes or []) - set(classes)):
             raise UserError(
                 f"{self.root} has classes that the training set lacks: {abbreviate(unknown)}; "
                 f"class folders must have the same names in both"

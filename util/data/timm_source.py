@@ -162,7 +162,8 @@ def open_timm_source(
     if package and importlib.util.find_spec(package) is None:
         raise UserError(f"--dataset {name} needs the package {package}, which is not installed: {install}")
     if prefix not in OPTIONAL_PACKAGES and not path.exists():
-        raise UserError(f"--data_path {path} does not exist; --dataset {name or 'tar'} is looked for there")
+        advice = f"give the folder that --dataset {name} is in" if name else "give a tar of images"
+        raise UserError(f"--data_path {path} does not exist: {advice}")
     try:
         dataset = create_dataset(
             name,
