@@ -35,7 +35,7 @@ WORKERS = multiprocessing.get_context("fork" if sys.platform == "linux" else Non
 class ImageDataset(Dataset):
     """`dataset[(epoch, index)]` -> (image (C, H, W) after the transform, target); -1 without labels.
 
-    Images are uint8, or float32 where the first image has more than 8 bits (see util.data.decoding). Before the transform
+    Images are uint8, or float32 where the first image has more than 8 bits (see util.data.decoding). Before a transform
     all generators are seeded with (seed, epoch, index): a sample depends on nothing else, neither on the worker that
     makes it nor on the samples before it. (With num_workers 0 the generators are those of the training process.)
 
