@@ -26,6 +26,7 @@ def data_args(data_path, **changes) -> argparse.Namespace:
         val_share=0.0,
         ignore_exif=False,
         max_pixels=250_000_000,
+        reader="",
     )
     return argparse.Namespace(**{**values, **changes})
 

@@ -371,7 +371,7 @@ def test_evaluation_alone_needs_no_training_folder(labelled):
 
 
 def test_the_first_image_must_have_the_channels_asked_for(tmp_path, labelled):
-    with pytest.raises(UserError, match=r"ant/0.png.*4 channels are read from .npy arrays \(H, W, 4\) only"):
+    with pytest.raises(UserError, match=r"ant/0.png.*4 channels are read from TIFF and .npy files, \(H, W, 4\)"):
         plain(data_args(labelled, in_chans=4))
     (tmp_path / "arrays").mkdir()
     np.save(tmp_path / "arrays" / "a.npy", np.zeros((20, 30, 5), np.uint8))

@@ -160,11 +160,11 @@ def test_the_data_folder_is_never_written(tmp_path):
 def _load_and_report(root, started, scans, results):
     scan = image_index.scan
 
-    def slow_scan(path):
+    def slow_scan(path, *extensions):
         with scans.get_lock():
             scans.value += 1
         time.sleep(0.5)
-        return scan(path)
+        return scan(path, *extensions)
 
     image_index.scan = slow_scan
     started.wait()
@@ -230,7 +230,7 @@ def test_the_index_is_a_few_flat_arrays():
     assert all(isinstance(value, np.ndarray) and value.dtype != object for value in held)
 
 
-LEFT_OUT = [".thumbs/a.jpg", "b/.thumbs/x/c.jpg", "b/._2.jpg", "b/.DS_Store", "b/1.HEIC", "a/2.heic", "a/3.avif"]
+LEFT_OUT = [".thumbs/a.jpg", "b/.thumbs/x/c.jpg", "b/._2.jpg", "b/.DS_Store", "b/1.JXL", "a/2.jxl", "a/3.psd"]
 
 
 def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
@@ -244,8 +244,8 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
             index = load_index(root)
         assert (paths(index), index.classes) == expected
         assert class_folders(root) == expected[1]
-        assert index.unreadable == {".heic": 2, ".avif": 1} and index.hidden == 3
-        assert f"{root}: left out are 1 .avif, 2 .heic, which this program does not read: convert" in caplog.text
+        assert index.unreadable == {".jxl": 2, ".psd": 1} and index.hidden == 3
+        assert f"{root}: left out are 2 .jxl, 1 .psd, which this program does not read: convert" in caplog.text
         assert "left out are 3 hidden images or folders" in caplog.text
     hidden_root = tree(tmp_path / ".data", ["a/1.jpg"])
     assert len(load_index(hidden_root)) == 1  # what was asked for is not left out
@@ -253,8 +253,8 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
 
 def test_a_folder_of_formats_that_are_not_read(tmp_path, caplog):
     with pytest.raises(UserError, match="no images found under"):
-        load_index(tree(tmp_path / "data", ["1.heic", "2.heic"]))
-    assert "2 .heic" in caplog.text
+        load_index(tree(tmp_path / "data", ["1.jxl", "2.jxl"]))
+    assert "2 .jxl" in caplog.text
 
 
 def test_a_scan_asks_nothing_of_single_files(tmp_path, monkeypatch):
@@ -263,7 +263,7 @@ def test_a_scan_asks_nothing_of_single_files(tmp_path, monkeypatch):
     asked, stat = [], os.stat
     monkeypatch.setattr(os, "stat", lambda path, **options: asked.append(path) or stat(path, **options))
     load_index(root)
-    assert asked and not [path for path in asked if str(path).lower().endswith((".jpg", ".heic", ".png"))]
+    assert asked and not [path for path in asked if str(path).lower().endswith((".jpg", ".jxl", ".png"))]
 
 
 def test_the_fingerprint_follows_names_and_order_alone(tmp_path):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from models_mixmae import MixMAE
 from util.data.datasets import NumberedImages
-from util.data.image_index import IMAGE_EXTENSIONS
+from util.data.reader import extensions_of
 from util.data.sources import open_images
 from util.data.transforms import Normalize, ResizeAndCentreCrop
 from util.errors import UserError, unreadable_is_user_error
@@ -335,7 +335,7 @@ def choose_images(config: VisualizeConfig) -> tuple[NumberedImages, list[int]]:
     if len(dataset) < 2:
         raise UserError(f"images are mixed in pairs: at least 2 are needed, --images gives {len(dataset)}")
     chosen = list(range(len(dataset)))
-    if not all(path.lower().endswith(IMAGE_EXTENSIONS) for path in config.images):
+    if not all(path.lower().endswith(extensions_of(config.reader)) for path in config.images):
         chosen = torch.randperm(len(dataset), generator=keyed_generator(config.seed, "images")).tolist()
         chosen = chosen[: config.num_images]
     if len(chosen) % 2:

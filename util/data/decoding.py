@@ -10,16 +10,19 @@ What becomes of each kind of file, for in_chans 3 (RGB) and 1 (grey):
     palette, transparency       palette expanded, alpha dropped, as torchvision's ImageFolder does
     16 bits: PNG, grey TIFF     all bits kept: float32 in 0..1, value / 65535 (12-bit data in them reach 0.0625);
       and PGM                   so --mean and --std are in 0..1 as for 8 bits, and a set may mix both
-    16-bit colour TIFF or PPM   refused: Pillow would reduce them to 8 bits. Use PNG or .npy
-    32-bit float TIFF           refused: its range is not known. Use .npy
+    16-bit colour TIFF          as PNG, with the package tifffile; else refused, for Pillow would reduce them to 8 bits
+    16-bit colour PPM           refused likewise
+    floating-point TIFF         as a .npy array, with tifffile; else refused
+    HEIC                        with the package pillow-heif
+    AVIF                        where Pillow was built with it
     animation, several pages    the first frame
     1 x 1, 20,000 x 100         images like any other
     above `max_pixels`          refused before any pixel is decoded (a decompression bomb)
     truncated, empty, no image  refused
     damaged bytes inside JPEG   what libjpeg makes of them, as with Pillow: the format has no checksum
 
-`.npy` files hold arrays (H, W, in_chans), or (H, W) for one channel; any in_chans, and the only format for
-other than 1 and 3:
+`.npy` files hold arrays (H, W, in_chans), or (H, W) for one channel; any in_chans. So do TIFF files of several bands
+(pages of one band each, too), with tifffile:
 
     uint8                       uint8, normalised like a photo (value / 255)
     uint16, int16, int32, float16, float32, float64
@@ -36,7 +39,7 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from util.errors import UserError
 
@@ -47,10 +50,28 @@ try:  # the operator itself: the function around it warns on every call that it 
 except (ImportError, AttributeError):  # without it, Pillow decodes everything (but 16-bit colour)
     decode_jpeg = decode_png = None
 
+try:
+    import pillow_heif
+except ImportError:
+    pillow_heif = None
+try:
+    import tifffile
+except ImportError:
+    tifffile = None
+
 MAX_PIXELS = 250_000_000  # 0.75 GB as RGB; a scan of A3 at 900 dpi has 160 million
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; ours is checked before it decodes
 # Pillow reads other formats too; one of them (EPS) would start another program.
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+PILLOW_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
+IMAGE_EXTENSIONS = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .npy".split())
+if features.check("avif"):
+    PILLOW_FORMATS, IMAGE_EXTENSIONS = [*PILLOW_FORMATS, "AVIF"], (*IMAGE_EXTENSIONS, ".avif")
+if pillow_heif is not None:
+    pillow_heif.register_heif_opener()
+    PILLOW_FORMATS, IMAGE_EXTENSIONS = [*PILLOW_FORMATS, "HEIF"], (*IMAGE_EXTENSIONS, ".heic", ".heif")
+GREY_MODES = ("1", "L", "I", "I;16", "I;16B", "I;16L")  # of Pillow
+BITS_PER_SAMPLE = 258  # TIFF's tag
+TIFF_SIGNS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ARRAY_TYPES = ("uint8", "uint16", "int16", "int32", "float16", "float32", "float64")
 
 
@@ -67,10 +88,14 @@ def decode(data: bytes, in_chans: int, ignore_exif: bool = False, max_pixels: in
     """
     if data[:6] == b"\x93NUMPY":
         return _decode_array(data, in_chans, max_pixels)
-    if in_chans not in (1, 3):
-        raise BadImageError(f"images with {in_chans} channels are read from .npy arrays (H, W, {in_chans}) only")
     if not data:
         raise BadImageError("the file is empty")
+    if in_chans not in (1, 3):
+        if data[:4] in TIFF_SIGNS:
+            return _decode_tiff(data, in_chans, max_pixels)
+        raise BadImageError(
+            f"images with {in_chans} channels are read from TIFF and .npy files, (H, W, {in_chans}), or with --reader"
+        )
     if _is_deep_png(data) and decode_png is not None:
         return _decode_deep_png(data, in_chans, ignore_exif, max_pixels)
     frame = _jpeg_frame(data)
@@ -95,7 +120,7 @@ def from_pillow(
     if not ignore_exif:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise BadImageError("32-bit float pixels have no known range; store the image as .npy")
+        raise BadImageError("32-bit float pixels have no known range: pip install tifffile, or store it as .npy")
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -110,17 +135,57 @@ def _decode_with_pillow(data: bytes, in_chans: int, ignore_exif: bool, max_pixel
         with warnings.catch_warnings():  # about bombs below our limit, transparency, odd metadata
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
+                if image.format == "TIFF" and tifffile is not None and _is_tifffiles(image):
+                    return _decode_tiff(data, in_chans, max_pixels)
                 if image.mode not in ("F", "I") and not image.mode.startswith("I;16") and _has_more_bits(image, data):
                     raise BadImageError(
-                        "16 bits per colour in a file that is read with 8: use a grey image, PNG or .npy"
+                        "16 bits per colour in a file that is read with 8: use a grey image, PNG or .npy, or for TIFF "
+                        "pip install tifffile"
                     )
                 return from_pillow(image, in_chans, ignore_exif, max_pixels)
     except BadImageError:
         raise
     except Image.UnidentifiedImageError:
+        if data[:4] in TIFF_SIGNS:  # of a kind that Pillow does not know, such as several bands
+            return _decode_tiff(data, in_chans, max_pixels)
         raise BadImageError(f"not an image in a known format ({', '.join(PILLOW_FORMATS)})") from None
     except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
         raise BadImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _is_tifffiles(image: Image.Image) -> bool:
+    """Whether a TIFF holds numbers of which Pillow gives fewer bits, or that are no picture."""
+    return image.mode == "F" or (max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8 and image.mode not in GREY_MODES)
+
+
+def _decode_tiff(data: bytes, in_chans: int, max_pixels: int) -> torch.Tensor:
+    """The first image of a TIFF file, by tifffile: its bands, or as many pages as there are channels."""
+    if tifffile is None:
+        raise BadImageError("this kind of TIFF file needs the package tifffile: pip install tifffile")
+    try:
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            series = file.series[0]
+            sizes = {axis: size for axis, size in zip(series.axes, series.shape) if axis in "YX" or size > 1}
+            bands = [axis for axis in sizes if axis not in "YX"]
+            if not {"Y", "X"} <= sizes.keys() or len(bands) > 1:
+                raise BadImageError(f"the axes of the TIFF file are {sizes}: an image has Y, X and bands at most")
+            _check_pixels(sizes["Y"], sizes["X"], max_pixels)
+            parts = [part for page in series.pages for part in zip(page.dataoffsets, page.databytecounts)]
+            if max(offset + count for offset, count in parts) > len(data):  # tifffile would make them zeros
+                raise BadImageError("the TIFF file is truncated")
+            array = series.asarray().reshape(list(sizes.values()))
+    except BadImageError:
+        raise
+    except Exception as error:  # damaged files make it raise nearly anything
+        raise BadImageError(f"{type(error).__name__}: {error}") from error
+    array = array.transpose([list(sizes).index(axis) for axis in ["Y", "X", *bands]])
+    if bands == ["S"] and in_chans == 3 and array.shape[2] == 4:
+        array = array[:, :, :3]  # without alpha
+    elif bands not in ([], ["S"]) and array.shape[2] != in_chans:
+        array = array[:, :, :1]  # pages that are no bands: the first
+    image = image_of(array, in_chans, max_pixels)
+    # In one or three channels a picture, as a PNG of 16 bits.
+    return image.to(torch.uint16) if in_chans in (1, 3) and array.dtype == np.uint16 else image
 
 
 def _is_deep_png(data: bytes) -> bool:
@@ -145,7 +210,7 @@ def _decode_deep_png(data: bytes, in_chans: int, ignore_exif: bool, max_pixels: 
 def _has_more_bits(image: Image.Image, data: bytes) -> bool:
     """Whether a file has more than the 8 bits per colour that Pillow gives."""
     if image.format == "TIFF":
-        return max(image.tag_v2.get(258, (8,))) > 8  # BitsPerSample
+        return max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8
     if image.format == "PPM":
         header = re.match(rb"P[36](?:\s|#[^\n]*\n)+\d+(?:\s|#[^\n]*\n)+\d+(?:\s|#[^\n]*\n)+(\d+)", data[:1000])
         return header is not None and int(header[1]) > 255
@@ -183,6 +248,14 @@ def _decode_array(data: bytes, in_chans: int, max_pixels: int) -> torch.Tensor:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError, MemoryError, SyntaxError) as error:
         raise BadImageError(f"damaged .npy file: {error}") from error
+    return image_of(array, in_chans, max_pixels)
+
+
+def image_of(array: np.ndarray, in_chans: int, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """An array (H, W, in_chans), or (H, W) for one channel, as an image (in_chans, H, W): uint8, or float32 of others.
+
+    Raises BadImageError for another shape or type, and for values that are not finite.
+    """
     if array.ndim == 2 and in_chans == 1:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] != in_chans or 0 in array.shape:

@@ -19,18 +19,18 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
 
+from util.data.decoding import IMAGE_EXTENSIONS
 from util.errors import UserError, unreadable_is_user_error
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .npy".split())
 # Images all the same, which `util.data.decoding` does not read.
 UNREADABLE_EXTENSIONS = tuple(
     ".heic .heif .avif .jxl .jp2 .j2k .svg .psd .exr .hdr .dcm .dng .raw .cr2 .cr3 .nef .arw .raf .orf .rw2".split()
@@ -159,28 +159,29 @@ def class_folders(root: str | os.PathLike) -> list[str]:
         return sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
 
 
-def load_index(root: str | os.PathLike) -> ImageIndex:
+def load_index(root: str | os.PathLike, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> ImageIndex:
     """The index of `root`, from the cache if it is still valid, else from a scan that then fills the cache.
 
     Processes that start together on one machine wait for the first one's scan. Raises UserError when there is no image
     or a folder cannot be listed.
     """
     root = os.path.realpath(root)
-    cache = _cache_file(root)
+    extensions = tuple(extensions)
+    cache = _cache_file(root, extensions)
     index = _read_cache(cache, root)
     if index is None:
         logger.info("looking for images under %s", root)
         with _lock(cache.with_suffix(".lock")):
             index = _read_cache(cache, root)  # another process may have filled it meanwhile
             if index is None:
-                index = _scan_and_cache(cache, root)
+                index = _scan_and_cache(cache, root, extensions)
     index.report_left_out()
     if len(index) == 0:
-        raise UserError(f"no images found under {root} (looked for {', '.join(IMAGE_EXTENSIONS)})")
+        raise UserError(f"no images found under {root} (looked for {', '.join(extensions)})")
     return index
 
 
-def scan(root: str) -> tuple[ImageIndex, list[str], np.ndarray]:
+def scan(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> tuple[ImageIndex, list[str], np.ndarray]:
     """Walk the tree under `root`, following links, without what is hidden: names that begin with a dot.
 
     Returns the index, all directories (relative to `root`), and their (mtime, ctime) in ns, (n, 2) int64. Raises
@@ -203,10 +204,10 @@ def scan(root: str) -> tuple[ImageIndex, list[str], np.ndarray]:
                     name = entry.name
                     lower = name.lower()
                     if name[0] == ".":
-                        hidden += entry.is_dir() or lower.endswith(IMAGE_EXTENSIONS)
+                        hidden += entry.is_dir() or lower.endswith(extensions)
                     elif entry.is_dir():
                         waiting.append((os.path.join(directory, name), (*ancestors, identity)))
-                    elif lower.endswith(IMAGE_EXTENSIONS):
+                    elif lower.endswith(extensions):
                         if entry.is_file():
                             names.append(name)
                     elif lower.endswith(UNREADABLE_EXTENSIONS):
@@ -229,9 +230,9 @@ def scan(root: str) -> tuple[ImageIndex, list[str], np.ndarray]:
     return index, directories, np.array(times, dtype=np.int64)
 
 
-def _scan_and_cache(cache: Path, root: str) -> ImageIndex:
+def _scan_and_cache(cache: Path, root: str, extensions: tuple[str, ...]) -> ImageIndex:
     start = time.time_ns()
-    index, directories, times = scan(root)
+    index, directories, times = scan(root, extensions)
     seconds = (time.time_ns() - start) / 1e9
     logger.info("scanned %d images in %d folders under %s in %.1f s", len(index), len(directories), root, seconds)
     if times[:, 0].max() > start - SETTLED_AFTER_NS:
@@ -252,11 +253,11 @@ def _scan_and_cache(cache: Path, root: str) -> ImageIndex:
     return index
 
 
-def _cache_file(root: str) -> Path:
+def _cache_file(root: str, extensions: tuple[str, ...]) -> Path:
     folder = os.environ.get("MIXMAE_CACHE")
     if not folder:
         folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mixmae")
-    key = repr((CACHE_FORMAT, root, IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS)).encode("utf-8", "surrogateescape")
+    key = repr((CACHE_FORMAT, root, extensions, UNREADABLE_EXTENSIONS)).encode("utf-8", "surrogateescape")
     return Path(folder, f"index-{hashlib.blake2b(key, digest_size=12).hexdigest()}.npz")
 
 

@@ -12,6 +12,7 @@ class DataSettings(Protocol):
     in_chans: int
     ignore_exif: bool  # leave pixels as they are stored, whatever the EXIF orientation says
     max_pixels: int  # larger images are not decoded
+    reader: str  # see util.data.reader; empty for our own decoders
     seed: int
     bad_images: Literal["error", "skip"]  # skip: replace an unreadable training image by another one
     max_bad_images: float  # with skip: the largest share of unreadable images

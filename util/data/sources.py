@@ -25,8 +25,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from util.data.decoding import decode
-from util.data.image_index import IMAGE_EXTENSIONS, ImageIndex, StringTable, abbreviate, class_folders, load_index
+from util.data.decoding import IMAGE_EXTENSIONS, decode
+from util.data.image_index import ImageIndex, StringTable, abbreviate, class_folders, load_index
+from util.data.reader import extensions_of, read_by
 from util.data.settings import DataSettings
 from util.data.timm_source import open_timm_source
 from util.errors import UserError, unreadable_is_user_error
@@ -36,7 +37,6 @@ logger = logging.getLogger(__name__)
 FOLDER_DATASETS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
 ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 MAX_CLASSES = 100_000  # a larger number behind a file name in a list is no label
-LIST_LINE = re.compile(rf"(.*(?:{'|'.join(map(re.escape, IMAGE_EXTENSIONS))}))(?:[ \t]+(\d{{1,18}}))?", re.IGNORECASE)
 
 
 class Source(Protocol):
@@ -69,8 +69,9 @@ class FileSource:
 
     streamed = False
 
-    def __init__(self, index: ImageIndex, in_chans: int, ignore_exif: bool, max_pixels: int, numbered: bool = False):
-        self.index, self.in_chans, self.ignore_exif, self.max_pixels = index, in_chans, ignore_exif, max_pixels
+    def __init__(self, index: ImageIndex, config: DataSettings, numbered: bool = False):
+        self.index, self.reader = index, config.reader
+        self.in_chans, self.ignore_exif, self.max_pixels = config.in_chans, config.ignore_exif, config.max_pixels
         self.classes, self.numbered = index.classes, numbered
         self.targets = None if index.classes is None else index.targets
 
@@ -85,9 +86,13 @@ class FileSource:
         return self.index.path(i)
 
     def read(self, i: int) -> tuple[torch.Tensor, int]:
-        with open(self.path(i), "rb", buffering=0) as file:
-            data = file.readall()
-        return decode(data, self.in_chans, self.ignore_exif, self.max_pixels), int(self.index.targets[i])
+        if self.reader:
+            image = read_by(self.reader, self.path(i), self.in_chans, self.max_pixels)
+        else:
+            with open(self.path(i), "rb", buffering=0) as file:
+                data = file.readall()
+            image = decode(data, self.in_chans, self.ignore_exif, self.max_pixels)
+        return image, int(self.index.targets[i])
 
 
 class JoinedSource:
@@ -121,26 +126,26 @@ def open_images(paths: Sequence[str], config: DataSettings) -> JoinedSource:
 
     A folder's images come in the order of their folders, then of their names. Raises UserError.
     """
-    sources = []
-    for is_image, group in itertools.groupby(paths, lambda path: path.lower().endswith(IMAGE_EXTENSIONS)):
+    sources, extensions = [], extensions_of(config.reader)
+    for is_image, group in itertools.groupby(paths, lambda path: path.lower().endswith(extensions)):
         group = list(group)
         if is_image and (missing := [path for path in group if not os.path.exists(path)]):
             raise UserError(f"images that do not exist: {abbreviate(missing)}")
         if is_image and not any(map(os.path.isdir, group)):
             names = StringTable.of([os.fsencode(path) for path in group])
             index = ImageIndex("", names, np.full(len(group), -1, dtype=np.int32), None)
-            sources.append(FileSource(index, config.in_chans, config.ignore_exif, config.max_pixels))
+            sources.append(FileSource(index, config))
             continue
         for path in group:
             if path.lower().endswith(".tar"):
                 sources.append(open_timm_source("", Path(path), "train", config))
             elif os.path.isdir(path):
-                index = replace(load_index(path), root=path)  # named as it was given
-                sources.append(FileSource(index, config.in_chans, config.ignore_exif, config.max_pixels))
+                index = replace(load_index(path, extensions), root=path)  # named as it was given
+                sources.append(FileSource(index, config))
             elif os.path.isfile(path):
                 refuse_what_is_no_list(Path(path))
-                index = _read_list(Path(path))
-                sources.append(FileSource(index, config.in_chans, config.ignore_exif, config.max_pixels))
+                index = _read_list(Path(path), extensions)
+                sources.append(FileSource(index, config))
             else:
                 raise UserError(f"{path} does not exist; give images, folders of images, lists of images or tars")
     return JoinedSource(sources, config.in_chans)
@@ -164,13 +169,13 @@ def open_source(config: DataSettings, split: str, require_labels: bool) -> Sourc
     elif path.exists():
         if path.is_file():
             refuse_what_is_no_list(path)
-        index, numbered = _index(path, "train" if config.val_share else split, require_labels, bool(config.val_share))
+        index, numbered = _index(path, "train" if config.val_share else split, require_labels, config)
         if config.val_share:
             aside = index.set_aside(config.val_share)
             index = index.select(aside if split == "val" else ~aside)
         elif split == "val" and index.classes and (train_classes := _train_classes(path, config)) is not None:
             index = index.with_classes(train_classes)
-        source = FileSource(index, config.in_chans, config.ignore_exif, config.max_pixels, numbered)
+        source = FileSource(index, config, numbered)
     else:
         raise UserError(f"--data_path {config.data_path} does not exist; give a folder of images, or a list of them")
     if config.val_share:
@@ -246,24 +251,24 @@ def _refuse_to_divide(path: Path, config: DataSettings, source: Source) -> None:
         )
 
 
-def _index(data_path: Path, split: str, require_labels: bool, alone: bool) -> tuple[ImageIndex, bool]:
-    """The images of a folder or list, and whether their labels are numbers. `alone`: there is no other split."""
+def _index(data_path: Path, split: str, require_labels: bool, config: DataSettings) -> tuple[ImageIndex, bool]:
+    """The images of a folder or list, and whether their labels are numbers."""
     if (file := _list_file(data_path, split)) is not None:
-        return _read_list(file), True
-    return _folder_index(data_path, split, require_labels, alone), False
+        return _read_list(file, extensions_of(config.reader)), True
+    return _folder_index(data_path, split, require_labels, config), False
 
 
-def _folder_index(data_path: Path, split: str, require_labels: bool, alone: bool) -> ImageIndex:
+def _folder_index(data_path: Path, split: str, require_labels: bool, config: DataSettings) -> ImageIndex:
     folder = data_path / split
     if not folder.is_dir():
-        if require_labels and not alone:
+        if require_labels and not config.val_share:  # which divides a folder without others
             raise UserError(
                 f"{folder} does not exist; it must hold the {split} images, one folder per class"
                 + ("; or let --val_share 0.1 set a part of the training images aside" if split == "val" else "")
                 + (f"; or, if the class folders lie in {data_path}, give --val_share 0.1" if split == "train" else "")
             )
         folder = data_path
-    index = load_index(folder)
+    index = load_index(folder, extensions_of(config.reader))
     if not require_labels:
         return index
     if index.classes is None:
@@ -280,22 +285,24 @@ def _train_classes(data_path: Path, config: DataSettings) -> list[str] | None:
     if (tar := _tar_file(data_path, "train")) is not None:
         return open_timm_source("", tar, "train", config).classes
     if (file := _list_file(data_path, "train")) is not None:
-        return _read_list(file).classes
+        return _read_list(file, extensions_of(config.reader)).classes
     return class_folders(data_path / "train") if (data_path / "train").is_dir() else None
 
 
-def _read_list(path: Path) -> ImageIndex:
+def _read_list(path: Path, extensions: Sequence[str]) -> ImageIndex:
     """The index of a text file that lists images (see the module's docstring)."""
+    pattern = rf"(.*(?:{'|'.join(map(re.escape, extensions))}))(?:[ \t]+(\d{{1,18}}))?"
+    list_line = re.compile(pattern, re.IGNORECASE)
     with unreadable_is_user_error(f"cannot read the image list {path}"):
         lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     names, labels = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        match = LIST_LINE.fullmatch(line.rstrip())
+        match = list_line.fullmatch(line.rstrip())
         if match is None:
             raise UserError(
-                f"{path}, line {number}: expected an image file ({', '.join(IMAGE_EXTENSIONS)}), optionally "
+                f"{path}, line {number}: expected an image file ({', '.join(extensions)}), optionally "
                 f"followed by a space and an integer label, got {line[:200]!r}"
             )
         names.append(os.fsencode(match[1]))

@@ -1,13 +1,15 @@
 """What kind of images there are, from the headers of some of them: for settings that nobody has given."""
 
 import logging
+import math
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from util.data.decoding import PILLOW_FORMATS
+from util.data.decoding import PILLOW_FORMATS, tifffile
+from util.data.reader import find_reader
 from util.data.sources import Source
 from util.errors import UserError
 
@@ -27,7 +29,7 @@ class Survey:
     longest_side: int | None  # of any image that was looked at
 
 
-def survey_images(source: Source) -> Survey:
+def survey_images(source: Source, reader: str = "") -> Survey:
     """Look at images from all over `source`; those that cannot be read are left for others to report.
 
     Raises UserError where arrays have different numbers of channels.
@@ -36,7 +38,8 @@ def survey_images(source: Source) -> Survey:
     shapes = []
     for number in range(min(SAMPLE, count)):
         try:
-            shapes.append(shape_in_header(source.path(number * count // min(SAMPLE, count))))
+            path = source.path(number * count // min(SAMPLE, count))
+            shapes.append(shape_by(reader, path) if reader else shape_in_header(path))
         except Exception:  # not a file (a tar, a data set of timm's), or whatever Pillow raises on damaged ones
             continue
     channels = Counter(shape[2] for shape in shapes)
@@ -61,6 +64,18 @@ def shape_in_header(path: str) -> tuple[int, int, int]:
     if path.lower().endswith(".npy"):
         shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
         return (*shape, 1) if len(shape) == 2 else shape
+    if path.lower().endswith((".tif", ".tiff")) and tifffile is not None:
+        with tifffile.TiffFile(path) as file:
+            sizes = dict(zip(file.series[0].axes, file.series[0].shape, strict=True))
+        height, width = sizes.pop("Y"), sizes.pop("X")
+        bands = math.prod(sizes.values())
+        return height, width, 3 if "S" in sizes and bands == 4 else bands
     with Image.open(path, formats=PILLOW_FORMATS) as image:
         grey = image.mode in GREY_MODES or image.mode.startswith("I;16")
         return image.height, image.width, 1 if grey else 3
+
+
+def shape_by(reader: str, path: str) -> tuple[int, int, int]:
+    """Likewise, by reading the image with `--reader`."""
+    shape = find_reader(reader)(path).shape
+    return (*shape, 1) if len(shape) == 2 else shape

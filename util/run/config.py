@@ -100,6 +100,11 @@ class DecodingFlags(Config):
     TITLE: ClassVar[str] = "decoding images"
 
     ignore_exif: bool = flag(False, "ignore the EXIF orientation of photographs, as the authors' code does")
+    reader: str = flag(
+        "",
+        "read image files by this function (path -> array H x W x channels), for formats of other kinds",
+        "PACKAGE.MODULE:FUNCTION",
+    )
     max_pixels: int = flag(
         MAX_PIXELS,
         "an image with more is unreadable, since decoding it may take all memory",

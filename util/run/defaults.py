@@ -145,7 +145,7 @@ def _look_and_choose(
         try:
             with unreadable_is_user_error(f"cannot read --data_path {given.data_path}"):
                 source = open_source(replace(given, in_chans=known.get("in_chans") or 3), "train", require_labels=False)
-            found = survey_images(source)
+            found = survey_images(source, given.reader)
         except UserError as caught:
             error = str(caught)
     survey, error = distributed.gather_objects((found, error))[0]
