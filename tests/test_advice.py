@@ -56,6 +56,7 @@ def test_every_command_at_the_end_of_a_run_works(tmp_path, labelled, divided):
     assert {"reconstructions.png", "encoder.safetensors"} <= {path.name for path in out.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_says_how_to_go_on(tmp_path):
 
     data, out = tmp_path / "data", tmp_path / "out"

@@ -54,7 +54,6 @@ def test_pretraining():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_evaluation_of_a_classifier():
     torch.manual_seed(0)
@@ -69,6 +68,7 @@ def test_evaluation_of_a_classifier():
         torch.testing.assert_close(ours, plain(batch), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_fine_tuning_with_stochastic_depth():
     torch.manual_seed(0)
     model = SwinTransformer(num_classes=10, drop_path_rate=0.5, **SMALL)

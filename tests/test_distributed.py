@@ -470,7 +470,7 @@ with failures.explain_collective_failures():
 """
 
 
-@pytest.mark.parametrize(("signal_name", "victim"), [("SIGKILL", 1), slow("SIGSTOP", 1), ("SIGSTOP", 0)])
+@pytest.mark.parametrize(("signal_name", "victim"), [slow("SIGKILL", 1), slow("SIGSTOP", 1), ("SIGSTOP", 0)])
 def test_survivors_say_which_rank_is_gone(tmp_path, signal_name, victim):
     body = FAILURE.replace("SIGNAL", signal_name).replace("VICTIM", str(victim))
     processes = start_ranks(tmp_path, body, 3, "--dist_timeout", "4")

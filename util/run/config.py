@@ -118,6 +118,7 @@ class DecodingFlags(Config):
 class ReadingFlags(DecodingFlags):
     TITLE: ClassVar[str] = "reading images"
 
+    allow_odd_statistics: bool = flag(False, "go on where --mean and --std do not fit the images", on_resume=FREE)
     num_workers: int = flag(
         min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
         "data-loading processes per rank",
@@ -156,7 +157,6 @@ class DataFlags(ReadingFlags):
         PROBABILITY,
         on_resume=FREE,
     )
-    allow_odd_statistics: bool = flag(False, "go on where --mean and --std do not fit the images", on_resume=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
