@@ -13,8 +13,9 @@ from PIL import Image
 
 import models_mixmae
 from util import visualize
+from util.data.display import Display, shown_channels
 from util.run.flags import given_flags
-from util.visualize import Display, outline, reconstruct, reconstruction_figure, shown_channels
+from util.visualize import outline, reconstruct, reconstruction_figure
 from util.weights.file import write_checkpoint
 
 MASK = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0.0])

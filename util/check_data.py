@@ -1,0 +1,393 @@
+"""What training would read, looked at before hours are spent: faults of the images, and the flags that fit them.
+
+    python -m util.check_data /path/to/images
+    python -m util.check_data /path/to/images --in_chans 13 --out check --model mixmae_tiny
+
+Every image is read as training reads it. Faults come first; then what the images are, their mean and standard deviation
+as flags, how fast they are read, and a sheet of images as the model will see them. Exit code 1 when something would
+stop training, or make its results wrong.
+"""
+
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
+import argparse
+import hashlib
+import io
+import json
+import logging
+import os
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from util.data.datasets import WORKERS
+from util.data.decoding import PILLOW_FORMATS, BadImageError, PixelType
+from util.data.display import Display, shown_channels
+from util.data.image_index import abbreviate
+from util.data.sources import FileSource, open_source
+from util.data.survey import survey_images
+from util.data.transforms import Normalize, eval_transform, pretrain_transform
+from util.errors import UserError, unreadable_is_user_error
+from util.run.config import DataFlags, WeightFlags
+from util.run.failures import user_errors
+from util.run.flags import NOT_NEGATIVE, flag, get_parser, given_flags
+from util.run.logger import setup_logging
+from util.seeding import seed_all
+from util.weights.settings import weight_settings
+
+logger = logging.getLogger(__name__)
+
+ORIENTATION = 0x0112  # EXIF's tag
+LONG = 10.0  # longer side / shorter side of an odd image
+TINY_SIDE = 8  # pixels
+SHEET_IMAGES = 40
+SHOWN = 5  # names of a list
+TIMED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class CheckDataConfig(WeightFlags, DataFlags):
+    TITLE: ClassVar[str] = "what to check"
+
+    sample: int = flag(0, "look at this many images from all over the data; 0: at all", "N", NOT_NEGATIVE)
+    out: str = flag("", "folder for check_data.json and check_data.png (default: none is written)", "DIR")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    description = "Look at the images that training would read, for faults and for the flags that fit them."
+    parser = get_parser(CheckDataConfig, description, "python -m util.check_data")
+    parser.add_argument("data_path", nargs="?", default=argparse.SUPPRESS, metavar="DIR", help="as --data_path")
+    return parser
+
+
+# --- One image ---
+
+
+class Inspection(Dataset):
+    """`inspection[i]` -> what there is to know of image i: a dict of plain values, with 'error' if it is unreadable."""
+
+    def __init__(self, source: FileSource, numbers: list[int], config: CheckDataConfig):
+        self.source, self.numbers, self.config = source, numbers, config
+        self.transform = pretrain_transform(config)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        number = self.numbers[position]
+        path = self.source.path(number)
+        found: dict[str, Any] = {"path": path, "target": int(self.source.index.targets[number])}
+        try:
+            data = Path(path).read_bytes()
+            found |= {"hash": hashlib.blake2b(data, digest_size=16).digest(), **header(data, path)}
+            started = time.perf_counter()
+            image, _ = self.source.read(number)
+            found |= {"bits": 8 if image.dtype == torch.uint8 else 16 if image.dtype == torch.uint16 else 32}
+            kind = {8: PixelType.BYTES, 16: PixelType.DEEP_PICTURES, 32: PixelType.ARRAYS}[found["bits"]]
+            image = kind.convert(image)
+            seed_all(0, number)
+            self.transform(image)
+            found["seconds"] = time.perf_counter() - started
+            values = image.double().flatten(1) / (255 if found["bits"] == 8 else 1)
+            found |= {"height": image.shape[1], "width": image.shape[2], "pixels": values.shape[1]}
+            found |= {"sum": values.sum(1).tolist(), "squares": values.square().sum(1).tolist()}
+        except (BadImageError, OSError) as error:
+            found["error"] = str(error)
+        return found
+
+
+def header(data: bytes, path: str) -> dict[str, Any]:
+    """Format, colour mode and orientation, where Pillow knows them."""
+    kind = os.path.splitext(path)[1].lower().lstrip(".")
+    try:
+        with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
+            turned = image.getexif().get(ORIENTATION, 1) not in (0, 1)
+            return {"format": image.format, "mode": image.mode, "turned": turned}
+    except Exception:  # no picture, or a damaged one; reading it says more
+        return {"format": kind, "mode": "", "turned": False}
+
+
+# --- All images ---
+
+
+@dataclass
+class Findings:
+    """What is known of one split."""
+
+    split: str
+    classes: list[str] | None
+    images: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def good(self) -> list[dict[str, Any]]:
+        return [image for image in self.images if "error" not in image]
+
+    def of(self, name: str, *values: object) -> list[str]:
+        """Paths of the images of which `name` is one of `values`."""
+        return [image["path"] for image in self.images if image.get(name) in values]
+
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation (C,) over all pixels of all images, in float64."""
+        pixels = sum(image["pixels"] for image in self.good)
+        mean = np.sum([image["sum"] for image in self.good], axis=0) / pixels
+        squares = np.sum([image["squares"] for image in self.good], axis=0) / pixels
+        return mean, np.sqrt(np.maximum(squares - mean**2, 0))
+
+
+def inspect(source: FileSource, split: str, config: CheckDataConfig) -> Findings:
+    count = min(config.sample or len(source), len(source))
+    numbers = [position * len(source) // count for position in range(count)]
+    loader = DataLoader(
+        Inspection(source, numbers, config), batch_size=16, num_workers=config.num_workers, collate_fn=list,
+        multiprocessing_context=WORKERS if config.num_workers else None, worker_init_fn=one_thread,
+    )  # fmt: skip
+    findings = Findings(split, source.classes)
+    for batch in with_bar(loader, count, split):
+        findings.images += batch
+    return findings
+
+
+def one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def with_bar(loader: DataLoader, total: int, split: str) -> Iterator[list[dict[str, Any]]]:
+    with tqdm(total=total, unit=" images", desc=split, disable=not sys.stderr.isatty()) as bar:
+        for batch in loader:
+            yield batch
+            bar.update(len(batch))
+
+
+def faults_of(parts: list[Findings], config: CheckDataConfig) -> tuple[list[str], list[str]]:
+    """What would stop training or make its results wrong, and what may be meant that way."""
+    wrong, odd = [], []
+
+    def note(where: list[str], paths: list[str], what: str) -> None:
+        if paths:
+            where.append(f"{len(paths)} {what}: {abbreviate(paths, SHOWN)}")
+
+    everything = [image for part in parts for image in part.images]
+    reasons = defaultdict(list)
+    for image in everything:
+        if "error" in image:
+            reasons[image["error"].rpartition("': ")[2] or image["error"]].append(image["path"])
+    for reason, paths in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        note(wrong, paths, f"unreadable ({reason})")
+    by_content = defaultdict(list)
+    for part in parts:
+        for image in part.images:
+            if "hash" in image:
+                by_content[image["hash"]].append((part.split, image["path"]))
+    copies = [copy for copy in by_content.values() if len(copy) > 1]
+    shared = [
+        path for copy in copies if len({split for split, _ in copy}) > 1 for split, path in copy if split == "val"
+    ]
+    note(wrong, shared, "validation images are training images too")
+    note(odd, [path for copy in copies for _, path in copy[1:]], "are copies of another image, byte for byte")
+    if len(parts) == 2 and parts[0].classes and parts[1].classes:
+        train, val = ({part.classes[image["target"]] for image in part.images} for part in parts)
+        note(wrong, sorted(val - train), "classes have validation images but no training images")
+        note(odd, sorted(train - val), "classes have no validation images")
+    good = [image for part in parts for image in part.good]
+    bits = Counter(image["bits"] for image in good)
+    if 32 in bits and len(bits) > 1:
+        wrong.append(f"arrays in their own units among pictures: {dict(bits)} (bits per channel: images)")
+    elif len(bits) > 1:
+        odd.append(f"8 and 16 bits per channel: {dict(bits)}; all are reduced to what the first image has")
+    long = [i["path"] for i in good if max(i["height"], i["width"]) > LONG * min(i["height"], i["width"])]
+    note(odd, long, f"are more than {LONG:g} times longer in one direction")
+    note(
+        odd,
+        [i["path"] for i in good if min(i["height"], i["width"]) < TINY_SIDE],
+        f"have a side below {TINY_SIDE} pixels",
+    )
+    for modes, what in (
+        (("CMYK", "YCCK"), "are CMYK, converted without a colour profile"),
+        (("P", "PA"), "have a palette"),
+    ):
+        note(odd, [path for part in parts for path in part.of("mode", *modes)], what)
+    note(odd, [path for part in parts for path in part.of("mode", "RGBA", "LA", "La", "RGBa")], "lose transparency")
+    what = "left as they are stored" if config.ignore_exif else "turned accordingly"
+    note(odd, [path for part in parts for path in part.of("turned", True)], f"have an EXIF orientation, and are {what}")
+    grey = [path for part in parts for path in part.of("mode", "L", "1", "LA", "I", "I;16")]
+    colour = [path for part in parts for path in part.of("mode", "RGB", "RGBA", "P", "CMYK", "YCbCr")]
+    if grey and colour:
+        fewer = grey if len(grey) < len(colour) else colour
+        note(
+            odd,
+            fewer,
+            f"are {'grey' if fewer is grey else 'colour'} among {len(grey) + len(colour) - len(fewer)} others",
+        )
+    return wrong, odd
+
+
+def describe(part: Findings) -> dict[str, Any]:
+    """Plain values for the report of one split."""
+    good = part.good
+    sides = np.array([(image["height"], image["width"]) for image in good]).reshape(-1, 2)
+    result: dict[str, Any] = {
+        "images": len(part.images),
+        "unreadable": len(part.images) - len(good),
+        "formats": dict(Counter(image.get("format", "?") for image in part.images).most_common()),
+        "bits": dict(Counter(image["bits"] for image in good).most_common()),
+    }
+    if good:
+        result["height"], result["width"] = (
+            {"smallest": int(side.min()), "median": int(np.median(side)), "largest": int(side.max())}
+            for side in sides.T
+        )
+        result["images_per_second"] = len(good) / sum(image["seconds"] for image in good)
+    if part.classes:
+        counts = Counter(image["target"] for image in part.images)
+        result["classes"] = {name: counts[number] for number, name in enumerate(part.classes)}
+    return result
+
+
+# --- The sheet, and the model's speed ---
+
+
+def draw_sheet(source: FileSource, part: Findings, config: CheckDataConfig) -> Image.Image:
+    """Images as the model sees them: after the crop of evaluation, normalised by the configuration, and back."""
+    transform, normalize = eval_transform(config), Normalize(config.mean, config.std)
+    good = [number for number, image in enumerate(part.images) if "error" not in image]
+    chosen = [
+        good[position * len(good) // min(SHEET_IMAGES, len(good))] for position in range(min(SHEET_IMAGES, len(good)))
+    ]
+    numbers = [number * len(source) // len(part.images) for number in chosen]
+    kind = PixelType(source.read(numbers[0])[0].dtype)
+    imgs = torch.stack([normalize(transform(kind.convert(source.read(number)[0]))) for number in numbers])
+    display = Display(imgs, config.mean, config.std, shown_channels(config.in_chans))
+    grid = make_grid(torch.from_numpy(display(imgs)).permute(0, 3, 1, 2), nrow=8, padding=4, pad_value=255)
+    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+
+
+def images_per_second(config: CheckDataConfig) -> float:
+    """Of training steps with --model on this machine, in fp32, without reading anything."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = timm.create_model(config.model, in_chans=config.in_chans, img_size=config.input_size).to(device)
+    imgs = torch.randn(8, config.in_chans, *config.input_size, device=device)
+    times = []
+    for _ in range(1 + TIMED_STEPS):
+        started = time.perf_counter()
+        model(imgs)[0].backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return len(imgs) / min(times[1:])
+
+
+# --- The command ---
+
+
+def open_splits(config: CheckDataConfig) -> list[tuple[str, FileSource]]:
+    """The training images, and those for validation where there are any.
+
+    Raises:
+        UserError: there are none, or they are not files.
+    """
+    folder = Path(config.data_path) if Path(config.data_path).is_dir() else Path(config.data_path).parent
+    places = {"train": config.data_path}
+    if found := [place for place in (folder / "val", folder / "val.txt") if place.exists()]:
+        places["val"] = str(found[0])  # by itself, so that classes which the training images lack are no error here
+    sources = []
+    for split, place in places.items():
+        with unreadable_is_user_error(f"cannot read {place}"):
+            source = open_source(replace(config, data_path=place), "train", require_labels=False)
+        if not isinstance(source, FileSource):
+            raise UserError(f"{config.data_path}: only image files are checked, in folders or lists; unpack the tar")
+        sources.append((split, source))
+    return sources
+
+
+def check_data(given: CheckDataConfig) -> dict[str, Any]:
+    """The report, as plain values; it is logged, and written to `--out`.
+
+    Raises:
+        UserError: there is nothing to check, or the report cannot be written.
+    """
+    first = open_splits(replace(given, in_chans=given.in_chans or 3))
+    in_chans = given.in_chans or survey_images(first[0][1], given.reader).in_chans
+    settings = weight_settings(
+        {}, "", given.as_dict() | {"in_chans": in_chans}, pretraining=True, defaults={"model": "mixmae_tiny"}
+    )
+    names = settings.values().keys() & given.as_dict().keys() - {"model"}
+    config = replace(given, **{name: settings.values()[name] for name in names})
+    sources = open_splits(config)
+    parts = [inspect(source, split, config) for split, source in sources]
+    wrong, odd = faults_of(parts, config)
+    report: dict[str, Any] = {"data": config.data_path, "in_chans": config.in_chans, "faults": wrong, "remarks": odd}
+    report |= {part.split: describe(part) for part in parts}
+    if parts[0].good:
+        mean, std = parts[0].statistics()
+        report |= {"mean": mean.tolist(), "std": std.tolist()}
+        config = replace(config, mean=tuple(mean.tolist()), std=tuple(np.where(std > 0, std, 1).tolist()))
+    if given.model is not None:
+        report["model_images_per_second"] = images_per_second(replace(config, model=settings.model))
+    say(report, config)
+    if config.out:
+        folder = Path(config.out)
+        with unreadable_is_user_error(f"--out {config.out} cannot be written"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "check_data.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            if parts[0].good:
+                draw_sheet(sources[0][1], parts[0], config).save(folder / "check_data.png")
+        logger.info("wrote %s/check_data.json and check_data.png", config.out)
+    return report
+
+
+def say(report: dict[str, Any], config: CheckDataConfig) -> None:
+    """Log the report in words."""
+    for fault in report["faults"]:
+        logger.error("FAULT: %s", fault)
+    for remark in report["remarks"]:
+        logger.warning("note: %s", remark)
+    for split in ("train", "val"):
+        if part := report.get(split):
+            formats = ", ".join(f"{count} {name}" for name, count in part["formats"].items())
+            bits = ", ".join(f"{count} of {bits} bits" for bits, count in part["bits"].items())
+            logger.info("%s: %d images (%s; %s)", split, part["images"], formats, bits or "none readable")
+            if "height" in part:
+                logger.info(
+                    "%s: heights %s, widths %s (smallest, median, largest)", split,
+                    " ".join(map(str, part["height"].values())), " ".join(map(str, part["width"].values())),
+                )  # fmt: skip
+            if counts := part.get("classes"):
+                largest, smallest = max(counts, key=counts.get), min(counts, key=counts.get)
+                logger.info(
+                    "%s: %d classes, from %d images (%s) to %d (%s)", split, len(counts), counts[smallest], smallest,
+                    counts[largest], largest,
+                )  # fmt: skip
+    if "mean" in report:
+        mean, std = (" ".join(f"{value:.4g}" for value in report[name]) for name in ("mean", "std"))
+        logger.info("flags: --in_chans %d --mean %s --std %s", config.in_chans, mean, std)
+        speed = report["train"]["images_per_second"]
+        logger.info("reading and augmenting for pretraining: %.0f images/s per data-loading process", speed)
+        if needed := report.get("model_images_per_second"):
+            logger.info(
+                "%s takes %.0f images/s here: --num_workers %d keeps up", config.model, needed, -(-needed // speed)
+            )
+    logger.info("%d faults, %d notes", len(report["faults"]), len(report["remarks"]))
+
+
+def main(flags: argparse.Namespace) -> None:
+    with user_errors():
+        setup_logging()
+        report = check_data(given_flags(CheckDataConfig, flags))
+    sys.exit(1 if report["faults"] else 0)
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())
