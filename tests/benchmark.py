@@ -106,6 +106,22 @@ def model_flops(step: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+def results_of(start_method: str, work: Callable, *calls: tuple) -> list:
+    """What `work(sender, *arguments)` sends, in a process of its own for each of `calls`, all at the same time."""
+    context = multiprocessing.get_context(start_method)
+    receivers, processes = [], []
+    for arguments in calls:
+        receiver, sender = context.Pipe(duplex=False)
+        processes.append(context.Process(target=work, args=(sender, *arguments)))
+        processes[-1].start()
+        sender.close()  # so that recv fails, and does not wait, if the child fails
+        receivers.append(receiver)
+    results = [receiver.recv() for receiver in receivers]
+    for process in processes:
+        process.join()
+    return results
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Models and their steps
 
@@ -244,7 +260,7 @@ def stored_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return sum(storage.nbytes() for storage in stored.values())
 
 
-def measure_memory(args: argparse.Namespace, version: str, connection) -> None:
+def measure_memory(sender, args: argparse.Namespace, version: str) -> None:
     """In a process of its own: sends the bytes that `version` stores for a batch, and its peak resident memory."""
     torch.set_num_threads(args.threads)
     ours, theirs = build_pair(args, finetune=False)
@@ -263,19 +279,13 @@ def measure_memory(args: argparse.Namespace, version: str, connection) -> None:
     step = make_step(model, loss, fused=None if version == "textbook" else True)
     for _ in range(2):
         step()
-    connection.send((stored, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    sender.send((stored, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
 def benchmark_memory(args: argparse.Namespace) -> None:
-    context = multiprocessing.get_context("spawn")
     rows, per_image = [["version", "stored per image", "ratio", f"peak resident, batch {args.batch_size}"]], {}
     for version in ("textbook", "ours", "checkpointing"):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=measure_memory, args=(args, version, sender))
-        process.start()
-        sender.close()  # so that recv fails, and does not wait, if the child fails
-        stored, peak = receiver.recv()
-        process.join()
+        [(stored, peak)] = results_of("spawn", measure_memory, (args, version))
         per_image[version] = stored / args.batch_size
         ratio = per_image[version] / per_image["textbook"]
         rows.append([version, f"{per_image[version] / 2**20:.1f} MiB", f"{ratio:.3f}", f"{peak / 2**30:.2f} GiB"])
@@ -407,32 +417,18 @@ def benchmark_index(args: argparse.Namespace) -> None:
         ("ours", index.nbytes, lambda i: (index.path(i), int(index.targets[i]))),
         ("a list of tuples", sum(sys.getsizeof(pair) + sys.getsizeof(pair[0]) for pair in tuples), tuples.__getitem__),
     ):
-        added = statistics.mean(added_by_workers(read, len(index), workers=8))
+        added = statistics.mean(results_of("fork", added_memory, *[(read, len(index))] * 8))
         rows.append([name, f"{size / 2**20:.1f} MiB", f"{added / 2**20:.1f} MiB", f"{added / size:.1%}"])
     print_table(rows)
 
 
-def added_by_workers(read: Callable[[int], tuple[str, int]], length: int, workers: int) -> list[int]:
-    """Bytes by which the private memory of each forked worker grows while it reads every entry."""
-    context = multiprocessing.get_context("fork")
-
-    def work(sender) -> None:
-        gc.freeze()
-        before = private_bytes()
-        for i in range(length):
-            read(i)
-        sender.send(private_bytes() - before)
-
-    receivers, processes = [], []
-    for _ in range(workers):
-        receiver, sender = context.Pipe(duplex=False)
-        receivers.append(receiver)
-        processes.append(context.Process(target=work, args=(sender,)))
-        processes[-1].start()
-    added = [receiver.recv() for receiver in receivers]
-    for process in processes:
-        process.join()
-    return added
+def added_memory(sender, read: Callable[[int], tuple[str, int]], length: int) -> None:
+    """In a forked worker: sends the bytes by which its private memory grows while it reads every entry."""
+    gc.freeze()
+    before = private_bytes()
+    for i in range(length):
+        read(i)
+    sender.send(private_bytes() - before)
 
 
 def private_bytes() -> int:
@@ -445,8 +441,8 @@ def private_bytes() -> int:
 # Scaling
 
 
-def scaling_worker(rank: int, world_size: int, store: str, args: argparse.Namespace, connection) -> None:
-    """One of `world_size` processes with one thread each; rank 0 sends the seconds of its steps."""
+def scaling_worker(sender, rank: int, world_size: int, store: str, args: argparse.Namespace) -> None:
+    """One of `world_size` processes with one thread each; sends the seconds of its steps."""
     torch.set_num_threads(1)
     keep_freed_memory()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
@@ -457,28 +453,16 @@ def scaling_worker(rank: int, world_size: int, store: str, args: argparse.Namesp
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     step = make_step(model, lambda: parallel(imgs, mask=mask)[0], fused=True)
     [seconds] = alternate((step,), args.repeats, time.perf_counter)
-    if rank == 0:
-        connection.send(seconds)
+    sender.send(seconds)
     dist.destroy_process_group()
 
 
 def benchmark_scaling(args: argparse.Namespace) -> None:
-    context = multiprocessing.get_context("spawn")
     medians, rows = [], [["processes", "step", "images/s"]]
     for world_size in (1, 2):
-        receiver, sender = context.Pipe(duplex=False)
         with tempfile.TemporaryDirectory() as folder:
-            store = os.path.join(folder, "store")
-            processes = [
-                context.Process(target=scaling_worker, args=(rank, world_size, store, args, sender))
-                for rank in range(world_size)
-            ]
-            for process in processes:
-                process.start()
-            sender.close()  # so that recv fails, and does not wait, if the child fails
-            seconds = receiver.recv()
-            for process in processes:
-                process.join()
+            ranks = [(rank, world_size, os.path.join(folder, "store"), args) for rank in range(world_size)]
+            seconds = results_of("spawn", scaling_worker, *ranks)[0]
         medians.append(statistics.median(seconds))
         rows.append([str(world_size), seconds_of(seconds), f"{world_size * args.batch_size / medians[-1]:.2f}"])
     print_table(rows)

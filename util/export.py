@@ -37,7 +37,7 @@ from util.run.flags import flag, get_parser, given_flags
 from util.run.logger import setup_logging
 from util.seeding import keyed_generator
 from util.weights.file import FORMAT, RECORD, read_checkpoint, sync_folder, temporary_path, write_checkpoint
-from util.weights.parts import PARTS, Part, load_part, make_record, output_names
+from util.weights.parts import PARTS, Part, as_list, load_part, make_record, output_names
 from util.weights.runtimes import Runner, open_onnx, open_torch_export
 from util.weights.settings import WeightSettings
 from util.weights.source import WeightsInfo, read_weights
@@ -216,10 +216,6 @@ class ExportConfig(CheckpointFlags, DecodingFlags):
 
 def get_args_parser() -> argparse.ArgumentParser:
     return get_parser(ExportConfig, "Export a trained model for other programs.", "python -m util.export")
-
-
-def as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
 def example_images(config: ExportConfig) -> Tensor:

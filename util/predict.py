@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -47,8 +47,8 @@ from util.run.logger import setup_logging
 from util.run.optim import autocast
 from util.run.session import check_statistics
 from util.weights.file import temporary_path
-from util.weights.parts import load_part, output_names
-from util.weights.runtimes import open_onnx
+from util.weights.parts import as_list, load_part, output_names
+from util.weights.runtimes import Runner, open_onnx
 from util.weights.settings import weight_settings
 from util.weights.source import WeightsInfo, read_weights
 
@@ -56,8 +56,6 @@ logger = logging.getLogger(__name__)
 
 SECONDS_PER_LINE = 10.0
 CHUNK = 64  # rows joined at a time when the output is written
-
-Model = Callable[[Tensor], list[Tensor]]  # normalised images -> outputs of a part (`util.weights.parts`)
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_model(given: PredictConfig, launch: Launch) -> tuple[Model, PredictConfig, WeightsInfo]:
+def load_model(given: PredictConfig, launch: Launch) -> tuple[Runner, PredictConfig, WeightsInfo]:
     """The model as a function, the configuration completed by what is recorded with it, and where it came from.
 
     Raises:
@@ -115,13 +113,12 @@ def load_model(given: PredictConfig, launch: Launch) -> tuple[Model, PredictConf
 
     def run(imgs: Tensor) -> list[Tensor]:
         with autocast(config.precision, launch.device):
-            outputs = module(imgs)
-        return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+            return as_list(module(imgs))
 
     return run, config, info
 
 
-def load_onnx(given: PredictConfig, launch: Launch) -> tuple[Model, PredictConfig, WeightsInfo]:
+def load_onnx(given: PredictConfig, launch: Launch) -> tuple[Runner, PredictConfig, WeightsInfo]:
     """As `load_model`, for an exported ONNX file, whose model and image size are fixed."""
     path = Path(given.checkpoint)
     if not path.is_file():
@@ -167,7 +164,7 @@ class Rows:
 
 
 @torch.inference_mode()
-def run_model(model: Model, loader: DataLoader, normalize: Normalize, config: PredictConfig, rows: Rows) -> list[int]:
+def run_model(model: Runner, loader: DataLoader, normalize: Normalize, config: PredictConfig, rows: Rows) -> list[int]:
     """Put the results of all this rank's images into `rows`; returns the numbers of those that could not be read."""
     device, start, bad = normalize.mean.device, 0, []
     for imgs, numbers in with_progress(loader, len(loader.dataset), config.batch_size):
@@ -239,26 +236,26 @@ class Results:
         for chunk in self.chunks(name):
             yield from chunk
 
+    def best(self, names: list[str] | None) -> Iterator[tuple[str, list[str], np.ndarray]]:
+        """Path, best classes by their names, or numbers where they have none, and scores of every image."""
+        for path, classes, scores in zip(self.paths, self.rows("classes"), self.rows("scores")):
+            yield path, [names[number] if names else str(number) for number in classes], scores
 
-def class_names(info: WeightsInfo, classes: np.ndarray) -> list[str]:
-    """The names of classes by number: those recorded with the weights, else the numbers."""
-    return [info.classes[number] if info.classes else str(number) for number in classes.tolist()]
 
-
-def write_csv(path: Path, results: Results, info: WeightsInfo) -> None:
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:  # names as on the disk
-        writer = csv.writer(file)
+def write_csv(file: Path, results: Results, info: WeightsInfo) -> None:
+    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as table:  # names as on the disk
+        writer = csv.writer(table)
         if results.names == ["classes", "scores"]:
             top = results.parts["classes"][0].shape[1]
             numbers = range(1, top + 1)
             writer.writerow(["path", *(f"top{i}" for i in numbers), *(f"score{i}" for i in numbers)])
-            for name, classes, scores in zip(results.paths, results.rows("classes"), results.rows("scores")):
-                writer.writerow([name, *class_names(info, classes), *(f"{score:.6f}" for score in scores)])
+            for path, classes, scores in results.best(info.classes):
+                writer.writerow([path, *classes, *(f"{score:.6f}" for score in scores)])
         else:
             [output] = results.names
             writer.writerow(["path", *(f"{output}{i}" for i in range(results.parts[output][0].shape[1]))])
-            for name, values in zip(results.paths, results.rows(output)):
-                writer.writerow([name, *(f"{value:.9g}" for value in values)])
+            for path, values in zip(results.paths, results.rows(output)):
+                writer.writerow([path, *(f"{value:.9g}" for value in values)])
 
 
 def write_npz(path: Path, results: Results, info: WeightsInfo) -> None:
@@ -284,9 +281,8 @@ def write_npz(path: Path, results: Results, info: WeightsInfo) -> None:
 
 
 def show(results: Results, info: WeightsInfo) -> None:
-    for name, classes, scores in zip(results.paths, results.rows("classes"), results.rows("scores")):
-        best = "  ".join(f"{c} {s:.1%}" for c, s in zip(class_names(info, classes), scores))
-        logger.info("%s: %s", name, best)
+    for path, classes, scores in results.best(info.classes):
+        logger.info("%s: %s", path, "  ".join(f"{c} {s:.1%}" for c, s in zip(classes, scores)))
 
 
 @contextlib.contextmanager

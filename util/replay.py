@@ -12,6 +12,8 @@ import util.run.startup  # noqa: F401 - before PyTorch
 
 # isort: split
 import argparse
+import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,38 +54,31 @@ def read_dump(path: str) -> dict[str, Any]:
     return dump
 
 
-class FirstBadOutput:
-    """Notes the first module whose output is not finite; the innermost one, since modules end before those around them.
+@contextlib.contextmanager
+def first_bad_output(model: nn.Module) -> Iterator[list[str]]:
+    """Around a forward pass: the list gets a sentence for every module whose output is not finite, in their order.
 
-    Use as a context around a forward pass. `found` is a sentence, or None.
+    The first names the innermost culprit, since modules end before those around them.
     """
+    found = []
 
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.found: str | None = None
+    @torch.no_grad()  # what a check computes is no part of a step that is recomputed
+    def check(name: str, module: nn.Module, inputs: tuple, output: Any) -> None:
+        if isinstance(output, Tensor) and not output.isfinite().all():
+            if not inputs[0].isfinite().all():
+                origin = "its input is not finite already"
+            else:
+                origin = f"its input is finite, up to {inputs[0].abs().max():.3g} in size"
+            found.append(f"{name} ({type(module).__name__}): {count_bad(output)} of its output; {origin}")
 
-    def __enter__(self) -> "FirstBadOutput":
-        self.handles = [
-            module.register_forward_hook(self.hook(name)) for name, module in self.model.named_modules() if name
-        ]
-        return self
-
-    def __exit__(self, *_) -> None:
-        for handle in self.handles:
+    handles = [
+        module.register_forward_hook(functools.partial(check, name)) for name, module in model.named_modules() if name
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
             handle.remove()
-
-    def hook(self, name: str) -> Callable:
-        @torch.no_grad()
-        def check(module: nn.Module, inputs: tuple, output: Any) -> None:
-            if self.found is None and isinstance(output, Tensor) and not output.isfinite().all():
-                given = inputs[0]
-                if not given.isfinite().all():
-                    origin = "its input is not finite already"
-                else:
-                    origin = f"its input is finite, up to {given.abs().max():.3g} in size"
-                self.found = f"{name} ({type(module).__name__}): {count_bad(output)} of its output; {origin}"
-
-        return check
 
 
 def count_bad(tensor: Tensor) -> str:
@@ -157,13 +152,13 @@ def replay(dump: dict[str, Any], device: torch.device, precision: str | None = N
             yield f"micro-batch {number}, {line}"
         model.zero_grad()
         seed_all(*micro["keys"])
-        with FirstBadOutput(model) as forward, autocast(precision, device):
+        with first_bad_output(model) as bad_outputs, autocast(precision, device):
             loss = loss_of(imgs, micro)
         scaler.scale(loss / settings.accum_iter).backward()
         finite = "finite" if loss.isfinite() else "NOT FINITE"
         yield f"micro-batch {number}: {len(imgs)} images, loss {loss.item():.6g} ({finite})"
-        if forward.found:
-            yield f"micro-batch {number}, first output that is not finite: {forward.found}"
+        if bad_outputs:
+            yield f"micro-batch {number}, first output that is not finite: {bad_outputs[0]}"
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         bad_gradients = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         if bad_gradients:

@@ -72,8 +72,7 @@ def flag(
         required: what to give, as the message says where the flag is missing (its value is empty).
     """
     metadata = dict(help=help, metavar=metavar, check=check, on_resume=on_resume, choices=choices, aliases=aliases)
-    metadata["required"] = required
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | {"required": required})
 
 
 def with_default(flags: type["Config"], name: str, default: Any) -> Any:
@@ -126,11 +125,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS)) or action.default in (
-            "",
-            (),
-            [],
-        )
+        hidden = action.default is False or action.default in (None, "", (), [], argparse.SUPPRESS)
         return action.help if hidden or "default" in action.help else super()._get_help_string(action)
 
 

@@ -34,6 +34,11 @@ class Part(nn.Module):
         return self.model.forward_head(self.model.forward_features(imgs), pre_logits=self.name == "encoder")
 
 
+def as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    """The outputs of a part, one or several."""
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
 def output_names(part: str, stages: int = 4) -> list[str]:
     """The names of a part's outputs, in their order."""
     names = {"classifier": ["logits"], "encoder": ["features"]}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from util.errors import UserError
 from util.weights.file import RECORD, CheckpointError
-from util.weights.parts import parse_record
+from util.weights.parts import as_list, parse_record
 from util.weights.source import WeightsInfo
 
 Runner = Callable[[Tensor], list[Tensor]]  # (B, C, H, W) -> the outputs of a part
@@ -60,7 +60,6 @@ def open_torch_export(path: Path) -> tuple[Runner, dict[str, Any], WeightsInfo]:
 
     def run(imgs: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            outputs = module(imgs)
-        return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+            return as_list(module(imgs))
 
     return run, record, info
