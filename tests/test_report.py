@@ -1,0 +1,136 @@
+"""`python -m util.report`: one page that needs nothing else, and says what is true of the runs."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from running import fails, make_images, run
+from trials import TINY, Trial
+
+import util.report
+from util.report import RULES, RunData, read_run
+
+RECIPE = (*TINY, "--epochs", "3", "--vis_every", "1", "--save_steps", "2")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, Path]:
+    """A run that was killed and resumed, and one with another learning rate and seed."""
+    place = tmp_path_factory.mktemp("report")
+    make_images(place / "images", 24)
+    flags = (*RECIPE, "--data_path", place / "images", "--output_dir")
+    trial = Trial(place, *flags, place / "killed")
+    while not list((place / "killed").glob("checkpoint-*.pth")):
+        assert not trial.poll(), trial.output
+    trial.kill()
+    trial.wait()
+    Trial(place, *flags, place / "killed", "--resume", "auto").finish()
+    Trial(place, *flags, place / "other", "--lr", "2e-3", "--seed", "7").finish()
+    return place / "killed", place / "other"
+
+
+@pytest.fixture(scope="module")
+def page(runs) -> Path:
+    out = runs[0].parent / "pages" / "report.html"
+    run(util.report, *runs, "--out", out)
+    return out
+
+
+def test_a_killed_and_resumed_run_is_one_curve(runs):
+    data = read_run(str(runs[0]))
+    epochs, losses = data.per_step("loss")
+    assert len(losses) == 18 and np.allclose(epochs, np.arange(1, 19) / 6)
+    assert data.starts == 2 and read_run(str(runs[1])).starts == 1
+
+
+def test_the_page_needs_nothing_else_and_names_what_differs(page):
+    text = page.read_text()
+    assert not re.search(r'(src|href)="(?!data:|#)|@import|url\((?!#)', text)
+        r"""(src|href)\s*=\s*["']?(?!data:|#)|@import|url\((?!#)""", text.replace("xlink:href", "href")
+    )
+    differ = text.partition("Where the runs differ")[2].partition("</table>")[0]
+    assert set(re.findall(r"<td>(\w+)</td><td>[^<]*</td><td>", differ)) == {"lr", "seed"}
+    assert text.count("<img") == 6 and text.count("data:image/jpeg") == 6  # three reconstructions of each
+    assert text.count("<svg") == 5 and len(text) < 2e6
+
+
+def test_the_page_opens_in_a_browser(page):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium here")
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+    )
+    assert "mixmae: how it went" in done.stdout and done.stdout.count("<svg") == 5 and "</html>" in done.stdout
+
+
+def made_up(losses: list[float], epochs: int = 50, accuracies: list[float] = (), wait: float = 0.0) -> RunData:
+    per_epoch = len(losses) // epochs
+    steps = [{"step": i + 1, "epoch": i // per_epoch, "loss": loss, "lr": 0.1} for i, loss in enumerate(losses)]
+    lines = [
+        {"epoch": i, "train_loss": float(np.mean(losses[i * per_epoch : (i + 1) * per_epoch]))} for i in range(epochs)
+    ]
+    for line, accuracy in zip(lines, accuracies):
+        line["test_acc1"] = accuracy
+    speed = {"speed/data_wait_share": (np.arange(3), np.full(3, wait))}
+    return RunData("made up", Path("."), {"epochs": 50}, {}, lines, steps, speed)
+
+
+FALLING = [1 / (1 + i / 50) for i in range(500)]
+
+
+@pytest.mark.parametrize(
+    "data, rule",
+    [
+        (made_up(FALLING), ""),
+        (made_up(FALLING, wait=0.3), "data wait is above 20%"),
+        (made_up(FALLING[:200] + [FALLING[199]] * 300), "lowest loss of the last 20 epochs"),
+        (made_up([1 + 0.01 * (-1) ** i for i in range(500)]), "98% of the first tenth's"),
+        (made_up([9.0 if i > 150 and i % 60 == 0 else loss for i, loss in enumerate(FALLING)]), "deviations above"),
+        (made_up(FALLING[:400], epochs=40), "fewer epochs than"),
+        (made_up(FALLING, accuracies=[*range(30), *range(49, 29, -1)]), "a point below the best"),
+    ],
+)
+def test_verdicts_have_rules(data, rule):
+    said = [words for words, verdict in RULES.items() if verdict(data)]
+    if rule == "98% of the first tenth's":  # such a loss does not move either
+        said = [words for words in said if "lowest loss" not in words]
+    assert len(said) == bool(rule) and all(rule in words for words in said)
+
+
+def test_references(runs, tmp_path, capfd):
+    run(util.report, runs[0], "--out", tmp_path / "a.html", "--save_reference", tmp_path / "usual.json")
+    reference = json.loads((tmp_path / "usual.json").read_text())
+    assert reference["config"]["epochs"] == 3 and len(reference["epochs"]) == len(reference["loss"]) == 18
+    run(util.report, runs[1], "--out", tmp_path / "b.html", "--reference", tmp_path / "usual.json")
+    assert "killed (reference, stretched)" in (tmp_path / "b.html").read_text()
+    capfd.readouterr()
+    fails(
+        util.report,
+        capfd,
+        "--reference absent does not exist: give one of",
+        runs[1],
+        "--out",
+        "a",
+        "--reference",
+        "absent",
+    )
+
+
+def test_mistakes_are_explained(runs, tmp_path, capfd):
+    fails(util.report, capfd, "is not the output folder of a run: there is no config.json", tmp_path, "--out", "a.html")
+    (tmp_path / "config.json").write_text('{"config": {}, "environment": {}}')
+    fails(util.report, capfd, "a run that has made no step yet", tmp_path, "--out", "a.html")
+    fails(util.report, capfd, "--out", runs[0])
+
+
+def test_a_long_run_stays_small(tmp_path):
+    steps = [{"step": i, "epoch": i // 5000, "loss": 1 / (1 + i), "lr": 0.1, "grad_norm": 1.0} for i in range(200_000)]
+    data = RunData("long", tmp_path, {"epochs": 40, "input_size": [32, 32]}, {}, [], steps)
+    assert len(util.report.page([data], [])) < 300_000
