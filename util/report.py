@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 REFERENCES = Path(__file__).resolve().parent.parent / "figures" / "reference"
 POINTS = 600  # of a curve; longer ones are drawn as the mean and the extremes of as many bins
-PICTURES, PICTURE_WIDTH = 4, 1000  # reconstructions shown of each run, and their width in pixels
+PICTURES, PICTURE_WIDTH = 4, 800  # reconstructions shown of each run, and their width in pixels
 COLOURS = ("#2f7fe8", "#f0821e", "#3a9d5d", "#b04fc4", "#c23b4b", "#0f9aa8")
 GREY = "#7a7f87"
 NOT_COMPARED = ("output_dir", "log_dir", "resume", "resume_force")  # where things are, which all runs differ in
@@ -340,7 +340,7 @@ def page(runs: list[RunData], references: list[dict[str, Any]]) -> str:
             chosen = pictures[:: max(1, -(-len(pictures) // PICTURES))][: PICTURES - 1] + pictures[-1:]
             parts.append(f"<h2>Reconstructions of {html.escape(run.name)}</h2>")
             parts += [
-                f"<details open><summary>{path.stem}</summary>{embedded(path)}</details>"
+                f"<details{' open' * (path == chosen[-1])}><summary>{path.stem}</summary>{embedded(path)}</details>"
                 for path in dict.fromkeys(chosen)
             ]
     rows = [[name, *values[name]] for name in names]
@@ -359,7 +359,7 @@ def embedded(path: Path) -> str:
     buffer = io.BytesIO()
     with Image.open(path) as image:
         image.thumbnail((PICTURE_WIDTH, PICTURE_WIDTH * 4))
-        image.convert("RGB").save(buffer, "JPEG", quality=85)
+        image.convert("RGB").save(buffer, "JPEG", quality=80)
     return f'<img alt="{path.stem}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
