@@ -33,7 +33,7 @@ def commands_in(said: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("labelled, divided", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("labelled, divided", [(True, False), (False, False)])
 def test_every_command_at_the_end_of_a_run_works(tmp_path, labelled, divided):
     """In a folder whose name has a space."""
     data, out = tmp_path / "my data", tmp_path / "my run"
