@@ -13,6 +13,7 @@ from util.data.datasets import check_targets
 from util.data.transforms import Normalize
 from util.run import distributed
 from util.run.optim import adjust_learning_rate, autocast, backward, clip_and_step, last_learning_rate
+from util.run.progress import with_progress
 from util.run.session import Run
 from util.seeding import seed_all
 
@@ -104,7 +105,8 @@ def evaluate(
     class_images = torch.zeros(nb_classes, dtype=torch.int64, device=device)
     class_correct = torch.zeros(nb_classes, dtype=torch.int64, device=device)
     predictions = []
-    for keys, (imgs, targets) in zip(loader.batch_sampler, loader):
+    batches = with_progress(loader, len(loader.dataset), "evaluation")
+    for keys, (imgs, targets) in zip(loader.batch_sampler, batches):
         check_targets(targets, nb_classes)
         targets = targets.to(device, non_blocking=True)
         with autocast(precision, device):

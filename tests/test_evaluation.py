@@ -161,6 +161,7 @@ def loader_of(data: Path, **sampler: int):
     args = argparse.Namespace(
         data_path=str(data), dataset="", in_chans=1, seed=0, bad_images="error", max_bad_images=0.01,
         input_size=(16, 16), num_workers=0, pin_mem=False, ignore_exif=False, max_pixels=10**6, val_share=0.0,
+        reader="",
     )  # fmt: skip
     dataset = build_dataset(args, "val", eval_transform(args))
     return build_loader(dataset, EvalBatchSampler(len(dataset), batch_size=4, **sampler), args, torch.device("cpu"))

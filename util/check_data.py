@@ -20,7 +20,6 @@ import os
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +30,6 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 from util.data.datasets import WORKERS
 from util.data.decoding import PILLOW_FORMATS, BadImageError, PixelType
@@ -45,6 +43,7 @@ from util.run.config import DataFlags, WeightFlags
 from util.run.failures import user_errors
 from util.run.flags import NOT_NEGATIVE, flag, get_parser, given_flags
 from util.run.logger import setup_logging
+from util.run.progress import with_progress
 from util.seeding import seed_all
 from util.weights.settings import weight_settings
 
@@ -155,20 +154,13 @@ def inspect(source: FileSource, split: str, config: CheckDataConfig) -> Findings
         multiprocessing_context=WORKERS if config.num_workers else None, worker_init_fn=one_thread,
     )  # fmt: skip
     findings = Findings(split, source.classes)
-    for batch in with_bar(loader, count, split):
+    for batch in with_progress(loader, count, split, len):
         findings.images += batch
     return findings
 
 
 def one_thread(_worker: int) -> None:
     torch.set_num_threads(1)
-
-
-def with_bar(loader: DataLoader, total: int, split: str) -> Iterator[list[dict[str, Any]]]:
-    with tqdm(total=total, unit=" images", desc=split, disable=not sys.stderr.isatty()) as bar:
-        for batch in loader:
-            yield batch
-            bar.update(len(batch))
 
 
 def faults_of(parts: list[Findings], config: CheckDataConfig) -> tuple[list[str], list[str]]:

@@ -37,6 +37,7 @@ from util.run.flags import AT_LEAST_1, POSITIVE, Config, flag, get_parser, given
 from util.run.launch import Launch
 from util.run.logger import setup_logging
 from util.run.optim import autocast
+from util.run.progress import with_progress
 from util.run.session import check_statistics
 from util.seeding import seed_all
 from util.weights.layouts import load_encoder
@@ -117,7 +118,7 @@ def own_features(
     labels = [torch.zeros(0, dtype=torch.long)]
     was_training = model.training
     model.eval()
-    for imgs, targets in loader:
+    for imgs, targets in with_progress(loader, len(dataset), "features"):
         with autocast(config.precision, device):
             tokens = model.forward_features(normalize(imgs.to(device, non_blocking=True)))
         pooled = model.forward_head(tokens.float(), pre_logits=True)

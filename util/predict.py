@@ -18,7 +18,6 @@ import logging
 import os
 import shutil
 import socket
-import sys
 import tempfile
 import time
 import zipfile
@@ -31,7 +30,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from util.data.datasets import NumberedImages, build_loader
 from util.data.samplers import EvalBatchSampler
@@ -45,6 +43,7 @@ from util.run.flags import AT_LEAST_1, flag, get_parser, given_flags
 from util.run.launch import Launch
 from util.run.logger import setup_logging
 from util.run.optim import autocast
+from util.run.progress import with_progress
 from util.run.session import check_statistics
 from util.weights.file import temporary_path
 from util.weights.parts import as_list, load_part, output_names
@@ -54,7 +53,6 @@ from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
 
-SECONDS_PER_LINE = 10.0
 CHUNK = 64  # rows joined at a time when the output is written
 
 
@@ -167,7 +165,7 @@ class Rows:
 def run_model(model: Runner, loader: DataLoader, normalize: Normalize, config: PredictConfig, rows: Rows) -> list[int]:
     """Put the results of all this rank's images into `rows`; returns the numbers of those that could not be read."""
     device, start, bad = normalize.mean.device, 0, []
-    for imgs, numbers in with_progress(loader, len(loader.dataset), config.batch_size):
+    for imgs, numbers in with_progress(loader, len(loader.dataset), "prediction"):
         outputs = [output.float() for output in model(normalize(imgs.to(device, non_blocking=True)))]
         if config.part == "classifier":
             scores, classes = outputs[0].softmax(dim=1).topk(min(config.top, outputs[0].shape[1]), dim=1)
@@ -181,25 +179,6 @@ def run_model(model: Runner, loader: DataLoader, normalize: Normalize, config: P
         start += len(numbers)
     rows.flush()
     return bad
-
-
-def with_progress(loader: DataLoader, total: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loader's batches; on rank 0 a bar on a terminal, elsewhere a line every `SECONDS_PER_LINE` seconds."""
-    if not distributed.is_main_process():
-        yield from loader
-        return
-    ranks, done, first = distributed.get_world_size(), 0, time.monotonic()
-    spoken = first
-    with tqdm(total=total, unit=" images", disable=not sys.stderr.isatty()) as bar:
-        for batch in loader:
-            yield batch
-            step = min(total - done, len(batch[1]) * ranks)
-            done += step
-            bar.update(step)
-            now = time.monotonic()
-            if bar.disable and now > spoken + SECONDS_PER_LINE and done < total:
-                spoken, rate = now, done / (now - first)
-                logger.info("%d of %d images, %.0f images/s, %.0f s left", done, total, rate, (total - done) / rate)
 
 
 # --- Output ---
