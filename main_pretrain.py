@@ -28,13 +28,14 @@ from engine_pretrain import train_one_epoch
 from models_mixmae import MixMAE
 from util.data.datasets import ImageDataset, build_dataset, build_loader
 from util.data.samplers import TrainBatchSampler
-from util.data.transforms import Normalize, pretrain_transform
+from util.data.transforms import Normalize, eval_transform, pretrain_transform
 from util.errors import UserError
 from util.knn import NEIGHBOURS, knn_accuracy, labelled_datasets
 from util.run import advice, distributed
 from util.run.config import TrainingConfig
 from util.run.defaults import pretraining_defaults
 from util.run.failures import user_errors
+from util.run.features import own_features, probe_accuracy, rank_of_sample
 from util.run.flags import BELOW_1, FREE, NOT_NEGATIVE, flag, get_parser, given_flags
 from util.run.launch import Launch
 from util.run.logger import log_environment, setup_logging
@@ -70,6 +71,10 @@ class PretrainConfig(TrainingConfig):
     norm_pix_loss: bool = flag(True, "predict pixels normalised by their cell's mean and variance")
     vis_every: int = flag(20, "draw a picture every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
     knn_every: int = flag(0, "test by kNN every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
+    probe_every: int = flag(0, "fit a linear probe every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
+    rank_every: int = flag(
+        0, "measure RankMe, which needs no labels, every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE, on_resume=FREE
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,8 +102,8 @@ def build_model(config: PretrainConfig) -> MixMAE:
 
 def prepare(
     config: PretrainConfig, launch: Launch, start: Start, preemption: Preemption
-) -> tuple[Run, tuple[ImageDataset, ImageDataset] | None]:
-    """Everything before the first step: the run, and the labelled images of --knn_every."""
+) -> tuple[Run, list[ImageDataset]]:
+    """Everything before the first step: the run, and the images that its encoder is measured on."""
     model = build_model(config).to(launch.device)
     dataset = build_dataset(config, "train", pretrain_transform(config))
     sampler = TrainBatchSampler(
@@ -119,13 +124,17 @@ def prepare(
     scaler = make_scaler(config.precision, launch.device)
     data = {"train": dataset.fingerprint()}
     state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress(), data=data)
-    labelled = labelled_datasets(config, NEIGHBOURS) if config.knn_every else None
+    evaluated = []
+    if config.knn_every or config.probe_every:
+        evaluated = list(labelled_datasets(config, NEIGHBOURS if config.knn_every else (1,)))
+    elif config.rank_every:
+        evaluated = [build_dataset(config, "train", eval_transform(config))]
 
     def load_weights(weights: dict[str, Tensor], source: WeightsInfo) -> None:
         logger.info("%s", load_pretraining(model, weights, source))
 
     normalize = Normalize(config.mean, config.std)
-    return open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights), labelled
+    return open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights), evaluated
 
 
 def due(every: int, run: Run) -> bool:
@@ -149,8 +158,24 @@ def save_picture(run: Run) -> None:
     run.log.picture("reconstructions", picture, name, run.epoch_1000x)
 
 
-def train(run: Run, labelled: tuple[ImageDataset, ImageDataset] | None) -> None:
-    """All epochs, each followed by the pictures and kNN tests that are due."""
+def measure(run: Run, evaluated: list[ImageDataset]) -> dict[str, float]:
+    """The measures of the encoder that are due, by their names in log.txt."""
+    config, model, found = run.config, run.state.model, {}
+    knn, probe = due(config.knn_every, run), due(config.probe_every, run)
+    if knn or probe:
+        train, val = (own_features(model, dataset, run.normalize, config) for dataset in evaluated)
+        if knn:
+            accuracy = knn_accuracy(train, val, (len(evaluated[0]), len(evaluated[1])))
+            found |= {f"knn_acc1_k{k}": value for k, value in accuracy.items()}
+        if probe:
+            found["probe_acc1"] = probe_accuracy(train, val, len(evaluated[0].classes))
+    if due(config.rank_every, run):
+        found["rankme"] = rank_of_sample(model, evaluated[0], run.normalize, config)
+    return found
+
+
+def train(run: Run, evaluated: list[ImageDataset]) -> None:
+    """All epochs, each followed by the pictures and measures that are due."""
     config, progress = run.config, run.state.progress
     if progress.epoch >= config.epochs:
         logger.info("all %d epochs were done already", config.epochs)
@@ -159,10 +184,7 @@ def train(run: Run, labelled: tuple[ImageDataset, ImageDataset] | None) -> None:
         lr = train_one_epoch(run)
         if due(config.vis_every, run):
             save_picture(run)
-        record = {"train_lr": lr}
-        if labelled is not None and due(config.knn_every, run):
-            accuracy = knn_accuracy(run.state.model, *labelled, run.normalize, config)
-            record |= {f"knn_acc1_k{k}": value for k, value in accuracy.items()}
+        record = {"train_lr": lr, **measure(run, evaluated)}
         run.finish_epoch({**record, "seconds": time.time() - epoch_start})
 
 
@@ -176,10 +198,10 @@ def main(flags: argparse.Namespace) -> None:
         log_environment(launch.device)
         start = find_start(given)
         config = start.resolve(given, launch, pretraining=True, choose=partial(pretraining_defaults, given, launch))
-        run, labelled = prepare(config, launch, start, preemption)
+        run, evaluated = prepare(config, launch, start, preemption)
     began = time.time()
     with orderly_end(run):
-        train(run, labelled)
+        train(run, evaluated)
     if launch.rank == 0:  # the ranks no longer know each other
         minutes = (time.time() - began) / 60
         logger.info("pretraining took %.1f minutes; checkpoint: %s/checkpoint.pth", minutes, config.output_dir)

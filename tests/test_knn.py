@@ -16,6 +16,7 @@ from trials import Trial
 import main_pretrain
 from util import knn
 from util.data.transforms import Normalize
+from util.run.features import own_features
 from util.run.flags import given_flags
 from util.run.launch import detect_launch
 from util.weights.file import read_checkpoint, write_checkpoint
@@ -232,9 +233,12 @@ PRETRAINING = [
 
 def test_pretraining_measures_itself(images, tmp_path):
     flags = [*PRETRAINING, "--data_path", images, "--epochs", "5"]
-    run(main_pretrain, *flags, "--output_dir", tmp_path / "measured", "--knn_every", "2")
+    also = ["--probe_every", "3", "--rank_every", "1"]
+    run(main_pretrain, *flags, "--output_dir", tmp_path / "measured", "--knn_every", "2", *also)
     records = read_lines(tmp_path / "measured" / "log.txt")
     assert [record["epoch"] for record in records if "knn_acc1_k20" in record] == [1, 3, 4]  # and at the end
+    assert [record["epoch"] for record in records if "probe_acc1" in record] == [2, 4]
+    assert all(1 <= record["rankme"] <= 33 for record in records)
     result = measure(command(tmp_path / "measured" / "checkpoint.pth", images))
     assert records[-1]["knn_acc1_k10"] == result["accuracy"]["10"]
     assert records[-1]["knn_acc1_k20"] == result["accuracy"]["20"]
@@ -258,7 +262,7 @@ def test_model_is_left_in_its_mode(checkpoint, images):
     datasets = knn.labelled_datasets(config, [1])
     for mode in (True, False):
         model.train(mode)
-        knn.knn_accuracy(model, *datasets, Normalize(config.mean, config.std), config, [1])
+        own_features(model, datasets[0], Normalize(config.mean, config.std), config)
         assert model.training is mode
 
 

@@ -21,23 +21,20 @@ from pathlib import Path
 from typing import ClassVar
 
 import timm
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models_swin import SwinTransformer
-from util.data.datasets import ImageDataset, build_dataset, build_loader
-from util.data.samplers import EvalBatchSampler
+from util.data.datasets import ImageDataset, build_dataset
 from util.data.transforms import Normalize, eval_transform
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
 from util.run.config import CheckpointFlags, DataFlags, DeviceFlags, ProcessFlags, resolve
 from util.run.failures import user_errors
+from util.run.features import gather_all, own_features
 from util.run.flags import AT_LEAST_1, POSITIVE, Config, flag, get_parser, given_flags
 from util.run.launch import Launch
 from util.run.logger import setup_logging
-from util.run.optim import autocast
-from util.run.progress import with_progress
 from util.run.session import check_statistics
 from util.seeding import seed_all
 from util.weights.layouts import load_encoder
@@ -72,67 +69,36 @@ def labelled_datasets(config: Config, neighbours: Sequence[int]) -> tuple[ImageD
     return train, val
 
 
+Features = tuple[Tensor, Tensor]  # of this rank's images, and their labels: see util.run.features.own_features
+
+
 def knn_accuracy(
-    model: SwinTransformer,
-    train: ImageDataset,
-    val: ImageDataset,
-    normalize: Normalize,
-    config: Config,
+    train: Features,
+    val: Features,
+    totals: tuple[int, int],
     neighbours: Sequence[int] = NEIGHBOURS,
     temperature: float = TEMPERATURE,
 ) -> dict[int, float]:
     """Top-1 accuracy in percent for each k; the same on all ranks, which share the work and must call this together.
 
     Args:
-        model: a classifier or pretraining model, not wrapped; left in the mode that it was in.
-        train, val: of `labelled_datasets`.
-        normalize: on the model's device.
-        config: `batch_size`, `precision`, and what `build_loader` takes.
+        train, val: this rank's.
+        totals: how many training and validation images all ranks have.
         neighbours: the values of k.
         temperature: of the votes.
     """
-    features, labels = own_features(model, train, normalize, config)
-    queries, targets = own_features(model, val, normalize, config)
-    queries, targets = gather_all(queries, len(val)), gather_all(targets, len(val))
-    num_classes = 1 + int(max(gather_all(labels, len(train)).max(), targets.max()))
+    features, labels = F.normalize(train[0], dim=1), train[1]
+    queries, targets = gather_all(F.normalize(val[0], dim=1), totals[1]), gather_all(val[1], totals[1])
+    num_classes = 1 + int(max(gather_all(labels, totals[0]).max(), targets.max()))
     correct = dict.fromkeys(neighbours, 0)
-    chunk = max(1, CHUNK_ELEMENTS * distributed.get_world_size() // len(train))
+    chunk = max(1, CHUNK_ELEMENTS * distributed.get_world_size() // totals[0])
     for query, target in zip(queries.split(chunk), targets.split(chunk)):
         similarity, label = nearest(query, features, labels, max(neighbours))
         weight = ((similarity - similarity[:, :1]).double() / temperature).exp()  # relative to the nearest one's
         for k in correct:
             votes = weight.new_zeros(len(query), num_classes).scatter_add_(1, label[:, :k], weight[:, :k])
             correct[k] += int((votes.argmax(dim=1) == target).sum())
-    return {k: 100 * count / len(val) for k, count in correct.items()}
-
-
-@torch.inference_mode()
-def own_features(
-    model: SwinTransformer, dataset: ImageDataset, normalize: Normalize, config: Config
-) -> tuple[Tensor, Tensor]:
-    """Features (n, num_features) of length 1 and labels (n,) of this rank's images: `rank`, `rank + world_size`, ..."""
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    device = next(model.parameters()).device
-    loader = build_loader(dataset, EvalBatchSampler(len(dataset), config.batch_size, rank, world_size), config, device)
-    features = [torch.zeros(0, model.num_features, device=device)]
-    labels = [torch.zeros(0, dtype=torch.long)]
-    was_training = model.training
-    model.eval()
-    for imgs, targets in with_progress(loader, len(dataset), "features"):
-        with autocast(config.precision, device):
-            tokens = model.forward_features(normalize(imgs.to(device, non_blocking=True)))
-        pooled = model.forward_head(tokens.float(), pre_logits=True)
-        features.append(F.normalize(pooled, dim=1))
-        labels.append(targets)
-    model.train(was_training)
-    return torch.cat(features), torch.cat(labels).to(device)
-
-
-def gather_all(own: Tensor, total: int) -> Tensor:
-    """(n, ...) of each rank's samples -> (total, ...) of all samples in their order, the same on all ranks."""
-    gathered = own.new_zeros(total, *own.shape[1:])
-    gathered[distributed.get_rank() :: distributed.get_world_size()] = own
-    return distributed.all_reduce_sum(gathered)  # every row is zero on all ranks but its own
+    return {k: 100 * count / totals[1] for k, count in correct.items()}
 
 
 def nearest(query: Tensor, features: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -205,7 +171,8 @@ def evaluate(given: KnnConfig, launch: Launch) -> dict:
     model, config, info = load_model(given, launch)
     normalize = Normalize(config.mean, config.std).to(launch.device)
     train, val = labelled_datasets(config, config.k)
-    accuracy = knn_accuracy(model, train, val, normalize, config, config.k, config.temperature)
+    features = [own_features(model, dataset, normalize, config) for dataset in (train, val)]
+    accuracy = knn_accuracy(*features, (len(train), len(val)), config.k, config.temperature)
     return config.as_dict() | {
         "accuracy": {str(k): value for k, value in accuracy.items()},  # k -> top-1 in percent
         "epoch": info.epoch,

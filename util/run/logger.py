@@ -123,7 +123,11 @@ class RunLog:
         if not self.enabled:
             return
         self.epochs_file.append([record])
-        results = {f"perf/{tag}": value for tag, value in record.items() if tag.startswith(("test_", "knn_"))}
+        results = {
+            f"perf/{tag}": value
+            for tag, value in record.items()
+            if tag.startswith(("test_", "knn_", "probe_", "rankme"))
+        }
         if not self.epochs_file.waiting:
             self.tensorboard.scalars(results, epoch_1000x)
 

@@ -1,0 +1,78 @@
+"""What features are worth: their effective rank, and a linear probe in closed form."""
+
+import numpy as np
+import pytest
+import torch
+from running import QUICK, make_images, read_lines
+from trials import Trial
+
+from util.run.features import RIDGE, probe_accuracy, rankme
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5, 16])
+def test_rankme_counts_equal_singular_values(rank):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, n, generator=generator))[0] for n in (64, 16))
+    features = left[:, :rank] @ right[:rank]
+    assert rankme(features) == pytest.approx(rank, rel=1e-3)
+    assert rankme(7 * features) == pytest.approx(rank, rel=1e-3)
+
+
+def test_rankme_is_the_entropy_of_the_paper():
+    features = np.random.default_rng(0).normal(size=(200, 24)) * np.linspace(0.1, 3, 24)
+    values = np.linalg.svd(features, compute_uv=False)
+    shares = values / values.sum() + 1e-7
+    assert rankme(torch.from_numpy(features)) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    collapsed = features[:1] + 1e-3 * features
+    assert rankme(torch.from_numpy(collapsed)) < 1.5 < rankme(torch.from_numpy(features))
+
+
+def made_up_features(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 3, count)
+    centres = np.random.default_rng(9).normal(size=(3, 12)) * 2
+    return (centres[labels] + generator.normal(size=(count, 12)) * 2 + 5) * np.linspace(0.01, 30, 12), labels
+
+
+def test_the_probe_is_ridge_regression_on_standardised_features():
+    (train, labels), (val, targets) = made_up_features(300, 0), made_up_features(100, 1)
+    x = (train - train.mean(0)) / (train.std(0) + 1e-6)
+    y = np.eye(3)[labels]
+    weights = np.linalg.solve(x.T @ x + RIDGE * 300 * np.eye(12), x.T @ (y - y.mean(0)))
+    scores = (val - train.mean(0)) / (train.std(0) + 1e-6) @ weights + y.mean(0)
+    expected = 100 * (scores.argmax(1) == targets).mean()
+    tensors = [(torch.from_numpy(a).float(), torch.from_numpy(b)) for a, b in ((train, labels), (val, targets))]
+    assert probe_accuracy(*tensors, 3) == pytest.approx(expected, abs=1.01) and 50 < expected < 100
+
+
+def test_what_can_be_separated_is():
+    features = torch.eye(4).repeat(5, 1) + 0.01 * torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(4).repeat(5)
+    assert probe_accuracy((features, labels), (features, labels), 4) == 100
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_measures_do_not_depend_on_the_number_of_ranks(tmp_path, ranks):
+    """Nor does a run on images without labels: RankMe needs none."""
+    for split, count in (("train", 12), ("val", 5)):
+        for number, name in enumerate("abc"):
+            make_images(tmp_path / "data" / split / name, count, (16, 16), seed=number + 10 * (split == "val"))
+    shape = ("--model", "mixmae_quickstart", "--input_size", 16, "--window_size", 4, 4, 4, 2, "--in_chans", 1)
+    flags = (*shape, *QUICK, "--lr", 1e-12, "--epochs", 1, "--knn_every", 1, "--probe_every", 1, "--rank_every", 1)
+    found = []
+    for number in (1, ranks):
+        out = tmp_path / f"{number} ranks"
+        batch = ("--batch_size", 12 // number, "--data_path", tmp_path / "data", "--output_dir", out)
+        Trial(tmp_path, *flags, *batch, ranks=number).finish()
+        found.append(read_lines(out / "log.txt")[0])
+    for name in ("knn_acc1_k10", "probe_acc1"):
+        assert found[0][name] == found[1][name]
+    assert found[0]["rankme"] == pytest.approx(found[1]["rankme"], rel=1e-4) and found[0]["rankme"] > 2
+
+
+def test_rankme_needs_no_labels(tmp_path):
+    make_images(tmp_path / "data", 12, (16, 16))
+    shape = ("--model", "mixmae_quickstart", "--input_size", 16, "--window_size", 4, 4, 4, 2, "--in_chans", 1)
+    flags = (*shape, *QUICK, "--epochs", 1, "--batch_size", 4, "--rank_every", 1)
+    Trial(tmp_path, *flags, "--data_path", tmp_path / "data", "--output_dir", tmp_path / "out").finish()
+    assert read_lines(tmp_path / "out" / "log.txt")[0]["rankme"] >= 1
