@@ -1,12 +1,10 @@
 """Fine-tune, linear-probe or evaluate a classifier.
 
 Fine-tune a pretrained encoder on labelled images (a folder with train/ and val/):
-    python main_finetune.py --finetune output_dir/checkpoint.pth --model swin_tiny_w14 \
-        --data_path /path/to/images --output_dir finetuned
+    python main_finetune.py --finetune output_dir/checkpoint.pth --data_path /path/to/images --output_dir finetuned
 Probe it with a linear layer:
-    python main_finetune.py --finetune output_dir/checkpoint.pth --model swin_tiny_w14 --freeze_encoder \
-        --data_path /path/to/images --output_dir probed --layer_decay 1 --weight_decay 0 \
-        --aa '' --reprob 0 --smoothing 0
+    python main_finetune.py --finetune output_dir/checkpoint.pth --data_path /path/to/images --output_dir probed \
+        --freeze_encoder --layer_decay 1 --weight_decay 0 --aa '' --reprob 0 --smoothing 0
 Evaluate a published checkpoint:
     python main_finetune.py --eval --finetune base_600ep_ft --data_path /path/to/imagenet
 The paper's experiments, on Slurm or here:
