@@ -19,7 +19,7 @@ import models_mixmae
 from util import export, predict
 from util.run.config import with_settings
 from util.weights.file import RECORD, CheckpointError, read_checkpoint, write_checkpoint
-from util.weights.parts import load_part
+from util.weights.parts import load_part, parse_record
 from util.weights.runtimes import open_onnx, open_torch_export
 from util.weights.source import WeightsInfo, read_weights
 
@@ -311,3 +311,12 @@ def test_images_to_compare_with_are_prepared_as_for_evaluation(images):
     assert given.shape == (5, 1, 16, 16) and torch.equal(given[0], given[3]) and not torch.equal(given[0], given[1])
     undone = given * 0.2 + 0.4
     assert undone.min() >= -1e-6 and undone.max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("missing", ["part", "args", "format", "epoch"])
+def test_records_of_others_are_told_from_ours(missing):
+    record = {"part": "encoder", "args": {}, "format": 1, "epoch": None, "classes": None}
+    parse_record(json.dumps(record), "a.onnx")
+    del record[missing]
+    with pytest.raises(CheckpointError, match=r"a\.onnx was not written by `python -m util\.export`"):
+        parse_record(json.dumps(record), "a.onnx")

@@ -98,7 +98,8 @@ def parse_record(text: str, source: object) -> tuple[dict[str, Any], WeightsInfo
     """
     try:
         record = json.loads(text)
-        if record["part"] not in PARTS or not isinstance(record["args"], dict):
+        plain = isinstance(record["args"], dict) and type(record["format"]) is int
+        if record["part"] not in PARTS or not plain or "epoch" not in record:
             raise ValueError
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
