@@ -231,7 +231,7 @@ def renamings(bench: Bench) -> tuple[str, str]:
                     shutil.copytree(data / folder, renamed / folder.parent / new)
             said = Trial(bench.place / "logs", *flags, renamed, main=main_finetune).finish(2)
             assert "only in the data: " in said and "result:" not in said and "Traceback" not in said, said
-            assert all(name in said for name in chosen), said
+            assert sum(name in said for name in chosen) >= min(5, len(chosen)), said  # as many as a message names
         assert same(state_of(out), saved)
         bench.report(number + 1, bench.args.renamings, "renamed")
     total = bench.args.renamings
