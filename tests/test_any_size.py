@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 import util.layers.stage
@@ -359,3 +360,13 @@ def test_a_pretraining_model_takes_another_size():
         model.set_input_size(img_size=(40, 36))
     with pytest.raises(UserError, match="cells of patches of 1 pixels, got 2"):
         model.set_input_size(patch_size=2)
+
+
+def test_a_state_dict_of_another_size_with_as_many_tokens_is_resized():
+    shape = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), patch_size=2, window_size=4, num_classes=3)
+    wide, tall = (SwinTransformer(img_size=size, **shape) for size in ((32, 64), (64, 32)))
+    tall.load_state_dict(wide.state_dict())
+    source = wide.absolute_pos_embed
+    expected = resample_abs_pos_embed(source, (32, 16), (16, 32), num_prefix_tokens=0, antialias=False)
+    assert not torch.equal(tall.absolute_pos_embed, source)
+    torch.testing.assert_close(tall.absolute_pos_embed, expected)

@@ -206,3 +206,24 @@ def test_pretraining_leaves_the_part_out_and_tests_on_it(folders, tmp_path, capf
     run(main_pretrain, *flags, *shared, "--knn_every", "1")
     said = capfd.readouterr().out
     assert "train: 24 images" in said and "val: 6 images" in said and "knn_acc1_k10" in said
+
+
+def test_folders_that_are_named_by_numbers_are_matched_by_number(tmp_path):
+    """As text, 10 comes before 2: labels of lists were taken as positions, 20 of 24 wrong, without a word."""
+    names = [str(number) for number in range(12)]
+    for number, name in enumerate(names):
+        make_images(tmp_path / "data" / "train" / name, 2, (16, 16), seed=number)
+        make_images(tmp_path / "data" / "val" / name, 2, (16, 16), seed=number)
+    listed = tmp_path / "lists"
+    listed.mkdir()
+    for split in ("train", "val"):
+        lines = [f"{path} {path.parent.name}" for path in sorted((tmp_path / "data" / split).glob("*/*.png"))]
+        (listed / f"{split}.txt").write_text("\n".join(lines))
+    dataset = build_dataset(data_args(listed, in_chans=1), "val", lambda image: image)
+    classes = sorted(names)  # of weights that were trained on folders
+    dataset.number_labels_as(classes, "the weights")
+    for index in range(len(dataset)):
+        assert classes[dataset[(0, index)][1]] == Path(dataset.path_of(index)).parent.name
+    assert {classes[target] for target in dataset.targets} == set(names)
+    with pytest.raises(UserError, match=r"only in the data: \['0'\]"):
+        build_dataset(data_args(listed, in_chans=1), "val", lambda image: image).number_labels_as(names[1:], "others")

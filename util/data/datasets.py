@@ -85,11 +85,15 @@ class ImageDataset(Dataset):
     def number_labels_as(self, classes: Sequence[str], owner: str, exactly: bool = False) -> None:
         """Let labels count in `classes`, the names of which belong to `owner` (for messages), whatever their order.
 
-        Data that tell numbers instead of names are taken at their word, with a warning. To be called before the data
-        set is read. Raises UserError when it has a class that is not among `classes` (with `exactly` also the reverse).
+        Data that tell numbers are matched with names that are numbers (folders 0 to 11 count as 0, 1, 10, 11, 2, ...);
+        with other names they are taken as positions, with a warning. To be called before the data set is read. Raises
+        UserError when it has a class that is not among `classes` (with `exactly` also the reverse).
         """
-        if self.source.classes is None or self.source.numbered:
-            if list(classes) != self.classes and not all(map(str.isdigit, classes)):
+        numbered = self.source.classes is not None and self.source.numbered
+        if numbered and all(map(str.isdigit, classes)):
+            self._numbers = match_classes(self.source.classes, classes, owner, exactly=False)
+        elif numbered or self.source.classes is None:
+            if list(classes) != self.classes:
                 logger.warning(
                     "the labels of these images are numbers: they are taken as positions in the classes of %s, %s",
                     owner, abbreviate(list(classes)),

@@ -47,8 +47,6 @@ def adapt_state_dict(model: nn.Module, state_dict: StateDict, prefix: str, *_) -
     own = {name[len(prefix) :]: state_dict[name] for name in state_dict if name.startswith(prefix)}
     if not all(isinstance(tensor, Tensor) for tensor in own.values()):
         return  # load_state_dict says what is wrong
-    if {name: tensor.shape for name, tensor in own.items()} == {n: t.shape for n, t in model.state_dict().items()}:
-        return
     for name in own:
         del state_dict[prefix + name]
     state_dict.update({prefix + name: tensor for name, tensor in checkpoint_filter_fn(own, model).items()})
