@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections import Counter, defaultdict
@@ -66,7 +67,9 @@ class CheckDataConfig(WeightFlags, DataFlags):
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    description = "Look at the images that training would read, for faults and for the flags that fit them."
+    description = (
+        "Look at the images that training would read. Exit code 1: something would stop training or mislead it."
+    )
     parser = get_parser(CheckDataConfig, description, "python -m util.check_data")
     parser.add_argument("data_path", nargs="?", default=argparse.SUPPRESS, metavar="DIR", help="as --data_path")
     return parser
@@ -160,6 +163,7 @@ def inspect(source: FileSource, split: str, config: CheckDataConfig) -> Findings
 
 
 def one_thread(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     torch.set_num_threads(1)
 
 
