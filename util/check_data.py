@@ -67,9 +67,7 @@ class CheckDataConfig(WeightFlags, DataFlags):
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    description = (
-        "Look at the images that training would read. Exit code 1: something would stop or mislead it."
-    )
+    description = "Look at the images that training would read. Exit code 1: something would stop or mislead it."
     parser = get_parser(CheckDataConfig, description, "python -m util.check_data")
     parser.add_argument("data_path", nargs="?", default=argparse.SUPPRESS, metavar="DIR", help="as --data_path")
     return parser
