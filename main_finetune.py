@@ -47,7 +47,7 @@ from util.run.classes import (
     write_division,
 )
 from util.run.config import TrainingConfig, resolve
-from util.run.defaults import FINETUNING_MODEL, GPU_BATCH, finetuning_defaults
+from util.run.defaults import EVALUATION_BATCH, FINETUNING_MODEL, finetuning_defaults
 from util.run.failures import user_errors
 from util.run.flags import (
     AT_LEAST_1,
@@ -275,7 +275,7 @@ def evaluate_only(given: FinetuneConfig, launch: Launch) -> None:
     source = given.finetune or given.resume
     weights, info = read_weights(source, ema=given.model_ema)
     settings = weight_settings(info.args, source, given.as_dict(), defaults={"model": FINETUNING_MODEL})
-    config = resolve(given, launch, settings, {"batch_size": GPU_BATCH})
+    config = resolve(given, launch, settings, {"batch_size": EVALUATION_BATCH})
     validation = build_validation(config, launch)
     dataset, device = validation.dataset, launch.device
     check_statistics(config, dataset, config.data_path)

@@ -35,7 +35,7 @@ from util.run import advice, distributed
 from util.run.config import TrainingConfig
 from util.run.defaults import pretraining_defaults
 from util.run.failures import user_errors
-from util.run.features import own_features, probe_accuracy, rank_of_sample
+from util.run.features import check_sample, own_features, probe_accuracy, rank_of_sample
 from util.run.flags import BELOW_1, FREE, NOT_NEGATIVE, flag, get_parser, given_flags
 from util.run.launch import Launch
 from util.run.logger import log_environment, setup_logging
@@ -73,7 +73,11 @@ class PretrainConfig(TrainingConfig):
     knn_every: int = flag(0, "test by kNN every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
     probe_every: int = flag(0, "fit a linear probe every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
     rank_every: int = flag(
-        0, "measure RankMe, which needs no labels, every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE, on_resume=FREE
+        0,
+        "measure RankMe of training images, without labels, every N epochs (0: never)",
+        "EPOCHS",
+        NOT_NEGATIVE,
+        on_resume=FREE,
     )
 
     def __post_init__(self) -> None:
@@ -129,6 +133,8 @@ def prepare(
         evaluated = list(labelled_datasets(config, NEIGHBOURS if config.knn_every else (1,)))
     elif config.rank_every:
         evaluated = [build_dataset(config, "train", eval_transform(config))]
+    if config.rank_every:
+        check_sample(evaluated[0], model.num_features)
 
     def load_weights(weights: dict[str, Tensor], source: WeightsInfo) -> None:
         logger.info("%s", load_pretraining(model, weights, source))

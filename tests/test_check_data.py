@@ -101,6 +101,37 @@ def test_mean_and_std_are_numpys(tmp_path, kind):
     assert report["in_chans"] == pixels.shape[1] and not report["faults"]
 
 
+def test_statistics_of_values_far_from_zero(tmp_path):
+    arrays = [np.random.default_rng(i).normal(1e6, 1, (9, 11, 1)).astype(np.float64) for i in range(5)]
+    for i, array in enumerate(arrays):
+        np.save(tmp_path / f"{i}.npy", array)
+    pixels = np.concatenate([array.astype(np.float32).ravel() for array in arrays]).astype(np.float64)
+    np.testing.assert_allclose(check(tmp_path)["std"], [pixels.std()], rtol=1e-9)
+
+
+def test_flags_that_would_stop_training_are_a_fault(tmp_path):
+    make_images(tmp_path, 6)
+    assert not check(tmp_path, "--mean", "0.5", "--std", "0.25")["faults"]
+    [fault] = check(tmp_path, "--mean", "123", "--std", "58")["faults"]
+    assert "far from 0 and 1" in fault
+
+
+def test_pictures_among_arrays_are_a_fault_and_no_failure(tmp_path):
+    make_images(tmp_path / "data", 4)
+    np.save(tmp_path / "data" / "0003.npy", np.ones((32, 32), np.float32))
+    report = check(tmp_path / "data", "--out", tmp_path / "out")
+    assert any("arrays in their own units among pictures" in fault for fault in report["faults"])
+    assert (tmp_path / "out" / "check_data.png").exists()
+
+
+def test_a_list_has_its_own_validation_list(tmp_path):
+    make_images(tmp_path / "val" / "a", 3, seed=1)
+    make_images(tmp_path / "more", 5, seed=2)
+    for name, count in (("train.txt", 3), ("val.txt", 2)):
+        (tmp_path / name).write_text("\n".join(f"more/{i:04d}.png" for i in range(count)))
+    assert check(tmp_path / "train.txt")["val"]["images"] == 2
+
+
 def test_validation_images_that_were_trained_on(tmp_path):
     make_images(tmp_path / "train" / "a", 4, seed=0)
     make_images(tmp_path / "val" / "a", 3, seed=0)

@@ -54,6 +54,7 @@ def test_pretraining():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_evaluation_of_a_classifier():
     torch.manual_seed(0)

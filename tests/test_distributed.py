@@ -490,6 +490,7 @@ def test_survivors_say_which_rank_is_gone(tmp_path, signal_name, victim):
         assert "--dist_timeout 4 s" in output
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_reported(tmp_path):
     alone = start_ranks(tmp_path, "distributed.init_distributed(args)", 2, "--dist_timeout", "3", ranks=[0])
     codes, [output] = finish(alone)

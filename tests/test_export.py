@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from golden_files import load_golden, official_models
+from PIL import Image
 from running import fails, make_images, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -320,3 +321,25 @@ def test_records_of_others_are_told_from_ours(missing):
     del record[missing]
     with pytest.raises(CheckpointError, match=r"a\.onnx was not written by `python -m util\.export`"):
         parse_record(json.dumps(record), "a.onnx")
+
+
+def test_images_of_16_bits_to_compare_with(checkpoint, tmp_path):
+    values = np.arange(400, dtype=np.uint16).reshape(20, 20) * 160
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    assert exported(checkpoint, tmp_path / "out.safetensors", "safetensors", "--images", tmp_path / "deep.png").exists()
+
+
+def test_the_authors_format_of_weights_that_do_not_record_their_model(checkpoint, tmp_path, capfd):
+    out, bare = tmp_path / "theirs.pth", tmp_path / "bare.pth"
+    flags = ["--format", "authors", "--out", out]
+    fails(export, capfd, "leave out --input_size", "--checkpoint", checkpoint, *flags, "--input_size", "32")
+    recorded = {name: value for name, value in RECORDED.items() if name != "model"}
+    write_checkpoint(bare, {"model": read_checkpoint(checkpoint)["model"], "args": recorded})
+    exported(bare, out, "authors", "--model", "swin_quickstart")
+    assert any(name.endswith("relative_position_index") for name in read_checkpoint(out)["model"])
+
+
+def test_an_exported_program_cannot_be_changed(onnx_file, images, tmp_path, capfd):
+    flags = ["--checkpoint", onnx_file, "--device", "cpu", images / "val"]
+    fails(predict, capfd, "--model_ema: .* was exported as it is", *flags, "--model_ema")
+    fails(predict, capfd, "--precision: .* was exported as it is", *flags, "--precision", "bf16")

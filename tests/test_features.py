@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from photos import data_args
 from running import QUICK, make_images, read_lines
 from trials import Trial
 
+from util.data.datasets import build_dataset
+from util.errors import UserError
+from util.run import features
 from util.run.features import RIDGE, probe_accuracy, rankme
 
 
@@ -43,6 +47,26 @@ def test_the_probe_is_ridge_regression_on_standardised_features():
     expected = 100 * (scores.argmax(1) == targets).mean()
     tensors = [(torch.from_numpy(a).float(), torch.from_numpy(b)) for a, b in ((train, labels), (val, targets))]
     assert probe_accuracy(*tensors, 3) == pytest.approx(expected, abs=1.01) and 50 < expected < 100
+
+
+def test_the_probe_takes_features_in_chunks(monkeypatch):
+    sets = [made_up_features(300, 0), made_up_features(100, 1)]
+    tensors = [(torch.from_numpy(a).float(), torch.from_numpy(b)) for a, b in sets]
+    expected = probe_accuracy(*tensors, 3)
+    monkeypatch.setattr(features, "CHUNK", 7)
+    assert probe_accuracy(*tensors, 3) == expected
+
+
+def test_a_sample_that_tells_little_or_nothing(tmp_path, caplog):
+    make_images(tmp_path, 12, (16, 16))
+    dataset = build_dataset(data_args(tmp_path, in_chans=1), "train", lambda image: image)
+    features.check_sample(dataset, 12)
+    assert not caplog.text
+    features.check_sample(dataset, 13)
+    assert "RankMe of 12 images is at most that" in caplog.text
+    dataset.source.streamed = True
+    with pytest.raises(UserError, match="--rank_every needs images that can be read again"):
+        features.check_sample(dataset, 12)
 
 
 def test_what_can_be_separated_is():

@@ -220,6 +220,7 @@ def test_a_run_survives_a_disk_that_is_full_for_a_while(tmp_path, place, small_d
     assert read_lines(out / "steps.jsonl") == read_lines(place / "reference" / "steps.jsonl")
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_run_with_the_last_checkpoint_whole(tmp_path, place, small_disk):
     out = small_disk / "out"
     flags = (*RECIPE, "--data_path", place / "images", "--output_dir", out, "--save_steps", 1, "--epochs", 4)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from running import make_images, read_lines
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 from trials import TINY, Trial, differences, epochs_of, events_of, state_of, steps_of
 
@@ -111,7 +112,9 @@ def test_slow_steps_are_shown_before_a_line_is_due(monkeypatch):
     assert [record["loss"] for record in records] == [1, 2, 3, 4, 5, 6]  # nothing is lost by it
 
 
-def test_tensorboard_forgets_what_is_done_again_and_keeps_the_rest(tmp_path):
+def test_tensorboard_forgets_what_is_done_again_and_keeps_the_rest(tmp_path, monkeypatch):
+    # Files of one second are read in the order of their names, which end in a count of this process: 10 before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     first = EventsFile(tmp_path, purge=0)
     for x in (500, 1000, 1500, 2000):
         first.scalars({"train/loss": 1.0}, x)

@@ -128,6 +128,7 @@ def launch(script: str, processes: int, *flags: object) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_accumulation(images, tmp_path):
     """Randomness is keyed by the piece of the effective batch, so ranks and micro-batches see the same masks."""
     shared = [*SMALL, "--batch_size", "2", "--data_path", images, "--output_dir"]

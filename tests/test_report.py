@@ -4,15 +4,18 @@ import json
 import re
 import shutil
 import subprocess
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from running import fails, make_images, run
 from trials import TINY, Trial
 
 import util.report
 from util.report import RULES, RunData, read_run
+from util.run.metrics import SPIKE_HISTORY, StepMeter
 
 RECIPE = (*TINY, "--epochs", "3", "--vis_every", "1", "--save_steps", "2")
 
@@ -83,6 +86,29 @@ def made_up(losses: list[float], epochs: int = 50, accuracies: list[float] = (),
 FALLING = [1 / (1 + i / 50) for i in range(500)]
 
 
+def test_a_curve_goes_forward_in_an_epoch_that_is_not_complete():
+    data = made_up(FALLING[:23], epochs=2)  # 11 steps an epoch
+    data.steps = [{**step, "epoch": i // 10} for i, step in enumerate(data.steps)]  # 10, 10, and 3 of the third
+    epochs, losses = data.per_step("loss")
+    assert np.allclose(epochs, np.arange(1, 24) / 10) and losses.tolist() == FALLING[:23]
+    data.steps[4]["loss"] = None  # not finite
+    epochs, losses = data.per_step("loss")
+    assert len(epochs) == len(losses) == 22 and 0.5 not in epochs.round(6)
+
+
+def test_a_run_that_started_later_is_finished():
+    data = made_up(FALLING[:100], epochs=10)
+    data.epochs = [{**line, "epoch": line["epoch"] + 40} for line in data.epochs]
+    assert not util.report.unfinished(data)
+
+
+def test_spikes_are_those_that_training_warns_of(caplog):
+    losses = [9.0 if i > 150 and i % 60 == 0 else loss for i, loss in enumerate(FALLING)]
+    meter = StepMeter(0, 1, 500, 1, torch.device("cpu"), deque(maxlen=SPIKE_HISTORY))
+    meter.warn_of_spikes([{"step": i, "loss": loss} for i, loss in enumerate(losses)])
+    assert util.report.spikes(made_up(losses)).startswith(f"{caplog.text.count('loss spike')} loss spikes")
+
+
 @pytest.mark.parametrize(
     "data, rule",
     [
@@ -106,8 +132,9 @@ def test_references(runs, tmp_path, capfd):
     run(util.report, runs[0], "--out", tmp_path / "a.html", "--save_reference", tmp_path / "usual.json")
     reference = json.loads((tmp_path / "usual.json").read_text())
     assert reference["config"]["epochs"] == 3 and len(reference["epochs"]) == len(reference["loss"]) == 18
+    assert str(runs[0].parent) not in (tmp_path / "usual.json").read_text()  # whose machine it was is nobody's business
     run(util.report, runs[1], "--out", tmp_path / "b.html", "--reference", tmp_path / "usual.json")
-    assert "killed (reference, stretched)" in (tmp_path / "b.html").read_text()
+    assert "usual (reference, stretched)" in (tmp_path / "b.html").read_text()
     capfd.readouterr()
     fails(
         util.report,
@@ -123,9 +150,20 @@ def test_references(runs, tmp_path, capfd):
 
 def test_mistakes_are_explained(runs, tmp_path, capfd):
     fails(util.report, capfd, "is not the output folder of a run: there is no config.json", tmp_path, "--out", "a.html")
+    for damaged in ("", "[1]", '{"config": {}}'):
+        (tmp_path / "config.json").write_text(damaged)
+        fails(util.report, capfd, "config.json is damaged, or another program's", tmp_path, "--out", "a.html")
     (tmp_path / "config.json").write_text('{"config": {}, "environment": {}}')
+    (tmp_path / "steps.jsonl").write_text('7\n{"a": 1}\n{"step": 1, "ep')
     fails(util.report, capfd, "a run that has made no step yet", tmp_path, "--out", "a.html")
     fails(util.report, capfd, "--out", runs[0])
+
+
+def test_the_quickstarts_curve_comes_with_the_program(runs, tmp_path):
+    run(util.report, runs[1], "--out", tmp_path / "a.html", "--reference", "quickstart")
+    assert "quickstart (reference, stretched)" in (tmp_path / "a.html").read_text()
+    reference = util.report.read_reference("quickstart")
+    assert reference["config"]["model"] == "mixmae_quickstart" and reference["loss"][-1] < 0.6 < reference["loss"][0]
 
 
 def test_a_long_run_stays_small(tmp_path):

@@ -53,6 +53,7 @@ def epochs(folder):
     return [json.loads(line)["epoch"] for line in lines_of(folder / "log.txt")]
 
 
+@pytest.mark.slow
 def test_four_tasks_on_two_nodes_train_as_torchrun_does(cluster, images, tmp_path):
     flags = [*SMALL, *SCHEDULE, "--batch_size", "4", "--epochs", "2"]
     by_torchrun = cluster.start(

@@ -16,7 +16,9 @@ from util.run.cores import choose_threads
 from util.run.startup import on_interrupt
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = ["main_pretrain.py", "main_finetune.py", "util/knn.py", "util/visualize.py", "util/replay.py"]
+COMMANDS = [f"util/{file.name}" for file in (ROOT / "util").glob("*.py") if "__main__" in file.read_text()]
+COMMANDS.remove("util/submit.py")  # which computes nothing
+PROGRAMS = ["main_pretrain.py", "main_finetune.py", *sorted(COMMANDS)]
 INFINITE = float("inf")
 
 
@@ -54,6 +56,7 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path, after):
     assert (code, said) == (130, "main_pretrain.py: interrupted")
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_knn_is_one_line(tmp_path):
     for folder in ("train/a", "train/b", "val/a", "val/b"):
         make_images(tmp_path / "data" / folder, 400)

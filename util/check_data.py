@@ -32,15 +32,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
 
-from util.data.datasets import WORKERS
+from util.data.datasets import WORKERS, NumberedImages
 from util.data.decoding import PILLOW_FORMATS, BadImageError, PixelType
 from util.data.display import Display, shown_channels
 from util.data.image_index import abbreviate
 from util.data.sources import FileSource, open_source
+from util.data.statistics import check_images
 from util.data.survey import survey_images
 from util.data.transforms import Normalize, eval_transform, pretrain_transform
 from util.errors import UserError, unreadable_is_user_error
-from util.run.config import DataFlags, WeightFlags
+from util.run.config import DataFlags, WeightFlags, with_settings
 from util.run.failures import user_errors
 from util.run.flags import NOT_NEGATIVE, flag, get_parser, given_flags
 from util.run.logger import setup_logging
@@ -55,6 +56,7 @@ LONG = 10.0  # longer side / shorter side of an odd image
 TINY_SIDE = 8  # pixels
 SHEET_IMAGES = 40
 SHOWN = 5  # names of a list
+BLOCK = 2**20  # pixels that are float64 at a time
 TIMED_STEPS = 3
 
 
@@ -101,9 +103,11 @@ class Inspection(Dataset):
             seed_all(0, number)
             self.transform(image)
             found["seconds"] = time.perf_counter() - started
-            values = image.double().flatten(1) / (255 if found["bits"] == 8 else 1)
-            found |= {"height": image.shape[1], "width": image.shape[2], "pixels": values.shape[1]}
-            found |= {"sum": values.sum(1).tolist(), "squares": values.square().sum(1).tolist()}
+            blocks = [block.double() / (255 if found["bits"] == 8 else 1) for block in image.flatten(1).split(BLOCK, 1)]
+            found |= {"height": image.shape[1], "width": image.shape[2], "pixels": image[0].numel()}
+            mean = sum(block.sum(1) for block in blocks) / found["pixels"]
+            spread = sum((block - mean[:, None]).square().sum(1) for block in blocks)
+            found |= {"mean": mean.tolist(), "spread": spread.tolist()}
         except (BadImageError, OSError) as error:
             found["error"] = str(error)
         return found
@@ -141,10 +145,10 @@ class Findings:
 
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation (C,) over all pixels of all images, in float64."""
-        pixels = sum(image["pixels"] for image in self.good)
-        mean = np.sum([image["sum"] for image in self.good], axis=0) / pixels
-        squares = np.sum([image["squares"] for image in self.good], axis=0) / pixels
-        return mean, np.sqrt(np.maximum(squares - mean**2, 0))
+        pixels = np.array([image["pixels"] for image in self.good], dtype=float)[:, None]
+        means, spreads = (np.array([image[name] for image in self.good]) for name in ("mean", "spread"))
+        mean = (pixels * means).sum(0) / pixels.sum()
+        return mean, np.sqrt((spreads + pixels * (means - mean) ** 2).sum(0) / pixels.sum())
 
 
 def inspect(source: FileSource, split: str, config: CheckDataConfig) -> Findings:
@@ -255,14 +259,11 @@ def describe(part: Findings) -> dict[str, Any]:
 
 def draw_sheet(source: FileSource, part: Findings, config: CheckDataConfig) -> Image.Image:
     """Images as the model sees them: after the crop of evaluation, normalised by the configuration, and back."""
-    transform, normalize = eval_transform(config), Normalize(config.mean, config.std)
-    good = [number for number, image in enumerate(part.images) if "error" not in image]
-    chosen = [
-        good[position * len(good) // min(SHEET_IMAGES, len(good))] for position in range(min(SHEET_IMAGES, len(good)))
-    ]
-    numbers = [number * len(source) // len(part.images) for number in chosen]
-    kind = PixelType(source.read(numbers[0])[0].dtype)
-    imgs = torch.stack([normalize(transform(kind.convert(source.read(number)[0]))) for number in numbers])
+    dataset, normalize = NumberedImages(source, eval_transform(config), 0, True), Normalize(config.mean, config.std)
+    good = [position * len(source) // len(part.images) for position, i in enumerate(part.images) if "error" not in i]
+    count = min(SHEET_IMAGES, len(good))
+    samples = [dataset[(0, good[position * len(good) // count])] for position in range(count)]
+    imgs = torch.stack([normalize(image) for image, number in samples if number >= 0])  # of the first image's kind
     display = Display(imgs, config.mean, config.std, shown_channels(config.in_chans))
     grid = make_grid(torch.from_numpy(display(imgs)).permute(0, 3, 1, 2), nrow=8, padding=4, pad_value=255)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
@@ -292,9 +293,9 @@ def open_splits(config: CheckDataConfig) -> list[tuple[str, FileSource]]:
     Raises:
         UserError: there are none, or they are not files.
     """
-    folder = Path(config.data_path) if Path(config.data_path).is_dir() else Path(config.data_path).parent
-    places = {"train": config.data_path}
-    if found := [place for place in (folder / "val", folder / "val.txt") if place.exists()]:
+    path, places = Path(config.data_path), {"train": config.data_path}
+    candidates = (path / "val", path / "val.txt") if path.is_dir() else (path.with_name("val.txt"),)
+    if found := [place for place in candidates if place.exists()]:
         places["val"] = str(found[0])  # by itself, so that classes which the training images lack are no error here
     sources = []
     for split, place in places.items():
@@ -312,16 +313,18 @@ def check_data(given: CheckDataConfig) -> dict[str, Any]:
     Raises:
         UserError: there is nothing to check, or the report cannot be written.
     """
-    first = open_splits(replace(given, in_chans=given.in_chans or 3))
-    in_chans = given.in_chans or survey_images(first[0][1], given.reader).in_chans
+    sources = open_splits(replace(given, in_chans=given.in_chans or 3))
+    in_chans = given.in_chans or survey_images(sources[0][1], given.reader).in_chans
     settings = weight_settings(
         {}, "", given.as_dict() | {"in_chans": in_chans}, pretraining=True, defaults={"model": "mixmae_tiny"}
     )
-    names = settings.values().keys() & given.as_dict().keys() - {"model"}
-    config = replace(given, **{name: settings.values()[name] for name in names})
-    sources = open_splits(config)
+    config = with_settings(given, settings)
+    sources = [(split, FileSource(source.index, config)) for split, source in sources]
     parts = [inspect(source, split, config) for split, source in sources]
     wrong, odd = faults_of(parts, config)
+    if given.mean is not None or given.std is not None:
+        dataset = NumberedImages(sources[0][1], eval_transform(config), 0, True)
+        wrong += [doubt for doubt in check_images(dataset.sample(), config.mean, config.std)[:1] if doubt]
     report: dict[str, Any] = {"data": config.data_path, "in_chans": config.in_chans, "faults": wrong, "remarks": odd}
     report |= {part.split: describe(part) for part in parts}
     if parts[0].good:
@@ -329,7 +332,7 @@ def check_data(given: CheckDataConfig) -> dict[str, Any]:
         report |= {"mean": mean.tolist(), "std": std.tolist()}
         config = replace(config, mean=tuple(mean.tolist()), std=tuple(np.where(std > 0, std, 1).tolist()))
     if given.model is not None:
-        report["model_images_per_second"] = images_per_second(replace(config, model=settings.model))
+        report["model_images_per_second"] = images_per_second(config)
     say(report, config)
     if config.out:
         folder = Path(config.out)

@@ -9,6 +9,9 @@ and with five images. How images are prepared, and the names of the classes, tra
 `util.predict` read them.
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import importlib.util
 import json
@@ -28,6 +31,7 @@ from safetensors.torch import save_file
 from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
 
+from util.data.datasets import NumberedImages
 from util.data.sources import open_images
 from util.data.transforms import Normalize, crop_ratio, eval_transform
 from util.errors import UserError, unreadable_is_user_error
@@ -77,10 +81,10 @@ def write_safetensors(export: Export, path: Path) -> None:
     save_file(weights, path, export.metadata)
 
 
-def open_weights(export: Export, path: Path) -> Runner:
-    """A file of weights as `--finetune` and `--eval` read it, with nothing told but what is in the file."""
+def open_weights(export: Export, path: Path, given: dict[str, Any] | None = None) -> Runner:
+    """A file of weights as `--finetune` and `--eval` read it; without `given`, told nothing but what is in the file."""
     weights, info = read_weights(path)
-    part, _, _ = load_part(weights, info, part=export.part.name)
+    part, _, _ = load_part(weights, info, given, export.part.name)
     return lambda imgs: as_list(part(imgs))
 
 
@@ -179,7 +183,8 @@ FORMATS: dict[str, tuple[Writer, Opener]] = {
     "timm": (write_timm, open_timm),
     "onnx": (write_onnx, lambda _, path: open_onnx(path)[0]),
     "torch_export": (write_torch_export, lambda _, path: open_torch_export(path)[0]),
-    "authors": (write_authors, open_weights),
+    # The authors' scripts are told which model it is.
+    "authors": (write_authors, lambda export, path: open_weights(export, path, export.settings.values())),
 }
 
 
@@ -210,8 +215,6 @@ class ExportConfig(CheckpointFlags, DecodingFlags):
                 f"--part pyramid is not for --format {self.format}, which holds weights alone: export the encoder, and "
                 "let timm.create_model(..., features_only=True) make the pyramid"
             )
-        if self.part is not None and self.format == "authors":
-            raise UserError("--format authors keeps the whole checkpoint: leave out --part")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -224,9 +227,9 @@ def example_images(config: ExportConfig) -> Tensor:
     if not config.images:
         coarse = torch.randn(count, config.in_chans, 8, 8, generator=keyed_generator(config.seed, "images"))
         return F.interpolate(coarse, config.input_size, mode="bicubic", align_corners=False)
-    source = open_images(config.images, config)
-    transform, normalize = eval_transform(config), Normalize(config.mean, config.std)
-    images = [normalize(transform(source.read(i)[0])) for i in range(min(count, len(source)))]
+    dataset = NumberedImages(open_images(config.images, config), eval_transform(config), config.seed)
+    normalize = Normalize(config.mean, config.std)
+    images = [normalize(dataset[(0, i)][0]) for i in range(min(count, len(dataset)))]
     return torch.stack([images[i % len(images)] for i in range(count)])
 
 
@@ -263,6 +266,9 @@ def export_model(config: ExportConfig) -> None:
     out = Path(config.out)
     if out.is_dir() or (out.exists() and config.format == "timm"):
         raise UserError(f"--out {out} exists already: give another name")
+    fixed = [name for name in ("part", "input_size", "mean", "std") if getattr(config, name) is not None]
+    if fixed and config.format == "authors":
+        raise UserError(f"--format authors keeps the checkpoint as it is: leave out --{fixed[0]}")
     weights, info = read_weights(config.checkpoint, ema=config.model_ema)
     part, settings, report = load_part(weights, info, config.as_dict(), config.part)
     logger.info("%s", report)

@@ -56,13 +56,12 @@ def labelled_datasets(config: Config, neighbours: Sequence[int]) -> tuple[ImageD
         neighbours: the values of k.
 
     Raises:
-        UserError: no labels, no validation images, fewer training images than a k, or images in other units than the
-            configuration's mean and standard deviation.
+        UserError: no labels, no validation images or in other units than the configuration's mean and standard
+            deviation, fewer training images than a k.
     """
     train, val = (
         build_dataset(config, split, eval_transform(config), require_labels=True) for split in ("train", "val")
     )
-    check_statistics(config, train, f"{config.data_path} (train)")
     check_statistics(config, val, f"{config.data_path} (val)")
     if min(neighbours) < 1 or max(neighbours) > len(train):
         raise UserError(f"k must lie between 1 and the {len(train)} training images, got {list(neighbours)}")
@@ -171,6 +170,7 @@ def evaluate(given: KnnConfig, launch: Launch) -> dict:
     model, config, info = load_model(given, launch)
     normalize = Normalize(config.mean, config.std).to(launch.device)
     train, val = labelled_datasets(config, config.k)
+    check_statistics(config, train, f"{config.data_path} (train)")
     features = [own_features(model, dataset, normalize, config) for dataset in (train, val)]
     accuracy = knn_accuracy(*features, (len(train), len(val)), config.k, config.temperature)
     return config.as_dict() | {

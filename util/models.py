@@ -4,6 +4,9 @@ python -m util.models
 python -m util.models --json > models.json
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import json
 import logging

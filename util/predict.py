@@ -11,6 +11,9 @@ evaluation, with the settings recorded with the weights. An `.npz` holds `paths`
 per image; results wait in files beside `--out`, so that any number of images fits into memory.
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import contextlib
 import csv
@@ -121,6 +124,9 @@ def load_onnx(given: PredictConfig, launch: Launch) -> tuple[Runner, PredictConf
     path = Path(given.checkpoint)
     if not path.is_file():
         raise UserError(f"--checkpoint {path} does not exist")
+    for name in ("precision", "model_ema"):
+        if getattr(given, name):
+            raise UserError(f"--{name}: {path} was exported as it is; leave the flag out, or export again")
     run, record, info = open_onnx(path)
     fixed, config = (weight_settings(info.args, str(path), flags) for flags in (None, given.as_dict()))
     for name in ("model", "in_chans", "input_size"):

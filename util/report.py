@@ -6,6 +6,9 @@
 It reads what runs leave in their folders: config.json, log.txt, steps.jsonl, TensorBoard's files and reconstructions.
 """
 
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
 import argparse
 import base64
 import html
@@ -72,16 +75,14 @@ class RunData:
 
     def per_step(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Fractional epochs (n,) and values (n,) of the optimizer steps; what was not finite is left out."""
-        per_epoch = np.bincount([step["epoch"] for step in self.steps]) if self.steps else np.zeros(0)
-        seen: dict[int, int] = {}
-        x, y = [], []
-        for step in self.steps:
-            seen[step["epoch"]] = seen.get(step["epoch"], 0) + 1
-            if step.get(name) is not None:
-                length = max(per_epoch[step["epoch"]], per_epoch.max() if step is self.steps[-1] else 1)
-                x.append(step["epoch"] + seen[step["epoch"]] / length)
-                y.append(step[name])
-        return np.array(x), np.array(y, dtype=float)
+        epochs = np.array([step["epoch"] for step in self.steps], dtype=int)
+        lengths = np.bincount(epochs)
+        number = 1 + np.arange(len(epochs)) - (np.cumsum(lengths) - lengths)[epochs]  # of the step in its epoch
+        if not self.epochs or self.epochs[-1]["epoch"] < epochs[-1]:  # the last epoch is not complete
+            lengths[-1] = lengths.max()
+        values = np.array([step.get(name) for step in self.steps], dtype=float)  # None becomes NaN
+        known = np.isfinite(values)
+        return (epochs + number / lengths[epochs])[known], values[known]
 
     def per_epoch(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         found = [(line["epoch"] + 1, line[name]) for line in self.epochs if line.get(name) is not None]
@@ -93,9 +94,9 @@ def read_run(folder: str) -> RunData:
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise UserError(f"{folder} is not the output folder of a run: there is no config.json in it")
+    content = read_json(path / "config.json", ("config", "environment"))
     with unreadable_is_user_error(f"{folder} cannot be read"):
-        content = json.loads((path / "config.json").read_text(encoding="utf-8", errors="replace"))
-        epochs, steps = (list(read_lines(path / name)) for name in ("log.txt", "steps.jsonl"))
+        epochs, steps = (list(read_lines(path / name, key)) for name, key in LINES)
     if not steps:
         raise UserError(f"{folder} holds a run that has made no step yet")
     log_dir = Path(content["config"].get("log_dir") or path)
@@ -114,14 +115,30 @@ def read_run(folder: str) -> RunData:
     )
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of JSON lines; a last line that is being written is left out."""
+LINES = (("log.txt", "train_loss"), ("steps.jsonl", "step"))  # what every record of a file has, beside its epoch
+
+
+def read_lines(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines; what is no record (a line that is being written) is left out."""
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                yield json.loads(line)
+                record = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(record, dict) and {"epoch", key} <= record.keys():
+                yield record
+
+
+def read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Raises UserError for a file that cannot be read, or has not all of `keys`."""
+    with unreadable_is_user_error(f"{path} cannot be read"):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        content = json.loads(text)
+        return {key: content[key] for key in keys}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged, or another program's: it must have {', '.join(keys)} in JSON") from error
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -166,19 +183,19 @@ def no_progress(run: RunData) -> str:
 
 def spikes(run: RunData) -> str:
     _, losses = run.per_step("loss")
-    found = [
-        number
-        for number in range(SPIKE_HISTORY, len(losses))
-        if losses[number]
-        > (before := losses[number - SPIKE_HISTORY : number]).mean() + SPIKE_SIGMAS * before.std(ddof=1)
-    ]
-    if len(found) > max(3, len(losses) // 1000):
-        return f"{len(found)} loss spikes: a smaller learning rate, or --clip_grad, makes them rarer."
+    sums, squares = (np.cumsum(np.concatenate([np.zeros(1), values])) for values in (losses, losses**2))
+    # Of the SPIKE_HISTORY losses before each one.
+    total, square = (series[SPIKE_HISTORY:-1] - series[: -SPIKE_HISTORY - 1] for series in (sums, squares))
+    mean, variance = total / SPIKE_HISTORY, np.maximum(square - total**2 / SPIKE_HISTORY, 0) / (SPIKE_HISTORY - 1)
+    limit = mean + SPIKE_SIGMAS * np.sqrt(variance) + 1e-9 * abs(mean)  # the last for rounding
+    count = int((losses[SPIKE_HISTORY:] > limit).sum())
+    if count > max(3, len(losses) // 1000):
+        return f"{count} loss spikes: a smaller learning rate, or --clip_grad, makes them rarer."
     return ""
 
 
 def unfinished(run: RunData) -> str:
-    done, total = len(run.epochs), run.config.get("epochs")
+    done, total = 1 + run.epochs[-1]["epoch"] if run.epochs else 0, run.config.get("epochs")
     return f"{done} of {total} epochs are done: --resume auto continues." if total and done < total else ""
 
 
@@ -366,16 +383,16 @@ def embedded(path: Path) -> str:
 # --- Reference curves ---
 
 
-def as_reference(run: RunData) -> dict[str, Any]:
-    """The curve of a run at about 100 points, and what it was made with."""
+def as_reference(run: RunData, name: str) -> dict[str, Any]:
+    """The curve of a run at about 100 points, and what it was made with, but for where things were."""
     epochs, losses = run.per_step("loss")
     every = max(1, len(losses) // 100)
     chosen = slice(every - 1, None, every)
     knn = {name: values[-1] for name in ("knn_acc1_k20",) if len(values := run.per_epoch(name)[1])}
     return {
-        "name": run.name,
+        "name": name,
         "commit": run.environment.get("commit"),
-        "config": run.config,
+        "config": {key: value for key, value in run.config.items() if key not in (*NOT_COMPARED, "data_path")},
         "epochs": [round(value, 4) for value in epochs[chosen].tolist()],
         "loss": [round(value, 5) for value in smoothed(losses)[chosen].tolist()],
         **knn,
@@ -389,8 +406,7 @@ def read_reference(name: str) -> dict[str, Any]:
         raise UserError(
             f"--reference {name} does not exist: give one of {known or 'none'}, or a file of --save_reference"
         )
-    with unreadable_is_user_error(f"--reference {name} cannot be read"):
-        return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, ("name", "config", "epochs", "loss"))
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -405,9 +421,11 @@ def main(flags: argparse.Namespace) -> None:
         with unreadable_is_user_error(f"--out {config.out} cannot be written"):
             Path(config.out).parent.mkdir(parents=True, exist_ok=True)
             Path(config.out).write_text(text, encoding="utf-8")
-            if config.save_reference:
-                Path(config.save_reference).write_text(json.dumps(as_reference(runs[0]), indent=1) + "\n")
         logger.info("wrote %s (%.1f MB)", config.out, len(text) / 1e6)
+        if path := config.save_reference:
+            with unreadable_is_user_error(f"--save_reference {path} cannot be written"):
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                Path(path).write_text(json.dumps(as_reference(runs[0], Path(path).stem)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -267,7 +267,8 @@ def image_of(array: np.ndarray, in_chans: int, max_pixels: int = MAX_PIXELS) -> 
         array = array.astype(np.float32)
         if not np.isfinite(array).all():
             raise BadImageError("the array holds values that are not finite (in float32)")
-    return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+    # Writable, as PyTorch wants it; a copy where somebody's reader gives another kind.
+    return torch.from_numpy(np.require(array, requirements="CW")).permute(2, 0, 1)
 
 
 def _check_pixels(height: int, width: int, most: int) -> None:

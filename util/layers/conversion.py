@@ -47,9 +47,15 @@ def adapt_state_dict(model: nn.Module, state_dict: StateDict, prefix: str, *_) -
     own = {name[len(prefix) :]: state_dict[name] for name in state_dict if name.startswith(prefix)}
     if not all(isinstance(tensor, Tensor) for tensor in own.values()):
         return  # load_state_dict says what is wrong
-    for name in own:
-        del state_dict[prefix + name]
-    state_dict.update({prefix + name: tensor for name, tensor in checkpoint_filter_fn(own, model).items()})
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if {name: tensor.shape for name, tensor in own.items()} == shapes:
+        # Still, a position embedding of as many tokens may be of another grid.
+        adapted = {name: resized(name, tensor, shapes[name], model) for name, tensor in own.items()}
+    else:
+        adapted = checkpoint_filter_fn(own, model)
+        for name in own:
+            del state_dict[prefix + name]
+    state_dict.update({prefix + name: tensor for name, tensor in adapted.items()})
 
 
 def under_our_names(weights: StateDict) -> tuple[StateDict, str]:

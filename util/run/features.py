@@ -1,20 +1,26 @@
 """Features of whole data sets, shared out to all ranks, and what they are worth without training anything on top."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models_swin import SwinTransformer
 from util.data.datasets import ImageDataset, build_loader
 from util.data.samplers import Key
 from util.data.transforms import Normalize
+from util.errors import UserError
 from util.run import distributed
 from util.run.config import Config
 from util.run.optim import autocast
 from util.run.progress import with_progress
 
-RANK_IMAGES = 2048
+logger = logging.getLogger(__name__)
+
+RANK_IMAGES = 2048  # at least, and twice as many as there are channels: the rank is below both
+CHUNK = 4096
 RIDGE = 1e-2  # of the probe, relative to the number of images
 
 
@@ -71,9 +77,21 @@ def rankme(features: Tensor) -> float:
     return float((-shares * shares.log()).sum().exp())
 
 
+def check_sample(dataset: ImageDataset, num_features: int) -> None:
+    """Warn where `dataset` has too few images for `rank_of_sample` to tell much.
+
+    Raises:
+        UserError: the images are streamed, so that no sample is the same twice.
+    """
+    if dataset.source.streamed:
+        raise UserError("--rank_every needs images that can be read again, these are streamed: leave it out")
+    if len(dataset) < num_features:
+        logger.warning("RankMe of %d images is at most that, whatever the %d features are", len(dataset), num_features)
+
+
 def rank_of_sample(model: SwinTransformer, dataset: ImageDataset, normalize: Normalize, config: Config) -> float:
-    """RankMe of at most RANK_IMAGES images from all over `dataset`; the same on all ranks, together."""
-    count = min(RANK_IMAGES, len(dataset))
+    """RankMe of a sample of images from all over `dataset`; the same on all ranks, which call this together."""
+    count = min(max(RANK_IMAGES, 2 * model.num_features), len(dataset))
     chosen = [position * len(dataset) // count for position in range(count)]
     features, _ = own_features(model, dataset, normalize, config, chosen)
     return rankme(gather_all(features, count))
@@ -85,21 +103,35 @@ def probe_accuracy(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], num
     Args:
         train, val: features (n, D) and labels (n,) of this rank's images; all ranks call this together.
     """
-    (features, labels), (queries, targets) = train, val
-    features = features.double()
-    count = distributed.all_reduce_sum(torch.tensor(float(len(features)), dtype=torch.float64))
-    mean = distributed.all_reduce_sum(features.sum(0)) / count.to(features.device)
-    std = (distributed.all_reduce_sum((features - mean).square().sum(0)) / count.to(features.device)).sqrt() + 1e-6
+    features = train[0]
+    count = distributed.all_reduce_sum(features.new_tensor(len(features), dtype=torch.float64))
+    # In chunks, since the features of a large data set in float64 may not fit beside the model.
+    mean = distributed.all_reduce_sum(sum_over_chunks(lambda values, _: values.sum(0), *train)) / count
+    variance = distributed.all_reduce_sum(sum_over_chunks(lambda v, _: (v - mean).square().sum(0), *train)) / count
 
     def inputs(values: Tensor) -> Tensor:
-        standardised = (values.double() - mean) / std
+        standardised = (values - mean) / (variance.sqrt() + 1e-6)
         return torch.cat([standardised, torch.ones_like(standardised[:, :1])], dim=1)
 
-    x, y = inputs(features), torch.nn.functional.one_hot(labels, num_classes).double()
-    products, targets_seen = distributed.all_reduce_sum(x.T @ x), distributed.all_reduce_sum(x.T @ y)
-    penalty = torch.full_like(products[0], RIDGE * float(count))
+    def products(values: Tensor, labels: Tensor) -> Tensor:
+        x = inputs(values)
+        return x.T @ torch.cat([x, F.one_hot(labels, num_classes).double()], dim=1)
+
+    size = features.shape[1] + 1
+    among_inputs, with_classes = distributed.all_reduce_sum(sum_over_chunks(products, *train)).split(
+        [size, num_classes], dim=1
+    )
+    penalty = torch.full_like(among_inputs[0], RIDGE * float(count))
     penalty[-1] = 0  # of the bias
-    weights = torch.linalg.solve(products + penalty.diag(), targets_seen)
-    correct = ((inputs(queries) @ weights).argmax(1) == targets).sum().cpu()
-    right, total = distributed.all_reduce_sum(torch.stack([correct, torch.tensor(len(targets))])).tolist()
+    weights = torch.linalg.solve(among_inputs + penalty.diag(), with_classes)
+
+    def hits(values: Tensor, targets: Tensor) -> Tensor:
+        return torch.stack([((inputs(values) @ weights).argmax(1) == targets).sum(), targets.new_tensor(len(targets))])
+
+    right, total = distributed.all_reduce_sum(sum_over_chunks(hits, *val)).tolist()
     return 100 * right / total
+
+
+def sum_over_chunks(function: Callable[[Tensor, Tensor], Tensor], features: Tensor, labels: Tensor) -> Tensor:
+    """The sum of `function` (of features in float64, and labels) over a few thousand images at a time."""
+    return sum(function(values.double(), some) for values, some in zip(features.split(CHUNK), labels.split(CHUNK)))

@@ -102,8 +102,8 @@ class StepMeter:
         """A console line of this rank's own numbers where none has been due for long; else ''."""
         if not self.pending or time.perf_counter() - self.last_line < SECONDS_BETWEEN_LINES:
             return ""
-        losses, norms = ([value.item() for value in values] for values in list(zip(*self.pending))[2:])
-        return self.line(step_in_epoch, self._scalars(losses, norms))
+        _, _, losses, norms = zip(*self.pending)
+        return self.line(step_in_epoch, self._scalars(torch.stack(losses).tolist(), torch.stack(norms).tolist()))
 
     def line(self, step_in_epoch: int, scalars: dict[str, float]) -> str:
         """The console line of a flush."""
