@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from running import QUICK, make_images
 
+import main_pretrain
+from util.run import advice
+from util.run.flags import given_flags
+
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = ["--model", "mixmae_quickstart", "--input_size", "16", "--window_size", "4", "4", "4", "2", "--in_chans", "1"]
 TRAIN = [*SHAPE, *QUICK, "--batch_size", "4", "--epochs", "1"]
@@ -73,3 +77,24 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path):
     command = said.partition("to go on: ")[2].partition("\n")[0]
     assert command.endswith("--resume auto")
     assert "resumed at" in shell(command.replace("--epochs 500", "--epochs 500 --resume_force --epochs 1"))
+
+
+def test_commands_read_images_as_the_run_did(tmp_path):
+    flags = ["--data_path", tmp_path, "--output_dir", tmp_path / "out", "--reader", "dicom:read", "--ignore_exif"]
+    parsed = main_pretrain.get_args_parser().parse_args([*map(str, flags), "--max_pixels", "99"])
+    config = given_flags(main_pretrain.PretrainConfig, parsed)
+    for labelled in (True, False):
+        for purpose, line in advice.after_pretraining(config, labelled):
+            reads = purpose != "use the encoder elsewhere"
+            assert (
+                line.endswith("--ignore_exif --reader dicom:read --max_pixels 99") or not reads or "--finetune" in line
+            )
+            assert ("--reader dicom:read" in line) == reads
+
+
+@pytest.mark.parametrize("given", [[], ["--resume", "auto"], ["--resume", "old.pth"], ["--resume=old.pth"]])
+def test_going_on_is_from_the_runs_own_checkpoint(monkeypatch, given):
+    """The last of several flags counts."""
+    monkeypatch.setattr(sys, "argv", ["main_pretrain.py", "--data_path", "my data", *given])
+    words = shlex.split(advice.to_continue())
+    assert words[-2:] == ["--resume", "auto"] and "my data" in words and words.count("auto") == 1

@@ -1,12 +1,14 @@
 """What to do next, as commands to paste: at the end of a run, and after it was stopped."""
 
+import dataclasses
+import itertools
 import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
-from util.run.config import TrainingConfig
+from util.run.config import DecodingFlags, TrainingConfig
 
 
 def command(*words: object) -> str:
@@ -16,6 +18,15 @@ def command(*words: object) -> str:
     if python.startswith(f"{os.getcwd()}{os.sep}"):
         python = os.path.relpath(python)
     return shlex.join([python, *map(str, words)])
+
+
+def decoding_flags(config: TrainingConfig) -> list[object]:
+    """The flags that say how image files are read, where they are not the defaults."""
+    flags: list[object] = []
+    for field in dataclasses.fields(DecodingFlags):
+        if (value := getattr(config, field.name)) != field.default:
+            flags += [f"--{field.name}"] if value is True else [f"--{field.name}", value]
+    return flags
 
 
 def data_flags(config: TrainingConfig, divided: bool = True) -> list[object]:
@@ -29,7 +40,7 @@ def data_flags(config: TrainingConfig, divided: bool = True) -> list[object]:
         folder = Path(config.data_path) if Path(config.data_path).is_dir() else Path(config.data_path).parent
         validation = any((folder / name).exists() for name in ("val", "val.txt", "val.tar"))
         flags += [] if validation else ["--val_share", 0.1]
-    return flags + ["--ignore_exif"] * config.ignore_exif
+    return flags + decoding_flags(config)
 
 
 def after_pretraining(config: TrainingConfig, labelled: bool) -> list[tuple[str, str]]:
@@ -42,15 +53,15 @@ def after_pretraining(config: TrainingConfig, labelled: bool) -> list[tuple[str,
     checkpoint = ["--checkpoint", folder / "checkpoint.pth"]
     steps = []
     if not config.dataset:
-        drawn = [*checkpoint, "--images", config.data_path, "--out", folder / "reconstructions.png"]
-        steps.append(("see reconstructions", command("-m", "util.visualize", *drawn)))
+        drawn = ["--images", config.data_path, "--out", folder / "reconstructions.png", *decoding_flags(config)]
+        steps.append(("see reconstructions", command("-m", "util.visualize", *checkpoint, *drawn)))
     if labelled:
         steps.append(("measure the features", command("-m", "util.knn", *checkpoint, *data)))
         finetuned = folder.with_name(f"{folder.name}_finetuned")
         flags = ["--finetune", folder / "checkpoint.pth", *data, "--output_dir", finetuned]
         steps.append(("fine-tune with labels", command("main_finetune.py", *flags)))
     elif not config.dataset:
-        embeddings = [config.data_path, "--features", "--out", folder / "embeddings.npz"]
+        embeddings = [config.data_path, "--features", "--out", folder / "embeddings.npz", *decoding_flags(config)]
         steps.append(("embed the images", command("-m", "util.predict", *checkpoint, *embeddings)))
     exported = ["--part", "encoder", "--format", "safetensors", "--out", folder / "encoder.safetensors"]
     steps.append(("use the encoder elsewhere", command("-m", "util.export", *checkpoint, *exported)))
@@ -67,7 +78,7 @@ def after_fine_tuning(config: TrainingConfig) -> list[tuple[str, str]]:
     predictions = ["--per_class", "--predictions", folder / "predictions.csv"]
     steps = [("evaluate again", command("main_finetune.py", "--eval", "--finetune", best, *data, *predictions))]
     if not config.dataset:
-        classified = ["--checkpoint", best, config.data_path, "--out", folder / "classes.csv"]
+        classified = ["--checkpoint", best, config.data_path, "--out", folder / "classes.csv", *decoding_flags(config)]
         steps.append(("classify images", command("-m", "util.predict", *classified)))
     exported = ["--checkpoint", best, "--format", "safetensors", "--out", folder / "classifier.safetensors"]
     return [*steps, ("use the classifier elsewhere", command("-m", "util.export", *exported))]
@@ -80,5 +91,5 @@ def describe(steps: list[tuple[str, str]]) -> str:
 
 def to_continue() -> str:
     """The command that goes on with the run of this process."""
-    words = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume", "auto"]
+    words = sys.argv if ("--resume", "auto") in itertools.pairwise(sys.argv) else [*sys.argv, "--resume", "auto"]
     return command(*words)
