@@ -60,6 +60,7 @@ def test_the_probe_takes_features_in_chunks(monkeypatch):
 def test_a_sample_that_tells_little_or_nothing(tmp_path, caplog):
     make_images(tmp_path, 12, (16, 16))
     dataset = build_dataset(data_args(tmp_path, in_chans=1), "train", lambda image: image)
+    caplog.clear()
     features.check_sample(dataset, 12)
     assert not caplog.text
     features.check_sample(dataset, 13)
