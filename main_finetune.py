@@ -211,7 +211,7 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
     model_ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
     if config.compile:
-        model.compile_blocks()
+        model.compile_parts()
     scaler = make_scaler(config.precision, launch.device)
     recorded = config.as_dict() | {"nb_classes": num_classes}
     data = {"train": dataset.fingerprint(), "val": validation.dataset.fingerprint()}

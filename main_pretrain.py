@@ -124,7 +124,7 @@ def prepare(
         param_groups_weight_decay(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95), fused=True
     )
     if config.compile:
-        model.compile_blocks()
+        model.compile_parts()
     scaler = make_scaler(config.precision, launch.device)
     data = {"train": dataset.fingerprint()}
     state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress(), data=data)

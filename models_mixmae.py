@@ -12,7 +12,7 @@ from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models_swin import SHAPES, SwinTransformer, default_cfg, init_linear_and_norm
+from models_swin import SHAPES, SwinTransformer, compile_part, default_cfg, init_linear_and_norm
 from util.errors import UserError
 from util.layers.conversion import checkpoint_filter_fn
 from util.layers.pos_embed import get_2d_sincos_pos_embed, resize_pos_embed
@@ -48,6 +48,7 @@ class MixMAE(SwinTransformer):
             raise ValueError(f"the decoder needs at least one block, got decoder_depth={decoder_depth}")
         self.norm_pix_loss = norm_pix_loss
         self.range_mask_ratio = range_mask_ratio
+        self.group_sizes_vary = range_mask_ratio > 0
 
         with torch.device(self.absolute_pos_embed.device):
             self.decoder_embed = nn.Linear(self.num_features, decoder_dim)
@@ -118,6 +119,12 @@ class MixMAE(SwinTransformer):
         loss = self.forward_loss(imgs, pred)
         return loss, pred, mask
 
+    def compile_parts(self) -> None:
+        """As the encoder's, with the decoder and the loss."""
+        super().compile_parts()
+        for name in ("embed_mixture", "decode", "forward_loss"):
+            setattr(self, name, compile_part(getattr(self, name)))
+
     # -- Mask ----------------------------------------------------------------------------------------------------
 
     def random_masking(self, mask_ratio: float, generator: torch.Generator | None = None) -> Tensor:
@@ -165,20 +172,24 @@ class MixMAE(SwinTransformer):
         Row i holds image i where the mask is 0 and image B-1-i where it is 1; tokens of the two never attend to each
         other (masked self-attention, section 3.2).
         """
-        x = self.mix(self.patch_embed(imgs), mask)
-        return self.norm(self.forward_stages(x, group=mask)[-1]).flatten(1, 2)
-
-    def mix(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x * (1 - m) + x.flip(0) * m on a map (B, rows, columns, C) of first-stage tokens, 8x8 to a cell."""
-        if len(x) % 2:
+        if len(imgs) % 2:
             raise UserError(
-                f"MixMAE mixes image i with image B-1-i: the batch size must be even, got B={len(x)} "
+                f"MixMAE mixes image i with image B-1-i: the batch size must be even, got B={len(imgs)} "
                 "(the middle image would be its own partner and nothing of it would be hidden)"
             )
-        if x.shape[1:3] != self.layers[0].grid:
+        if imgs.shape[2:] != self.img_size:
             raise UserError(f"pretraining takes images of {self.img_size[0]}x{self.img_size[1]}: call set_input_size")
-        token_mask = upsample(mask.view(self.grid_size), 2 ** (NUM_STAGES - 1))
-        return torch.where(to_selector(token_mask, x.device), x.flip(0), x)
+        partner = to_selector(upsample(mask.view(self.grid_size), 2 ** (NUM_STAGES - 1)), imgs.device)
+        x = self.embed_mixture(imgs, partner)
+        return self.norm(self.forward_stages(x, group=mask)[-1]).flatten(1, 2)
+
+    def embed_mixture(self, imgs: Tensor, partner: Tensor) -> Tensor:
+        """x * (1 - m) + x.flip(0) * m for the tokens x of the images; `partner` (rows, columns, 1) is where m is 1.
+
+        Positions, which all images share, are the mixture's too.
+        """
+        x = self.embed(imgs)
+        return torch.where(partner, x.flip(0), x)
 
     # -- Unmix and decode ----------------------------------------------------------------------------------------
 
@@ -188,7 +199,10 @@ class MixMAE(SwinTransformer):
         The mixture is unmixed into two rows per input, each image's visible tokens with mask tokens elsewhere
         (dual reconstruction, section 3.3). Only hidden cells are ever predicted.
         """
-        partner = to_selector(mask, latent.device)  # (L, 1)
+        return self.decode(latent, to_selector(mask, latent.device))
+
+    def decode(self, latent: Tensor, partner: Tensor) -> Tensor:
+        """`forward_decoder` on the device alone: `partner` (L, 1) is where the mask is 1."""
         x = self.decoder_embed(latent)
         mask_token = self.mask_token.to(x.dtype)
         x = torch.cat([torch.where(partner, mask_token, x), torch.where(partner, x, mask_token)])  # (2B, L, D)

@@ -14,7 +14,6 @@ from timm.layers import to_ntuple
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from util.errors import UserError
@@ -23,6 +22,13 @@ from util.layers.patch_embed import PaddedPatchEmbed
 from util.layers.pos_embed import PositionOfTokens, get_2d_sincos_pos_embed, resize_pos_embed
 from util.layers.stage import Block, PatchMerging, Stage
 from util.layers.windows import NUM_STAGES, WindowLayout, fit_window, grid_of, stage_grids, to_2tuple, to_side, upsample
+
+try:
+    from timm.models._input import update_model_input_size
+except ImportError:  # timm before 1.0.31 does not build a saved model anew with its present size
+
+    def update_model_input_size(*_, **__) -> None:
+        pass
 
 
 class SwinTransformer(nn.Module):
@@ -85,7 +91,8 @@ class SwinTransformer(nn.Module):
         self.global_pool = check_pooling(global_pool)
         self.num_features = self.head_hidden_size = embed_dim * 2 ** (NUM_STAGES - 1)
         self.output_fmt = "NHWC"
-        self.one_layout_shape = False
+        self.one_layout_shape = False  # whether shapes of layouts are independent of the groups
+        self.group_sizes_vary = True
 
         grids = stage_grids(self.img_size, patch_size)
         drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
@@ -210,14 +217,21 @@ class SwinTransformer(nn.Module):
             self.reset_classifier(0, "")
         return wanted
 
-    def compile_blocks(self) -> None:
-        """Compile the stages with `torch.compile`. Shapes then never depend on the mask (see `layouts`)."""
+    def compile_parts(self) -> None:
+        """Compile the embedding, each stage and each merging with `torch.compile`, all of it in whole graphs.
+
+        In parts, since gradients of the last stages can then be reduced over ranks while the first ones' are computed.
+        Shapes then never depend on the mask (see `layouts`).
+        """
         self.one_layout_shape = True
         # All stages share one compiled function, which is specialised for each stage in training and in evaluation,
         # and for a smaller last batch.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        self.embed = compile_part(self.embed)
         for stage in self.layers:
-            stage.compile(dynamic=False)
+            for module in (stage, stage.downsample):
+                if module is not None:
+                    module.compile(**COMPILE_OPTIONS)
 
     # -- Forward -------------------------------------------------------------------------------------------------
 
@@ -236,12 +250,17 @@ class SwinTransformer(nn.Module):
         groups = [
             upsample(group, 2 ** (NUM_STAGES - 1 - i))[:rows, :columns] for i, (rows, columns) in enumerate(grids)
         ]
-        return [stage.layout(*of, self.one_layout_shape) for stage, of in zip(self.layers, zip(grids, groups))]
+        shapes = dict(one_shape=self.one_layout_shape, sizes_vary=self.group_sizes_vary)
+        return [stage.layout(*of, **shapes) for stage, of in zip(self.layers, zip(grids, groups))]
+
+    def embed(self, imgs: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> tokens of the first stage (B, rows, columns, embed_dim), with their positions."""
+        x = self.patch_embed(imgs)
+        return self.pos_drop(x + self.position(x, self.absolute_pos_embed, self.layers[0].grid))
 
     def forward_stages(self, x: Tensor, group: Tensor | None = None, stages: int = NUM_STAGES) -> list[Tensor]:
-        """Patch embeddings -> the outputs of the first `stages` stages, all (B, rows, columns, channels)."""
+        """Embedded tokens -> the outputs of the first `stages` stages, all (B, rows, columns, channels)."""
         layouts = [None] * NUM_STAGES if group is None else self.layouts(grid_of(x), group)
-        x = self.pos_drop(x + self.position(x, self.absolute_pos_embed, self.layers[0].grid))
         outputs = []
         for stage, layout in zip(self.layers[:stages], layouts):
             outputs.append(stage(x, layout))
@@ -256,7 +275,7 @@ class SwinTransformer(nn.Module):
             imgs: normalised images.
             group: optional group ids of the cells; a token then attends to tokens of its own group only.
         """
-        return self.norm(self.forward_stages(self.patch_embed(imgs), group)[-1])
+        return self.norm(self.forward_stages(self.embed(imgs), group)[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, rows, columns, num_features) -> class logits, or the pooled features with `pre_logits`.
@@ -297,7 +316,7 @@ class SwinTransformer(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         wanted = stage_indices(indices, len(self.layers))
-        outputs = self.forward_stages(self.patch_embed(imgs), stages=wanted[-1] + 1 if stop_early else NUM_STAGES)
+        outputs = self.forward_stages(self.embed(imgs), stages=wanted[-1] + 1 if stop_early else NUM_STAGES)
         is_whole = len(outputs) == len(self.layers)
         features = self.norm(outputs[-1]) if is_whole else outputs[-1]
         if norm and is_whole:
@@ -306,6 +325,11 @@ class SwinTransformer(nn.Module):
         if output_fmt == "NCHW":
             maps = [x.permute(0, 3, 1, 2) for x in maps]
         return maps if intermediates_only else (features, maps)
+
+
+# Shapes never vary, so that each graph is compiled for its own.
+COMPILE_OPTIONS = dict(fullgraph=True, dynamic=False)
+compile_part = partial(torch.compile, **COMPILE_OPTIONS)
 
 
 def stage_indices(indices: int | Sequence[int] | None, stages: int) -> list[int]:

@@ -208,8 +208,9 @@ def test_stage_masks_nest(model, mask):
 
 
 def test_mixed_tokens_are_the_images_own_where_the_mask_is_0(model, imgs, mask):
-    tokens = model.patch_embed(imgs)
-    mixed = model.mix(tokens, mask).view(4, 32, 32, 16)
+    tokens = model.embed(imgs)
+    token_mask = mask.view(4, 4).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    mixed = model.embed_mixture(imgs, token_mask[..., None].bool()).view(4, 32, 32, 16)
     own, partner = tokens.view(4, 32, 32, 16), tokens.flip(0).view(4, 32, 32, 16)
     for cell in range(16):
         area = (slice(None), slice(cell // 4 * 8, cell // 4 * 8 + 8), slice(cell % 4 * 8, cell % 4 * 8 + 8))

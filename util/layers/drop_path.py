@@ -13,11 +13,12 @@ from util.layers.windows import to_device
 def add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], drop_rate: float) -> Tensor:
     """x + branch(x) on rows (B, ...), each branch dropped with probability `drop_rate`, the others scaled up for it.
 
-    The branch of a dropped row is not even computed.
+    On a CPU the branch of a dropped row is not even computed.
     """
     if drop_rate == 0:
         return x + branch(x)
-    if not runs_eagerly():  # shapes must not depend on what is dropped
+    # A GPU would have to wait for what is dropped, and gains little; recorded shapes must not depend on it.
+    if x.device.type != "cpu" or not runs_eagerly():
         return x + drop_path(branch(x), drop_rate, training=True)
     keep_prob = 1 - drop_rate
     scale = 1 / keep_prob

@@ -22,8 +22,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
-        if torch.is_grad_enabled() and runs_eagerly():
-            # A quarter of all stored activations is GELU's output, and GELU is cheap: compute it again when needed.
+        if hidden.device.type == "cpu" and torch.is_grad_enabled() and runs_eagerly():
+            # A quarter of all stored activations is GELU's output. On a CPU it is cheaper to compute it again, in the
+            # cache, than to store and fetch it; on a GPU it is not.
             hidden = checkpoint(
                 self.activate_and_project, hidden, use_reentrant=False, preserve_rng_state=self.drop.p > 0
             )

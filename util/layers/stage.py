@@ -104,13 +104,16 @@ class Stage(nn.Module):
                 block.attn.set_window_size(self.window)
         self.init_non_persistent_buffers()
 
-    def layout(self, grid: tuple[int, int], group: Tensor | None = None, one_shape: bool = False) -> WindowLayout:
-        """Who attends to whom: the tokens of each window, or with `group` those of each window and group."""
+    def layout(self, grid: tuple[int, int], group: Tensor | None = None, **shapes: bool) -> WindowLayout:
+        """Who attends to whom: the tokens of each window, or with `group` those of each window and group.
+
+        `shapes` are arguments of `group_layout`.
+        """
         if grid == self.grid:
             layout = WindowLayout(self.order, self.inverse, self.segments, self.bias_index)
         else:
             layout = window_layout(grid, self.window, self.bias_index.device)
-        return layout if group is None else group_layout(group, self.window, layout, one_shape)
+        return layout if group is None else group_layout(group, self.window, layout, **shapes)
 
     def forward(self, x: Tensor, layout: WindowLayout | None = None) -> Tensor:
         """(B, rows, columns, C) -> the same, before the downsampling; without a layout in ordinary windows."""

@@ -135,7 +135,9 @@ def order_and_inverse(order: np.ndarray, device: torch.device) -> tuple[Tensor, 
     return to_device(torch.from_numpy(order), device), to_device(torch.from_numpy(inverse), device)
 
 
-def group_layout(group: Tensor, window: int, layout: WindowLayout, one_shape: bool = False) -> WindowLayout:
+def group_layout(
+    group: Tensor, window: int, layout: WindowLayout, one_shape: bool = False, sizes_vary: bool = True
+) -> WindowLayout:
     """Layout for attention inside the groups of each window: sorted on a CPU, masked on a GPU where windows are many.
 
     Args:
@@ -143,13 +145,14 @@ def group_layout(group: Tensor, window: int, layout: WindowLayout, one_shape: bo
             arithmetic is cheap and the lengths of segments are known without waiting for a device.
         window: side of a whole window.
         layout: the stage's `window_layout`, on the device where this one's tensors are wanted.
-        one_shape: keep shapes independent of how groups cut windows, as `torch.compile` needs. Those of a stage that is
-            one window depend on the sizes of the groups alone.
+        one_shape: keep shapes independent of the groups, as `torch.compile` needs.
+        sizes_vary: whether groups have other sizes in other calls. If not, a stage that is one window has one shape
+            when it is sorted, too.
     """
     device = layout.bias_index.device
     grid, group = tuple(group.shape), group.flatten().numpy()
     many_windows = layout.order is not None
-    if many_windows and (one_shape or device.type != "cpu"):
+    if (many_windows and device.type != "cpu") or (one_shape and (many_windows or sizes_vary)):
         return masked_layout(grid, group, window, layout)
     order, segments, bias_index = sort_tokens(grid, window, group)
     bias_index = to_device(torch.from_numpy(bias_index), device)

@@ -27,7 +27,7 @@ from util.run.flags import (
     other_bits,
 )
 from util.run.launch import Launch
-from util.run.optim import resolve_precision
+from util.run.optim import resolve_precision, set_up_arithmetic
 from util.weights.settings import CLASSIFIER_MODELS, PRETRAINING_MODELS, WeightSettings, is_authors_name
 
 logger = logging.getLogger(__name__)
@@ -317,6 +317,7 @@ def resolve(given: C, launch: Launch, settings: WeightSettings, others: Mapping[
         values["lr"] = given.lr  # derived from --blr, unless it is given too
     values |= {"world_size": launch.world_size, "device": launch.device.type}
     values["precision"] = resolve_precision(given.precision, launch.device)
+    set_up_arithmetic(values["precision"])
     if "log_dir" in names:
         values["log_dir"] = given.log_dir or given.output_dir
     config = dataclasses.replace(with_settings(given, settings), **values)
