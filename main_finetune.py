@@ -64,6 +64,7 @@ from util.run.flags import (
 from util.run.launch import Launch
 from util.run.logger import log_environment, setup_logging
 from util.run.metrics import count_work
+from util.run.once_per_node import read_weights_together
 from util.run.optim import make_scaler, param_groups_layer_decay
 from util.run.preemption import Preemption
 from util.run.session import Run, Start, check_statistics, find_start, open_run, orderly_end
@@ -71,7 +72,7 @@ from util.run.state import Progress, TrainingState
 from util.seeding import seed_all
 from util.weights.layouts import load_classifier, load_encoder
 from util.weights.settings import model_arguments, weight_settings
-from util.weights.source import WeightsInfo, read_weights
+from util.weights.source import WeightsInfo
 
 logger = logging.getLogger(__name__)
 
@@ -273,7 +274,7 @@ def describe_result(config: FinetuneConfig, result: Evaluation, checkpoint: str)
 def evaluate_only(given: FinetuneConfig, launch: Launch) -> None:
     """`--eval`: classify the validation images with the weights of --finetune or --resume."""
     source = given.finetune or given.resume
-    weights, info = read_weights(source, ema=given.model_ema)
+    weights, info = read_weights_together(source, ema=given.model_ema)
     settings = weight_settings(info.args, source, given.as_dict(), defaults={"model": FINETUNING_MODEL})
     config = resolve(given, launch, settings, {"batch_size": EVALUATION_BATCH})
     validation = build_validation(config, launch)

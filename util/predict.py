@@ -45,6 +45,7 @@ from util.run.failures import user_errors
 from util.run.flags import AT_LEAST_1, flag, get_parser, given_flags
 from util.run.launch import Launch
 from util.run.logger import setup_logging
+from util.run.once_per_node import read_weights_together
 from util.run.optim import autocast
 from util.run.progress import with_progress
 from util.run.session import check_statistics
@@ -52,7 +53,7 @@ from util.weights.file import temporary_path
 from util.weights.parts import as_list, load_part, output_names
 from util.weights.runtimes import Runner, open_onnx
 from util.weights.settings import weight_settings
-from util.weights.source import WeightsInfo, read_weights
+from util.weights.source import WeightsInfo
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def load_model(given: PredictConfig, launch: Launch) -> tuple[Runner, PredictCon
     """
     if given.checkpoint.endswith(".onnx"):
         return load_onnx(given, launch)
-    weights, info = read_weights(given.checkpoint, ema=given.model_ema)
+    weights, info = read_weights_together(given.checkpoint, given.model_ema)
     module, settings, report = load_part(weights, info, given.as_dict(), given.part)
     logger.info("%s", report)
     config = resolve(given, launch, settings)

@@ -228,12 +228,12 @@ class CheckpointFolder:
 
 
 def read_run_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """`read_checkpoint` for a file to resume from: weights, optimizer and epoch must be there.
+    """`read_checkpoint` for a file to resume from: weights, optimizer and epoch must be there. Tensors stay in it.
 
     Raises:
         CheckpointError: as `read_checkpoint`, or the file holds weights without the state of a run.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, mmap=True)
     absent = [key for key in ("model", "optimizer", "epoch") if key not in checkpoint]
     if absent:
         raise CheckpointError(

@@ -39,11 +39,12 @@ from util.run.launch import Launch
 from util.run.logger import RunLog, describe_environment
 from util.run.metrics import SPIKE_HISTORY, StepMeter
 from util.run.nonfinite import NonFiniteError, NonFiniteGuard
+from util.run.once_per_node import read_checkpoint_together, read_weights_together
 from util.run.preemption import Preemption
 from util.run.state import TrainingState
-from util.weights.file import CheckpointError, read_checkpoint
+from util.weights.file import CheckpointError
 from util.weights.settings import WeightSettings, weight_settings
-from util.weights.source import WeightsInfo, read_weights
+from util.weights.source import WeightsInfo
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,9 @@ class Start:
 def find_start(given: TrainingConfig) -> Start:
     """Take and open the output folder, and find what --resume or else --finetune names; the same on all ranks.
 
-    Rank 0 looks for the checkpoint to resume; the others read the file that it found. A resumed run reads nothing of
-    --finetune.
+    Rank 0 looks for the checkpoint to resume; the others open the file that it found. A resumed run reads nothing of
+    --finetune. Either file is verified by the first rank of each node alone, and the tensors stay in it until they are
+    used, so a node has it in memory once.
 
     Raises:
         CheckpointError: a file is missing, damaged or of another kind.
@@ -109,8 +111,8 @@ def find_start(given: TrainingConfig) -> Start:
     if error:
         raise UserError(error)
     if path is not None:
-        return Start(folder, checkpoint=found[1] if found is not None else read_checkpoint(path))
-    return Start(folder, weights=read_weights(given.finetune) if given.finetune else None)
+        return Start(folder, checkpoint=read_checkpoint_together(path, found and found[1]))
+    return Start(folder, weights=read_weights_together(given.finetune) if given.finetune else None)
 
 
 def refuse_to_replace_a_run(folder: CheckpointFolder, resume: str) -> None:

@@ -118,6 +118,11 @@ class TrainingState:
             for group, own in zip(match_groups(saved, self.optimizer.param_groups), self.optimizer.param_groups)
         ]
         self.optimizer.load_state_dict(saved | {"param_groups": groups})
+        # On a CPU the optimizer takes over the very tensors, which may lie in the file: it gets its own.
+        for moments in self.optimizer.state.values():
+            for name, value in moments.items():
+                if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                    moments[name] = value.clone()
         if checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         if self.model_ema is not None:

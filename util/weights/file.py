@@ -165,13 +165,18 @@ def refuse_what_is_not_plain(value: Any, where: str = "checkpoint") -> None:
 # --- Reading ---
 
 
-def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike, mmap: bool = False, verify: bool = True) -> dict[str, Any]:
     """Everything in a file of weights, on the CPU, after the file's bytes have been verified.
 
     Opens our files, the authors' (their `args`, an `argparse.Namespace`, becomes a dict), any other that
     `torch.load(weights_only=True)` opens, and `.safetensors` (as {'model': tensors}, with what `util.export` recorded).
     Nothing in the file is executed.
-    With `mmap` the tensors stay in the file until they are used.
+
+    Args:
+        path: the file.
+        mmap: the tensors stay in the file until they are used, in memory that processes share. The file must not be
+            changed meanwhile; it may be removed, or another take its name, as ours do.
+        verify: read all bytes first, by their checksums. False where that has been done already.
 
     Raises:
         CheckpointError: no such file, damaged, unsafe, or not a file of weights.
@@ -179,7 +184,7 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict[str, An
     path = Path(path)
     try:
         kind = _kind_of(path)
-        if kind == "zip":
+        if kind == "zip" and verify:
             _verify_zip(path)
         if kind == "safetensors":
             checkpoint = _read_safetensors(path)

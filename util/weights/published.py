@@ -54,19 +54,28 @@ PUBLISHED = {
 }
 
 
-def locate(source: str) -> Path:
+def locate(source: str, verify: bool = True) -> tuple[Path, bool]:
     """The local file behind a path, a name of `PUBLISHED` or an https link with its hash, downloaded if need be.
+
+    Args:
+        source: what the user gave.
+        verify: compare the file behind a link with the link's hash. False where that has been done already.
+
+    Returns:
+        The file, and whether its bytes are known to be right: those behind a link are.
 
     Raises:
         CheckpointError: there is no such file, or it could not be downloaded.
     """
     if "://" in source:
-        return locate_link(source)
+        return locate_link(source, verify), True
     if os.path.exists(source):
         in_folder = Path(source, "model.safetensors")  # as on the Hugging Face hub
-        return in_folder if in_folder.is_file() else Path(source)
+        return (in_folder if in_folder.is_file() else Path(source)), False
+    if source in PUBLISHED and PUBLISHED[source].url:
+        return locate_link(PUBLISHED[source].url, verify), True
     if source in PUBLISHED:
-        return locate_link(PUBLISHED[source].url) if PUBLISHED[source].url else locate_published(source)
+        return locate_published(source), False
     raise CheckpointError(
         f"{source} is neither a file nor a published checkpoint; the published ones are {', '.join(PUBLISHED)}"
     )
@@ -98,8 +107,8 @@ def locate_published(name: str) -> Path:
         raise CheckpointError(f"the checkpoint {name} could not be downloaded ({error}): {by_hand}") from error
 
 
-def locate_link(link: str) -> Path:
-    """The file behind an https link, from the cache or downloaded, with its SHA-256 verified either way.
+def locate_link(link: str, verify: bool = True) -> Path:
+    """The file behind an https link, from the cache or downloaded; with `verify`, its SHA-256 is checked either way.
 
     The hash, of 8 digits or more, is given as `https://.../file.pth#sha256=<hex>`, or ends the file's name as in
     PyTorch's and OpenMMLab's links: `.../mixmim-base-e40e2c8c.pth`.
@@ -129,7 +138,7 @@ def locate_link(link: str) -> Path:
         raise CheckpointError(
             f"{address} could not be downloaded: {error}. Or fetch the file yourself and put it at {path}"
         ) from error
-    if not file_hash(path).startswith(expected):
+    if verify and not file_hash(path).startswith(expected):
         raise CheckpointError(f"{path} no longer has the hash {expected}: delete it to download it again")
     return path
 

@@ -32,7 +32,9 @@ class WeightsInfo:
         return self.source
 
 
-def read_weights(source: str | os.PathLike, ema: bool = False) -> tuple[dict[str, Tensor], WeightsInfo]:
+def read_weights(
+    source: str | os.PathLike, ema: bool = False, verify: bool = True
+) -> tuple[dict[str, Tensor], WeightsInfo]:
     """The weights that `source` names, under the names that the authors' checkpoints use, and where they came from.
 
     Derived tensors (`relative_position_index`, `attn_mask`) are left out, wrappers' prefixes (`module.`) are taken off
@@ -42,13 +44,14 @@ def read_weights(source: str | os.PathLike, ema: bool = False) -> tuple[dict[str
         source: a file; the name of a published checkpoint (`base_600ep`, see `util.weights.published.PUBLISHED`); or an
             `https://` link with its hash: `https://.../file.pth#sha256=<hex>`, or a name that ends in `-<hex>.pth`.
         ema: take the averaged weights, ours (kept by `--model_ema`) or those of timm's training script.
+        verify: read all bytes first, by their checksums. False where that has been done already.
 
     Raises:
         CheckpointError: nothing there, damaged, unsafe, or no (averaged) weights in it.
     """
     source = os.fspath(source)
-    path = locate(source)
-    checkpoint = read_checkpoint(path, mmap=True)
+    path, known_to_be_right = locate(source, verify)
+    checkpoint = read_checkpoint(path, mmap=True, verify=verify and not known_to_be_right)
     state_dict, layout = normalise_state_dict(checkpoint, path, ema)
     args, epoch, data = checkpoint.get("args"), checkpoint.get("epoch"), checkpoint.get("data")
     args = args if isinstance(args, dict) else {}
