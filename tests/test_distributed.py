@@ -1,5 +1,9 @@
 """Who we are under each launcher, talking across ranks, and ending a run whose ranks fail or are asked to stop."""
 
+import argparse
+import contextlib
+import copy
+import hashlib
 import multiprocessing
 import os
 import re
@@ -9,13 +13,18 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from trials import Trial
 
+from models_mixmae import MixMAE
 from util.errors import UserError
 from util.run import distributed, failures
 from util.run.config import DeviceFlags, ProcessFlags
@@ -457,6 +466,73 @@ def test_reductions_and_gathering_across_ranks(tmp_path):
     for output in outputs:  # srun may kill those that are left when the first leaves
         assert float(re.search(r"left at (.*)", output)[1]) >= entered
     assert "started by torchrun: 3 processes" in outputs[0]
+
+
+def start_as_ranks(args: argparse.Namespace) -> None:
+    with failures.user_errors():
+        distributed.init_distributed(args)
+
+
+def compare_gradients(args: argparse.Namespace) -> None:
+    """As one of two ranks: both get the gradients that one process gets of all their micro-batches."""
+    distributed.init_distributed(args)
+    torch.manual_seed(0)
+    sizes = dict(img_size=32, patch_size=1, in_chans=1, embed_dim=8, depths=(1,) * 4, num_heads=(1, 1, 2, 2))
+    model = MixMAE(**sizes, window_size=(4, 4, 2, 1), decoder_dim=16, decoder_depth=1, decoder_num_heads=2)
+    alone = copy.deepcopy(model)
+    imgs = torch.randn(3, 2, 2, 4, 1, 32, 32)  # steps, micro-batches, ranks
+    masks = (torch.rand(3, 2, 2, 16) < 0.5).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # every rank would print it
+        wrapped = distributed.wrap_model(model, torch.device("cpu"))
+    for step in range(3):  # DistributedDataParallel makes its buckets anew after the first
+        model.zero_grad()
+        alone.zero_grad()
+        for micro in range(2):
+            for rank in range(2):
+                (alone(imgs[step, micro, rank], mask=masks[step, micro, rank])[0] / 2).backward()
+            own = imgs[step, micro, distributed.get_rank()], masks[step, micro, distributed.get_rank()]
+            with wrapped.no_sync() if micro == 0 else contextlib.nullcontext():
+                wrapped(own[0], mask=own[1])[0].backward()
+        for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+            if ours.requires_grad:
+                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        buckets = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+        assert len(buckets) < len(gradients) / 4  # no gradient has memory of its own
+        digest = hashlib.sha256(b"".join(gradient.numpy().tobytes() for gradient in gradients)).hexdigest()
+        print("gradients", step, digest, flush=True)
+    distributed.shutdown()
+
+
+def program(main: Callable[[argparse.Namespace], None]) -> ModuleType:
+    """As `Trial` takes it."""
+    module = ModuleType("a_rank")
+    module.main, module.get_args_parser = main, lambda: get_parser(Flags, "a rank")
+    return module
+
+
+def test_gradients_are_those_of_one_process_and_equal_on_both_ranks(tmp_path):
+    said = Trial(tmp_path, "--device", "cpu", ranks=2, main=program(compare_gradients)).finish()
+    digests = re.findall(r"gradients (\d \w{64})", said)
+    assert len(digests) == 6 and len(set(digests)) == 3
+
+
+def test_a_network_that_cannot_be_used_is_named(tmp_path, monkeypatch):
+    """With the variables that choose another, and what they are now."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch")
+    said = Trial(tmp_path, "--device", "cpu", "--dist_timeout", 10, ranks=2, main=program(start_as_ranks)).finish(2, 2)
+    assert said.count("Unable to find address for: nosuch") == 2
+    assert said.count("interface that joins the nodes, as `ip addr` shows it (now GLOO_SOCKET_IFNAME=nosuch, NCCL") == 2
+
+
+@pytest.mark.parametrize("error, hint", [("connect [10.0.0.2]:7: Connection refused", True), ("timed out", False)])
+def test_ranks_that_do_not_reach_each_other_are_told_how_to_choose_a_network(monkeypatch, error, hint):
+    monkeypatch.setattr(failures, "_find_suspect", lambda world, findings: None)
+    monkeypatch.setattr(distributed, "world", distributed.World(detect_launch(TORCHRUN), 5.0, None, None))
+    with pytest.raises(distributed.CollectiveError) as caught, failures.explain_collective_failures():
+        raise RuntimeError(f"[gloo] {error}")
+    assert ("GLOO_SOCKET_IFNAME" in str(caught.value) and "NCCL_SOCKET_IFNAME" in str(caught.value)) == hint
 
 
 FAILURE = """

@@ -54,8 +54,10 @@ class CheckpointFolder:
     """Saves and finds the checkpoints of one run. For one process of a run: rank 0, which has taken the folder.
 
     Saving copies the tensors to the CPU and returns; a thread writes the copy, one at a time. The copy's memory is kept
-    for the next one, since getting it anew would take longer than copying. The folder is whole at every moment: each
-    name appears by an atomic rename after its content is on the disk, and older files go last.
+    for the next one, since getting it anew would take longer than copying. It is all that saving needs: the writer
+    passes on the copy's own bytes. From a GPU, the copy is in page-locked memory, of which PyTorch gives each tensor a
+    power of two: 1.5 GB in all for base and AdamW, 4.2 for large, 9.4 for huge. The folder is whole at every moment:
+    each name appears by an atomic rename after its content is on the disk, and older files go last.
 
     Args:
         output_dir: the folder, made if need be.

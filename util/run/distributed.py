@@ -7,6 +7,7 @@ Every function works without a group too: a single process is a world of one.
 import argparse
 import contextlib
 import datetime
+import inspect
 import logging
 import os
 import socket
@@ -100,8 +101,19 @@ def _start_groups(launch: Launch, url: str, seconds: float) -> World:
     except RuntimeError as error:
         raise CollectiveError(
             f"rank {launch.rank} of {launch.world_size} did not meet the others at {url} within --dist_timeout "
-            f"{seconds:g} s: are all {launch.world_size} processes running, is the port free ({error})?"
+            f"{seconds:g} s ({error}): are all {launch.world_size} processes running, is the port free? "
+            f"{network_hint()}"
         ) from error
+
+
+def network_hint() -> str:
+    """What to do where nodes do not reach each other though their processes run."""
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    now = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in names)
+    return (
+        "On several nodes, both variables may have to name the network interface that joins the nodes, as `ip addr` "
+        f"shows it (now {now})"
+    )
 
 
 def shutdown() -> None:
@@ -168,8 +180,17 @@ def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
     """The model as it is called: in DistributedDataParallel where there are several ranks."""
     if get_world_size() == 1:
         return model
-    # Without device_ids, inputs are left where they are: masks belong on the CPU. Buffers are constants.
-    model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # - Without device_ids, inputs are left where they are: masks belong on the CPU.
+    # - Buffers are constants, the same on all ranks: they need not be sent before every forward pass. (PyTorch 2.13
+    #   warns of the older name.)
+    # - Gradients lie in the buckets that are reduced: one copy of them instead of two. Of accumulated micro-batches all
+    #   but the last, in no_sync, sum into tensors of their own, which go as the last one fills the buckets.
+    # - Not static_graph: every parameter gets a gradient in every step, so there is no search for unused ones that it
+    #   would save, and what it promises may not be true (a step's mask decides how its attention is computed).
+    # - PyTorch's own bucket size, 25 MiB: only the last of them is reduced after the backward pass has ended.
+    names = inspect.signature(DistributedDataParallel).parameters
+    constant_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+    model = DistributedDataParallel(model, gradient_as_bucket_view=True, **constant_buffers)
     if device.type == "cpu" and get_world_size() > 2:
         model.register_comm_hook(None, average_in_rank_order)
     return model

@@ -37,6 +37,8 @@ SHARED_MEMORY_SIGNS = ("unable to write to file </torch_", "shared memory(shm) f
 COLLECTIVE_FAILURE_SIGNS = (
     "gloo", "nccl", "closed by peer", "reset by peer", "broken pipe", "timed out", "pair closure"
 )  # fmt: skip
+# And where nodes do not reach each other.
+NETWORK_FAILURE_SIGNS = ("refused", "no route", "unreachable", "network error", "socket interface", "find address")
 
 
 @contextlib.contextmanager
@@ -153,11 +155,12 @@ def explain_collective_failures() -> Iterator[None]:
         thread = threading.Thread(target=_find_suspect, args=(world, findings), daemon=True)
         thread.start()
         thread.join(SURVIVOR_WAIT + 2.0)
+        unreached = any(sign in text for sign in NETWORK_FAILURE_SIGNS)
         raise CollectiveError(
             f"rank {world.launch.rank} of {world.launch.world_size} could not complete a collective: {findings[-1]}. "
             f"A process was killed, failed (its own message is above) or kept the others waiting longer than "
             f"--dist_timeout {world.timeout:g} s. Continue from the last checkpoint with --resume auto; raise "
-            f"--dist_timeout if a rank may be that slow."
+            f"--dist_timeout if a rank may be that slow." + (f" {distributed.network_hint()}" if unreached else "")
         ) from error
 
 
