@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
+import util.weights.file
 import util.weights.published
 from models_mixmae import MixMAE
 from models_swin import PatchMerging, SwinTransformer
@@ -453,6 +454,19 @@ def test_a_link_is_downloaded_once_and_only_with_the_right_hash(cache, monkeypat
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="no longer has the hash"):
         read_weights(link)
+
+
+def test_the_hash_of_a_link_is_all_that_is_verified(cache, monkeypatch):
+    """The file is read from end to end once, not again for its own checksums; by ranks that come after, not at all."""
+    content = file_bytes({"model": classifier().state_dict()})
+    digest, hashed, file_hash = hashlib.sha256(content).hexdigest(), [], util.weights.published.file_hash
+    cache.mkdir(parents=True)
+    (cache / f"{digest[:8]}-a.pth").write_bytes(content)
+    monkeypatch.setattr(util.weights.published, "file_hash", lambda path: hashed.append(path) or file_hash(path))
+    monkeypatch.setattr(util.weights.file, "_verify_zip", lambda path: pytest.fail("reads it again"))
+    for verify in (True, False):
+        read_weights(f"https://example.org/a.pth#sha256={digest}", verify=verify)
+        assert len(hashed) == 1
 
 
 def test_one_download_serves_all_who_ask_for_it_at_once(cache, monkeypatch):
