@@ -1,6 +1,8 @@
 """`python -m util.cost`: a plan of training on paper, by arithmetic."""
 
+import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,14 @@ def plans(*flags: object) -> list[cost.Training]:
 def output(capsys, *flags: object) -> str:
     cost.main(cost.get_args_parser().parse_args([str(flag) for flag in flags]))
     return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted_once() -> Iterator[None]:
+    """A model takes a second to count, so the tests share what they count."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "training_operations", functools.cache(cost.training_operations))
+        yield
 
 
 @pytest.fixture(scope="module")
