@@ -38,6 +38,7 @@ from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import BatchAugmentation, Normalize, eval_transform, train_transform, uses_mixup
 from util.errors import UserError, unreadable_is_user_error
 from util.run import advice, distributed
+from util.run.checks import check_statistics
 from util.run.classes import (
     check_division,
     classes_to_evaluate,
@@ -63,11 +64,11 @@ from util.run.flags import (
 )
 from util.run.launch import Launch
 from util.run.logger import log_environment, setup_logging
-from util.run.metrics import count_work
+from util.run.metrics import count_work, training_operations
 from util.run.once_per_node import read_weights_together
 from util.run.optim import make_scaler, param_groups_layer_decay
 from util.run.preemption import Preemption
-from util.run.session import Run, Start, check_statistics, find_start, open_run, orderly_end
+from util.run.session import Run, Start, find_start, open_run, orderly_end
 from util.run.state import Progress, TrainingState
 from util.seeding import seed_all
 from util.weights.layouts import load_classifier, load_encoder
@@ -202,12 +203,11 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
     name_classes_without_images(validation.dataset)
     check_statistics(config, validation.dataset, f"{config.data_path} (val)")
     model = build_classifier(config, num_classes).to(launch.device)
-    if launch.rank == 0:
-        parameters, multiply_adds = count_work(model, 1)
-        logger.info(
-            "%s at %dx%d, %d classes: %.1f M parameters, %.2f G multiply-adds per image, %s",
-            config.model, *model.img_size, num_classes, parameters / 1e6, multiply_adds / 1e9, config.precision,
-        )  # fmt: skip
+    parameters, multiply_adds = count_work(model, 1)
+    logger.info(
+        "%s at %dx%d, %d classes: %.1f M parameters, %.2f G multiply-adds per image, %s",
+        config.model, *model.img_size, num_classes, parameters / 1e6, multiply_adds / 1e9, config.precision,
+    )  # fmt: skip
     groups = param_groups_layer_decay(model, config.weight_decay, config.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
     model_ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
@@ -229,7 +229,8 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
 
     normalize = Normalize(config.mean, config.std)
     divides = config.val_share > 0 and start.checkpoint is None and launch.rank == 0
-    run = open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights)
+    operations = training_operations(multiply_adds)
+    run = open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights, operations)
     if divides:
         write_division(config, validation.dataset)
     return run, validation

@@ -39,7 +39,7 @@ from util.run.features import check_sample, own_features, probe_accuracy, rank_o
 from util.run.flags import BELOW_1, FREE, NOT_NEGATIVE, flag, get_parser, given_flags
 from util.run.launch import Launch
 from util.run.logger import log_environment, setup_logging
-from util.run.metrics import count_work
+from util.run.metrics import count_work, training_operations
 from util.run.optim import autocast, make_scaler
 from util.run.preemption import Preemption
 from util.run.session import Run, Start, find_start, open_run, orderly_end
@@ -114,12 +114,11 @@ def prepare(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
     )
     loader = build_loader(dataset, sampler, config, launch.device)
-    if launch.rank == 0:
-        parameters, multiply_adds = count_work(model, 2, mask_ratio=config.mask_ratio)
-        logger.info(
-            "%s at %dx%d: %.1f M parameters, %.2f G multiply-adds per image, %s",
-            config.model, *model.img_size, parameters / 1e6, multiply_adds / 1e9, config.precision,
-        )  # fmt: skip
+    parameters, multiply_adds = count_work(model, 2, mask_ratio=config.mask_ratio)
+    logger.info(
+        "%s at %dx%d: %.1f M parameters, %.2f G multiply-adds per image, %s",
+        config.model, *model.img_size, parameters / 1e6, multiply_adds / 1e9, config.precision,
+    )  # fmt: skip
     optimizer = torch.optim.AdamW(
         param_groups_weight_decay(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95), fused=True
     )
@@ -140,7 +139,9 @@ def prepare(
         logger.info("%s", load_pretraining(model, weights, source))
 
     normalize = Normalize(config.mean, config.std)
-    return open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights), evaluated
+    operations = training_operations(multiply_adds)
+    run = open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights, operations)
+    return run, evaluated
 
 
 def due(every: int, run: Run) -> bool:

@@ -12,8 +12,9 @@ from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models_swin import SHAPES, SwinTransformer, compile_part, default_cfg, init_linear_and_norm
+from models_swin import SHAPES, SwinTransformer, default_cfg, init_linear_and_norm
 from util.errors import UserError
+from util.layers.compilation import compile_part
 from util.layers.conversion import checkpoint_filter_fn
 from util.layers.pos_embed import get_2d_sincos_pos_embed, resize_pos_embed
 from util.layers.stage import Block, run_block

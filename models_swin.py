@@ -17,18 +17,12 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from util.errors import UserError
-from util.layers.conversion import adapt_state_dict, checkpoint_filter_fn
+from util.layers.compilation import OPTIONS, allow_specialisations, compile_part
+from util.layers.conversion import adapt_state_dict, checkpoint_filter_fn, update_model_input_size
 from util.layers.patch_embed import PaddedPatchEmbed
 from util.layers.pos_embed import PositionOfTokens, get_2d_sincos_pos_embed, resize_pos_embed
 from util.layers.stage import Block, PatchMerging, Stage
 from util.layers.windows import NUM_STAGES, WindowLayout, fit_window, grid_of, stage_grids, to_2tuple, to_side, upsample
-
-try:
-    from timm.models._input import update_model_input_size
-except ImportError:  # timm before 1.0.31 does not build a saved model anew with its present size
-
-    def update_model_input_size(*_, **__) -> None:
-        pass
 
 
 class SwinTransformer(nn.Module):
@@ -224,14 +218,12 @@ class SwinTransformer(nn.Module):
         Shapes then never depend on the mask (see `layouts`).
         """
         self.one_layout_shape = True
-        # All stages share one compiled function, which is specialised for each stage in training and in evaluation,
-        # and for a smaller last batch.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        allow_specialisations()
         self.embed = compile_part(self.embed)
         for stage in self.layers:
             for module in (stage, stage.downsample):
                 if module is not None:
-                    module.compile(**COMPILE_OPTIONS)
+                    module.compile(**OPTIONS)
 
     # -- Forward -------------------------------------------------------------------------------------------------
 
@@ -325,11 +317,6 @@ class SwinTransformer(nn.Module):
         if output_fmt == "NCHW":
             maps = [x.permute(0, 3, 1, 2) for x in maps]
         return maps if intermediates_only else (features, maps)
-
-
-# Shapes never vary, so that each graph is compiled for its own.
-COMPILE_OPTIONS = dict(fullgraph=True, dynamic=False)
-compile_part = partial(torch.compile, **COMPILE_OPTIONS)
 
 
 def stage_indices(indices: int | Sequence[int] | None, stages: int) -> list[int]:

@@ -51,7 +51,8 @@ def test_pretraining():
     with torch.compiler.set_stance("fail_on_recompile"):
         losses += train(compiled, imgs, range(3, 6), optimizers[1])
     assert losses == pytest.approx(expected, rel=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10  # embedding, 4 stages, 3 mergings, decoder, loss
+    # The embedding, 4 stages, 3 mergings, the decoder and the loss.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10
 
 
 @pytest.mark.slow

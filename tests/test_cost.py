@@ -35,7 +35,7 @@ def output(capsys, *flags: object) -> str:
 def counted_once() -> Iterator[None]:
     """A model takes a second to count, so the tests share what they count."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "training_operations", functools.cache(cost.training_operations))
+        patch.setattr(cost, "operations_of", functools.cache(cost.operations_of))
         yield
 
 
@@ -47,7 +47,7 @@ def base() -> list[cost.Training]:
 
 def test_operations_are_six_per_multiply_add_of_a_forward_pass(base):
     for name in ("mixmae_quickstart", "swin_quickstart"):
-        assert cost.training_operations(name) == 6 * count_work(timm.create_model(name), 2)[1]
+        assert cost.operations_of(name) == 6 * count_work(timm.create_model(name), 2)[1]
     assert base[0].operations == pytest.approx(112e9, rel=0.05)  # encoder of 16.35 G multiply-adds, and decoder
     assert base[1].operations == pytest.approx(6 * 16.35e9, rel=0.01)
 

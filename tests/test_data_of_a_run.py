@@ -9,7 +9,7 @@ from running import QUICK, losses, make_images, read_lines, run
 
 import main_finetune
 import main_pretrain
-from util.run.session import check_data
+from util.run.checks import check_data
 from util.weights.file import read_checkpoint
 
 SHAPE = ["--model", "mixmae_quickstart", "--input_size", "16", "--window_size", "4", "4", "4", "2", "--in_chans", "1"]

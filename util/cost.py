@@ -19,7 +19,7 @@ import torch
 from util.errors import UserError
 from util.run.failures import user_errors
 from util.run.flags import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Check, Config, flag, get_parser, given_flags
-from util.run.metrics import count_work
+from util.run.metrics import count_work, training_operations
 from util.weights.settings import ENCODERS, resolve_model_name
 
 ASSUMED_UTILISATION = 0.3
@@ -96,11 +96,11 @@ class Training:
         return per_gpu * gpus, hours, hours * gpus, per_gpu, math.ceil(per_gpu / self.images_per_core)
 
 
-def training_operations(model_name: str) -> float:
-    """Operations of training on one image: two for each multiply-add, and twice the forward pass's for the backward."""
+def operations_of(model_name: str) -> float:
+    """Operations of training on one image."""
     with torch.device("meta"):
         _, multiply_adds = count_work(timm.create_model(model_name), 2)
-    return 2 * 3 * multiply_adds
+    return training_operations(multiply_adds)
 
 
 def utilisation_of(config: CostConfig, operations: float) -> float:
@@ -123,7 +123,7 @@ def utilisation_of(config: CostConfig, operations: float) -> float:
 def trainings(config: CostConfig, model: str) -> Iterator[Training]:
     """Pretraining, and fine-tuning if there is any, of a pretraining model by its name."""
     name = resolve_model_name(model, pretraining=True)
-    operations = training_operations(name)
+    operations = operations_of(name)
     speed = utilisation_of(config, operations) * config.peak_tflops * 1e12  # operations per second
     images, epochs = config.images, config.epochs
     title = f"{name}, pretraining, {epochs} epochs"
@@ -132,7 +132,7 @@ def trainings(config: CostConfig, model: str) -> Iterator[Training]:
     if epochs is None:
         epochs = FINETUNING_EPOCHS.get(name, USUAL_FINETUNING_EPOCHS)
     if epochs:
-        operations = training_operations(ENCODERS[name])
+        operations = operations_of(ENCODERS[name])
         title = f"{ENCODERS[name]}, fine-tuning, {epochs} epochs"
         yield Training(title, operations, images * epochs, speed / operations, FINETUNING_IMAGES_PER_CORE)
 

@@ -29,6 +29,7 @@ from util.data.datasets import ImageDataset, build_dataset
 from util.data.transforms import Normalize, eval_transform
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
+from util.run.checks import check_statistics
 from util.run.config import CheckpointFlags, DataFlags, DeviceFlags, ProcessFlags, resolve
 from util.run.failures import user_errors
 from util.run.features import gather_all, own_features
@@ -36,7 +37,6 @@ from util.run.flags import AT_LEAST_1, POSITIVE, Config, flag, get_parser, given
 from util.run.launch import Launch
 from util.run.logger import setup_logging
 from util.run.once_per_node import read_weights_together
-from util.run.session import check_statistics
 from util.seeding import seed_all
 from util.weights.layouts import load_encoder
 from util.weights.settings import model_arguments, weight_settings

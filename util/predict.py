@@ -40,6 +40,7 @@ from util.data.sources import open_images
 from util.data.transforms import Normalize, eval_transform
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
+from util.run.checks import check_statistics
 from util.run.config import CheckpointFlags, DeviceFlags, ProcessFlags, ReadingFlags, resolve
 from util.run.failures import user_errors
 from util.run.flags import AT_LEAST_1, flag, get_parser, given_flags
@@ -48,7 +49,6 @@ from util.run.logger import setup_logging
 from util.run.once_per_node import read_weights_together
 from util.run.optim import autocast
 from util.run.progress import with_progress
-from util.run.session import check_statistics
 from util.weights.file import temporary_path
 from util.weights.parts import as_list, load_part, output_names
 from util.weights.runtimes import Runner, open_onnx

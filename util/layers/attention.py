@@ -1,6 +1,7 @@
 """Attention inside the segments of a `WindowLayout`, with a learned relative position bias.
 
-`segment_attention` chooses between two kernels: PyTorch's fused attention, and `BiasedAttention` for training on a CPU.
+`segment_attention` chooses the kernel: `BiasedAttention` for training on a CPU, FlexAttention where torch.compile
+generates code for a GPU, and else PyTorch's fused attention.
 """
 
 import math
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table_simple, trunc_normal_
 from torch import Tensor, nn
 
-from util.layers.tracing import runs_eagerly
+from util.layers.tracing import is_compiled_here, runs_eagerly
 from util.layers.windows import Segments, WindowLayout
 
 
@@ -53,9 +54,13 @@ class Attention(nn.Module):
         With `select`, the tokens that it picks from the attention's (B, T, C); the others are not projected.
         """
         T = x.shape[1]
-        segments, biases = (((1, T),), [None]) if layout is None else (layout.segments, self.position_bias(layout))
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, nH, d)
-        x = segment_attention(qkv, segments, biases, self.attn_drop if self.training else 0.0).flatten(2)
+        dropout = self.attn_drop if self.training else 0.0
+        if layout is None:
+            x = segment_attention(qkv, ((1, T),), [None], dropout=dropout)
+        else:
+            x = segment_attention(qkv, layout.segments, self.position_bias(layout), layout.groups, dropout)
+        x = x.flatten(2)
         if select is not None:
             x = select(x)
         return self.proj_drop(self.proj(x))
@@ -73,10 +78,7 @@ class Attention(nn.Module):
         bias = table.index_select(1, layout.bias_index)  # (nH, pairs)
         shapes = [(1 if layout.one_bias else count, n, n) for count, n in layout.segments]
         parts = bias.split([math.prod(shape) for shape in shapes], dim=1)
-        biases = [part.unflatten(1, shape).transpose(0, 1) for part, shape in zip(parts, shapes)]
-        if layout.separate is None:
-            return biases
-        return [bias.masked_fill(hidden, float("-inf")) for bias, hidden in zip(biases, layout.separate)]
+        return [part.unflatten(1, shape).transpose(0, 1) for part, shape in zip(parts, shapes)]
 
 
 def resize_bias_table(table: Tensor, window_size: int) -> Tensor:
@@ -86,19 +88,33 @@ def resize_bias_table(table: Tensor, window_size: int) -> Tensor:
     return resize_rel_pos_bias_table_simple(table.float(), window, (rows, table.shape[1])).to(table.dtype)
 
 
-def segment_attention(qkv: Tensor, segments: Segments, biases: Sequence[Tensor | None], dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v inside each segment.
+def segment_attention(
+    qkv: Tensor,
+    segments: Segments,
+    biases: Sequence[Tensor | None],
+    groups: Sequence[Tensor] | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v inside each segment and group.
 
     Args:
         qkv: (B, T, 3, nH, d), queries, keys and values of tokens that stand segment by segment.
         segments: (how many, tokens in each), as in a `WindowLayout`.
         biases: for each entry of `segments` (how many or 1, nH, n, n), or None.
+        groups: for each entry the groups of its tokens (how many, n), or None where all are of one group.
         dropout: probability of dropping an attention weight.
 
     Returns:
         (B, T, nH, d)
     """
-    learned = biases[0] is not None and biases[0].requires_grad and biases[0].dtype == qkv.dtype
+    has_bias = biases[0] is not None
+    if has_bias and qkv.device.type == "cuda" and not dropout and is_compiled_here() and fused_kernels_allowed():
+        parts = zip(split_segments(qkv, segments), biases, groups or [None] * len(biases))
+        return torch.cat([flexible_attention(*part).flatten(1, 2) for part in parts], dim=1)
+    if groups is not None:
+        hidden = (group[:, None, :, None] != group[:, None, None, :] for group in groups)  # (how many, 1, n, n)
+        biases = [bias.masked_fill(pairs, float("-inf")) for bias, pairs in zip(biases, hidden)]
+    learned = has_bias and biases[0].requires_grad and biases[0].dtype == qkv.dtype
     if learned and qkv.device.type == "cpu" and not dropout and runs_eagerly() and fused_kernels_allowed():
         return BiasedAttention.apply(qkv, segments, *biases)
     parts = zip(split_segments(qkv, segments), biases)
@@ -130,6 +146,27 @@ def fused_attention(qkv: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     x = x.transpose(2, 3)
     # Kernels differ in the strides of what they give: a recorded view of one fails where another kernel is chosen.
     return x if runs_eagerly() else x.clone(memory_format=torch.contiguous_format)
+
+
+def flexible_attention(qkv: Tensor, bias: Tensor, group: Tensor | None) -> Tensor:
+    """FlexAttention: qkv (B, S, n, 3, nH, d), bias (S or 1, nH, n, n), group (S, n) or None -> (B, S, n, nH, d).
+
+    The bias is added and pairs of other groups are hidden where scores are, in one kernel, which also sums the bias's
+    gradient: fused attention writes that for every window of every image first.
+    """
+    from torch.nn.attention.flex_attention import flex_attention  # here, since it takes a second to import
+
+    S, bias_step = qkv.shape[1], int(len(bias) > 1)
+    q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(1, 2)  # (B * S, nH, n, d)
+
+    def change_score(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        window = row % S
+        score = score + bias[window * bias_step, head, query, key]
+        if group is None:
+            return score
+        return torch.where(group[window, query] == group[window, key], score, -float("inf"))
+
+    return flex_attention(q, k, v, score_mod=change_score).unflatten(0, (-1, S)).transpose(2, 3)
 
 
 class BiasedAttention(torch.autograd.Function):

@@ -8,6 +8,14 @@ from torch import Size, Tensor, nn
 from util.layers.attention import resize_bias_table
 from util.layers.pos_embed import resize_pos_embed
 
+try:
+    from timm.models._input import update_model_input_size
+except ImportError:
+
+    def update_model_input_size(*_, **__) -> None:
+        """timm before 1.0.31 does not build a saved model anew with its present size."""
+
+
 StateDict = dict[str, Tensor]
 
 DERIVED = ("relative_position_index", "attn_mask")

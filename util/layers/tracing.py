@@ -2,6 +2,9 @@
 
 import torch
 
+# PyTorch 2.6 cannot tell exporting from compiling.
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 
 def runs_eagerly() -> bool:
     """False while torch.compile, torch.export, torch.jit.trace, an ONNX exporter or torch.func records the operations.
@@ -9,5 +12,13 @@ def runs_eagerly() -> bool:
     Code of our own autograd, shapes that depend on random draws, and recomputation in the backward pass are for
     eager execution only: a recorder rejects them, or silently records them wrongly.
     """
-    transformed = torch._C._are_functorch_transforms_active()  # vmap, grad, jvp, ...
-    return not (transformed or torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed())
+
+
+def is_compiled_here() -> bool:
+    """True while torch.compile takes the operations for this machine: not for an export, nor those of torch.func."""
+    return torch.compiler.is_dynamo_compiling() and not (is_exporting() or is_transformed())
+
+
+def is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active()  # vmap, grad, jvp, ...

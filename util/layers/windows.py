@@ -61,7 +61,7 @@ class WindowLayout(NamedTuple):
     segments: Segments  # (how many, tokens in each): neighbours of equal length are one attention
     bias_index: Tensor  # rows of the bias table, segment by segment
     one_bias: bool = True  # `bias_index` has only the first of neighbours of equal length: the others' are the same
-    separate: tuple[Tensor, ...] | None = None  # for each of `segments`, (how many, 1, n, n): True hides the token
+    groups: tuple[Tensor, ...] | None = None  # for each of `segments`, (how many, n): tokens of other groups are hidden
 
 
 def sort_tokens(
@@ -166,10 +166,9 @@ def masked_layout(grid: tuple[int, int], group: np.ndarray, window: int, layout:
     for all windows of one shape, which is what a GPU and `torch.compile` want where windows are many and small.
     """
     order, segments, _ = sort_windows(grid, window)
-    parts = torch.from_numpy(group[order]).split([count * n for count, n in segments])
-    parts = [part.view(count, 1, n) for part, (count, n) in zip(parts, segments)]
-    separate = (part[..., :, None] != part[..., None, :] for part in parts)  # (count, 1, n, n)
-    return layout._replace(separate=tuple(to_device(hidden, layout.bias_index.device) for hidden in separate))
+    groups = to_device(torch.from_numpy(group[order].astype(np.int32)), layout.bias_index.device)
+    parts = groups.split([count * n for count, n in segments])
+    return layout._replace(groups=tuple(part.view(count, n) for part, (count, n) in zip(parts, segments)))
 
 
 def upsample(cells: Tensor, scale: int) -> Tensor:

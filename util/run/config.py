@@ -92,7 +92,10 @@ class ModelFlags(Config):
     grad_checkpointing: bool = flag(
         False, "recompute blocks in the backward pass: slower, less memory", on_resume=ROUNDING
     )
-    compile: bool = flag(False, "compile the encoder's stages with torch.compile", on_resume=ROUNDING)
+    compile: bool | None = flag(
+        None, "compile the model with torch.compile (default: on a GPU, where that works)", on_resume=ROUNDING,
+        aliases=("--no_compile",),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -148,9 +148,9 @@ def _add_flag(group: Any, field: dataclasses.Field, kind: Any) -> None:
     optional = isinstance(kind, types.UnionType)  # X | None
     kind = typing.get_args(kind)[0] if optional else kind
     if kind is bool:
-        action = argparse.BooleanOptionalAction if default else "store_true"
+        action = "store_true" if default is False else argparse.BooleanOptionalAction
         group.add_argument(name, action=action, default=default, help=metadata["help"])
-        for alias in metadata["aliases"]:  # of one that is on by default
+        for alias in metadata["aliases"]:  # of one that is not off by default
             group.add_argument(
                 alias,
                 action="store_false",

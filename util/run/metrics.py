@@ -32,6 +32,7 @@ class StepMeter:
         images_per_step: of all ranks.
         device: of training.
         usual_losses: those of the last steps, of earlier epochs too, which say what a spike is; added to.
+        operations: of training on one image, for the utilisation of a GPU (MFU); 0 for none.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class StepMeter:
         images_per_step: int,
         device: torch.device,
         usual_losses: deque[float],
+        operations: float = 0.0,
     ):
         self.epoch = epoch
         self.epochs = epochs
@@ -50,6 +52,8 @@ class StepMeter:
         self.device = device
         self.pending: list[tuple[int, float, Tensor, Tensor]] = []
         self.usual_losses = usual_losses
+        peak = peak_operations(device) * distributed.get_world_size()
+        self.utilisation_per_speed = operations / peak if peak else 0.0
         self.waited = 0.0
         self.window_start = self.last_line = time.perf_counter()
 
@@ -88,11 +92,14 @@ class StepMeter:
 
     def _scalars(self, losses: Sequence[float], norms: Sequence[float]) -> dict[str, float]:
         seconds, steps = time.perf_counter() - self.window_start, len(self.pending)
+        images_per_second = self.images_per_step * steps / seconds
+        utilisation = images_per_second * self.utilisation_per_speed
         return {
             "loss": sum(losses) / steps,
             "lr": self.pending[-1][1],
             "grad_norm": sum(norms) / steps,
-            "images_per_second": self.images_per_step * steps / seconds,
+            "images_per_second": images_per_second,
+            **({"mfu": utilisation} if utilisation else {}),
             "data_wait_share": self.waited / seconds,
             "memory_mb": peak_memory_mb(self.device),
             "seconds_per_step": seconds / steps,
@@ -109,10 +116,11 @@ class StepMeter:
         """The console line of a flush."""
         self.last_line = time.perf_counter()
         left = ((self.epochs - self.epoch) * self.steps_per_epoch - step_in_epoch) * scalars["seconds_per_step"]
+        mfu = f"  MFU {scalars['mfu']:.1%}" if "mfu" in scalars else ""
         return (
             f"epoch {self.epoch}  step {step_in_epoch}/{self.steps_per_epoch}  loss {scalars['loss']:.4f}  "
             f"lr {scalars['lr']:.3g}  grad norm {scalars['grad_norm']:.3g}  "
-            f"{scalars['images_per_second']:.0f} images/s  data wait {scalars['data_wait_share']:.0%}  "
+            f"{scalars['images_per_second']:.0f} images/s{mfu}  data wait {scalars['data_wait_share']:.0%}  "
             f"memory {scalars['memory_mb']:.0f} MB  ETA {datetime.timedelta(seconds=int(left))}"
         )
 
@@ -128,6 +136,23 @@ class StepMeter:
                         record["loss"], record["step"], SPIKE_HISTORY, usual.mean(), usual.std(),
                     )  # fmt: skip
             self.usual_losses.append(record["loss"])
+
+
+# Dense bf16 products, in TFLOP/s by the makers' data sheets; the first name found in the GPU's own counts.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312}
+
+
+def peak_operations(device: torch.device) -> float:
+    """What a GPU could do at most in bf16 or fp16, in operations per second; 0 where that is not known."""
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), 0.0)
+
+
+def training_operations(multiply_adds: float) -> float:
+    """Of one image: two for each multiply-add of the forward pass, and twice as many for the backward pass."""
+    return 2 * 3 * multiply_adds
 
 
 def peak_memory_mb(device: torch.device) -> float:

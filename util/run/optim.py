@@ -1,5 +1,6 @@
 """The optimizer step: parameter groups, learning rate, numeric precision, clipping."""
 
+import logging
 import math
 from collections.abc import Iterable
 from typing import Protocol
@@ -10,6 +11,9 @@ from torch.optim import Optimizer
 
 from models_swin import SwinTransformer
 from util.errors import UserError
+from util.layers.compilation import why_not_compiled
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -115,6 +119,22 @@ def resolve_precision(name: str | None, device: torch.device) -> str:
             raise UserError("--precision fp16 needs a GPU: on a CPU use fp32 or bf16")
         return name or "fp32"
     return name or ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
+
+
+def whether_to_compile(given: bool | None, device: torch.device) -> bool:
+    """Whether the model is compiled: as `given`, else on a GPU where torch.compile works. If not, the log says why.
+
+    Raises:
+        UserError: compiling is asked for, and does not work.
+    """
+    if given is False or (given is None and device.type != "cuda"):
+        return False
+    reason = why_not_compiled(device)
+    if reason and given:
+        raise UserError(f"--compile does not work here: {reason}")
+    if reason:
+        logger.warning("the model is not compiled, which would be faster: torch.compile says: %s", reason)
+    return not reason
 
 
 def set_up_arithmetic(precision: str) -> None:

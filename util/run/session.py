@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from util.data.datasets import ImageDataset
 from util.data.decoding import BadImageError
-from util.data.statistics import check_images
 from util.data.transforms import Normalize
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
 from util.run.advice import to_continue
 from util.run.allocator import keep_freed_memory
 from util.run.checkpoint_folder import CheckpointFolder, SaveError
-from util.run.config import Config, TrainingConfig, compare_recipes, resolve
+from util.run.checks import check_data, check_recipe, check_statistics
+from util.run.config import TrainingConfig, resolve
 from util.run.failures import (
     CollectiveError,
     WorkerError,
@@ -35,11 +34,13 @@ from util.run.failures import (
     in_one_line,
 )
 from util.run.folder_lock import release_folder, take_folder
+from util.run.gpu_memory import explain_out_of_memory
 from util.run.launch import Launch
 from util.run.logger import RunLog, describe_environment
 from util.run.metrics import SPIKE_HISTORY, StepMeter
 from util.run.nonfinite import NonFiniteError, NonFiniteGuard
 from util.run.once_per_node import read_checkpoint_together, read_weights_together
+from util.run.optim import whether_to_compile
 from util.run.preemption import Preemption
 from util.run.state import TrainingState
 from util.weights.file import CheckpointError
@@ -84,6 +85,7 @@ class Start:
         own = recorded if self.checkpoint is not None else {name: recorded.get(name) for name in WEIGHT_FIELDS}
         chosen = choose(own | known)
         settings = weight_settings(recorded, source, known, pretraining, chosen)
+        given = dataclasses.replace(given, compile=whether_to_compile(given.compile, launch.device))
         return resolve(given, launch, settings, chosen | own)
 
 
@@ -140,54 +142,6 @@ def refuse_the_other_kind_of_run(recorded: dict[str, Any], given: TrainingConfig
         )
 
 
-def check_recipe(checkpoint: dict[str, Any], config: TrainingConfig) -> None:
-    """Compare the settings of a checkpoint with the run's: warn of lost identity, refuse another recipe.
-
-    Raises:
-        CheckpointError: the checkpoint was made with another model or recipe.
-    """
-    if "format" not in checkpoint:
-        logger.warning(
-            "the checkpoint was not written by this program: only settings that both programs know are compared"
-        )
-    errors, warnings = compare_recipes(checkpoint.get("args", {}), config.as_dict(), type(config))
-    for warning in warnings:
-        logger.warning("resuming with another setting: %s", warning)
-    if errors and not config.resume_force:
-        raise CheckpointError(
-            f"--resume {config.resume}: the checkpoint was made with another model or recipe: {'; '.join(errors)}. "
-            "Use the same settings, another --output_dir, or --resume_force"
-        )
-    for error in errors:
-        logger.warning("resuming by --resume_force with another recipe: %s", error)
-
-
-def check_data(checkpoint: dict[str, Any], data: dict[str, dict]) -> None:
-    """Warn where the images are not those of the checkpoint, and say what that means."""
-    recorded = checkpoint.get("data")
-    for split, now in data.items():
-        before = recorded.get(split) if isinstance(recorded, dict) else None
-        if not isinstance(before, dict) or before == now:
-            continue
-        if before.get("images") != now["images"]:
-            change = f"{before.get('images')} -> {now['images']} images"
-        elif before.get("names") != now["names"]:
-            change = f"{now['images']} images as before, but under other names"
-        else:
-            change = "the same images, but with other labels"
-        if split == "train":
-            meaning = (
-                "the run goes on, but not as an uninterrupted one: from here its epochs have other images in another "
-                "order, and as many steps as there are images for"
-            )
-        else:
-            meaning = (
-                "accuracies before and after cannot be compared, so the best epoch so far may not be the best; with "
-                "--val_share, some of these images may have been trained on"
-            )
-        logger.warning("the %s images are not those of the checkpoint: %s; %s", split, change, meaning)
-
-
 # --- The run ---
 
 
@@ -209,6 +163,7 @@ class Run:
     log: RunLog
     guard: NonFiniteGuard
     preemption: Preemption
+    operations: float = 0.0  # of training on one image
     usual_losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_HISTORY))
 
     @property
@@ -235,6 +190,7 @@ class Run:
             self.config.eff_batch_size,
             self.device,
             self.usual_losses,
+            self.operations if self.config.precision in ("bf16", "fp16") else 0.0,
         )
         if progress.step_in_epoch == self.steps_per_epoch:
             return meter, iter(())
@@ -286,7 +242,8 @@ class Run:
         for record in records:  # one by one: the same sum, to the bit, however the steps fall into reports
             progress.epoch_loss += record["loss"]
         tags = {f"train/{name}": scalars[name] for name in ("loss", "lr", "grad_norm")}
-        tags |= {f"speed/{name}": scalars[name] for name in ("images_per_second", "data_wait_share", "memory_mb")}
+        speeds = ("images_per_second", "data_wait_share", "memory_mb", "mfu")
+        tags |= {f"speed/{name}": scalars[name] for name in speeds if name in scalars}
         self.log.steps(records, self.epoch_1000x, tags)
         logger.info(meter.line(progress.step_in_epoch, scalars))
 
@@ -334,6 +291,7 @@ def open_run(
     normalize: Normalize,
     preemption: Preemption,
     load_weights: Callable[[dict[str, Tensor], WeightsInfo], None],
+    operations: float,
 ) -> Run:
     """Restore the checkpoint of `start`, or call `load_weights` with its weights; then open the run's files.
 
@@ -375,7 +333,10 @@ def open_run(
         config.eff_batch_size, config.batch_size, config.accum_iter, config.world_size, config.lr, steps_per_epoch,
     )  # fmt: skip
     model = distributed.wrap_model(state.model, device)
-    return Run(config, device, model, state, loader, normalize.to(device), start.folder, log, guard, preemption)
+    normalize = normalize.to(device)
+    return Run(
+        config, device, model, state, loader, normalize, start.folder, log, guard, preemption, operations
+    )  # fmt: skip
 
 
 def write_configuration(config: TrainingConfig, state: TrainingState) -> None:
@@ -387,29 +348,6 @@ def write_configuration(config: TrainingConfig, state: TrainingState) -> None:
         content = {"config": dict(state.settings), "data": state.data, "environment": environment}
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", errors="surrogateescape")
         os.replace(temporary, path)
-
-
-def check_statistics(config: Config, dataset: ImageDataset, what: str) -> None:
-    """Look at a sample of the images, on rank 0 for all, before anything is made of them.
-
-    Args:
-        config: `mean`, `std`, `allow_odd_statistics`.
-        what: which images these are, for messages.
-
-    Raises:
-        UserError: they are not in the units of `config.mean` and `config.std`, and no `config.allow_odd_statistics`.
-    """
-    found = None
-    if distributed.is_main_process() and (images := dataset.sample()):
-        found = check_images(images, config.mean, config.std)
-    error, warning = distributed.gather_objects(found)[0] or ("", "")
-    if error and not config.allow_odd_statistics:
-        raise UserError(
-            f"{what}: {error}. Give these flags (or for weights that are trained already, bring the images into the "
-            "units of their training); --allow_odd_statistics goes on all the same"
-        )
-    if error or warning:
-        logger.warning("%s: %s", what, error or warning)
 
 
 @contextlib.contextmanager
@@ -432,8 +370,10 @@ def orderly_end(run: Run) -> Iterator[None]:
                 run.folder.wait(final=True)
             release_folder()  # a requeued job may start elsewhere before this process has ended
             run.preemption.exit_for_requeue()
-    except (NonFiniteError, BadImageError, CollectiveError, WorkerError, SaveError) as error:
-        if distributed.is_main_process() or not isinstance(error, NonFiniteError):
+    except (torch.OutOfMemoryError, NonFiniteError, BadImageError, CollectiveError, WorkerError, SaveError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            logger.error("%s", explain_out_of_memory(error, run.state.model, run.config))
+        elif distributed.is_main_process() or not isinstance(error, NonFiniteError):
             logger.error("%s", in_one_line(error))
         if run.folder is not None:
             with contextlib.suppress(SaveError):  # of the checkpoint under way, after the error that ends the run

@@ -1,0 +1,84 @@
+"""What is checked before a run begins, or goes on from a checkpoint."""
+
+import logging
+from typing import Any
+
+from util.data.datasets import ImageDataset
+from util.data.statistics import check_images
+from util.errors import UserError
+from util.run import distributed
+from util.run.config import Config, TrainingConfig, compare_recipes
+from util.weights.file import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def check_recipe(checkpoint: dict[str, Any], config: TrainingConfig) -> None:
+    """Compare the settings of a checkpoint with the run's: warn of lost identity, refuse another recipe.
+
+    Raises:
+        CheckpointError: the checkpoint was made with another model or recipe.
+    """
+    if "format" not in checkpoint:
+        logger.warning(
+            "the checkpoint was not written by this program: only settings that both programs know are compared"
+        )
+    errors, warnings = compare_recipes(checkpoint.get("args", {}), config.as_dict(), type(config))
+    for warning in warnings:
+        logger.warning("resuming with another setting: %s", warning)
+    if errors and not config.resume_force:
+        raise CheckpointError(
+            f"--resume {config.resume}: the checkpoint was made with another model or recipe: {'; '.join(errors)}. "
+            "Use the same settings, another --output_dir, or --resume_force"
+        )
+    for error in errors:
+        logger.warning("resuming by --resume_force with another recipe: %s", error)
+
+
+def check_data(checkpoint: dict[str, Any], data: dict[str, dict]) -> None:
+    """Warn where the images are not those of the checkpoint, and say what that means."""
+    recorded = checkpoint.get("data")
+    for split, now in data.items():
+        before = recorded.get(split) if isinstance(recorded, dict) else None
+        if not isinstance(before, dict) or before == now:
+            continue
+        if before.get("images") != now["images"]:
+            change = f"{before.get('images')} -> {now['images']} images"
+        elif before.get("names") != now["names"]:
+            change = f"{now['images']} images as before, but under other names"
+        else:
+            change = "the same images, but with other labels"
+        if split == "train":
+            meaning = (
+                "the run goes on, but not as an uninterrupted one: from here its epochs have other images in another "
+                "order, and as many steps as there are images for"
+            )
+        else:
+            meaning = (
+                "accuracies before and after cannot be compared, so the best epoch so far may not be the best; with "
+                "--val_share, some of these images may have been trained on"
+            )
+        logger.warning("the %s images are not those of the checkpoint: %s; %s", split, change, meaning)
+
+
+def check_statistics(config: Config, dataset: ImageDataset, what: str) -> None:
+    """Look at a sample of the images, on rank 0 for all, before anything is made of them.
+
+    Args:
+        config: `mean`, `std`, `allow_odd_statistics`.
+        what: which images these are, for messages.
+
+    Raises:
+        UserError: they are not in the units of `config.mean` and `config.std`, and no `config.allow_odd_statistics`.
+    """
+    found = None
+    if distributed.is_main_process() and (images := dataset.sample()):
+        found = check_images(images, config.mean, config.std)
+    error, warning = distributed.gather_objects(found)[0] or ("", "")
+    if error and not config.allow_odd_statistics:
+        raise UserError(
+            f"{what}: {error}. Give these flags (or for weights that are trained already, bring the images into the "
+            "units of their training); --allow_odd_statistics goes on all the same"
+        )
+    if error or warning:
+        logger.warning("%s: %s", what, error or warning)

@@ -1,0 +1,70 @@
+"""What to do when a GPU's memory is full: how many images would fit."""
+
+import traceback
+
+import torch
+from torch import nn
+
+from util.run.config import TrainingConfig
+from util.run.optim import autocast
+
+SPARE = 0.06  # of a GPU's memory: fragments, and what is not PyTorch's
+FEW, MORE = 2, 8  # images of the steps that are measured
+
+
+def explain_out_of_memory(error: torch.OutOfMemoryError, model: nn.Module, config: TrainingConfig) -> str:
+    """A message with the batch that would fit, measured by steps of few images; frees what the failed step holds.
+
+    Args:
+        error: what ended training.
+        model: the one in training, not wrapped.
+        config: of the run.
+    """
+    traceback.clear_frames(error.__traceback__)  # of which each holds its tensors
+    device = next(model.parameters()).device
+    total = torch.cuda.get_device_properties(device).total_memory
+    message = (
+        f"the GPU's memory ({total / 2**30:.0f} GiB) is too small for --batch_size {config.batch_size} at "
+        f"{config.input_size[0]}x{config.input_size[1]}"
+    )
+    options = "" if config.grad_checkpointing else ", or --grad_checkpointing, which recomputes blocks"
+    try:
+        fitting = images_that_fit(model, config.precision, total)
+    except torch.OutOfMemoryError:
+        return f"{message}, and so it is for {MORE} images: use a smaller --input_size or --model{options}"
+    if fitting >= config.batch_size:
+        return f"{message} at times: is another program using it? Use a smaller --batch_size{options}"
+    accum_iter = -(-config.batch_size * config.accum_iter // fitting)
+    return (
+        f"{message}: about {fitting} images would fit. Use --batch_size {fitting} --accum_iter {accum_iter} for about "
+        f"as many images a step{options}"
+    )
+
+
+def images_that_fit(model: nn.Module, precision: str, total: int) -> int:
+    """Even number of images whose training step takes `total` bytes at most, at least 2.
+
+    Raises:
+        torch.OutOfMemoryError: not even the measured steps fit.
+    """
+    few, more = (peak_of_step(model, precision, images) for images in (FEW, MORE))
+    per_image = max(1, (more - few) // (MORE - FEW))
+    # AdamW's two moments come with the first update; what is kept beside them now was measured.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    moments = 2 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    fixed = few - FEW * per_image + moments
+    return max(2, int((total * (1 - SPARE) - fixed) / per_image) // 2 * 2)
+
+
+def peak_of_step(model: nn.Module, precision: str, images: int) -> int:
+    """Bytes that a step's forward and backward pass reach, with the model itself; nothing is compiled for it."""
+    device = next(model.parameters()).device
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    imgs = torch.zeros(images, model.in_chans, *model.img_size, device=device)
+    with torch.compiler.set_stance("force_eager"), autocast(precision, device):
+        output = model(imgs)
+        loss = output[0] if isinstance(output, tuple) else output.float().square().mean()
+    loss.backward()
+    return torch.cuda.max_memory_allocated(device)
