@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
 
 from util.data.datasets import WORKERS, NumberedImages
-from util.data.decoding import PILLOW_FORMATS, BadImageError, PixelType
+from util.data.decoding import PILLOW_FORMATS, BadImageError, PixelType, decoded
 from util.data.display import Display, shown_channels
 from util.data.image_index import abbreviate
 from util.data.sources import FileSource, open_source
@@ -103,6 +103,7 @@ class Inspection(Dataset):
             seed_all(0, number)
             self.transform(image)
             found["seconds"] = time.perf_counter() - started
+            image = decoded(image)
             blocks = [block.double() / (255 if found["bits"] == 8 else 1) for block in image.flatten(1).split(BLOCK, 1)]
             found |= {"height": image.shape[1], "width": image.shape[2], "pixels": image[0].numel()}
             mean = sum(block.sum(1) for block in blocks) / found["pixels"]
