@@ -49,11 +49,11 @@ from photos import PHOTOS, data_args, encode_jpeg, large_photo
 from textbook import Config, TextbookEncoder, TextbookMixMAE
 
 import models_mixmae  # noqa: F401  registers the models
-from util.allocator import keep_freed_memory
 from util.data import jpeg
 from util.data.datasets import build_dataset, collate
 from util.data.image_index import ImageIndex, StringTable, load_index
 from util.data.transforms import Normalize, pretrain_transform, train_transform
+from util.run.allocator import keep_freed_memory
 from util.seeding import seed_all
 
 MASK_RATIO = 0.5
@@ -313,8 +313,8 @@ def write_photos(folder: Path, number: int) -> None:
 def benchmark_data(args: argparse.Namespace) -> None:
     """Images per second from file to normalised float batch, in this process alone.
 
-    With glibc's default allocation, and then keeping freed memory as data-loader workers do. Of large photographs also
-    without reduced decoding ("whole").
+    With glibc's default allocation, and then keeping freed memory as runs on a CPU do. Large photographs also without
+    reduced decoding ("whole").
     """
     torch.set_num_threads(1)
     pillow_pretrain = torchvision.transforms.Compose(
@@ -386,8 +386,9 @@ def benchmark_data(args: argparse.Namespace) -> None:
             speed_up = medians["kept", name][0] / medians["returned", name][1]
             print(f"{name}: ours with freed memory kept / Pillow without: {speed_up:.2f}")
             if (whole := name.replace("pretraining", "whole")) != name and ("returned", whole) in medians:
-                speed_up = medians["kept", name][0] / medians["returned", whole][0]
-                print(f"{name}: ours with freed memory kept / ours without, decoded as a whole: {speed_up:.2f}")
+                for memory in ("returned", "kept"):
+                    speed_up = medians[memory, name][0] / medians[memory, whole][0]
+                    print(f"{name}: ours / decoded as a whole, freed memory {memory}: {speed_up:.2f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------

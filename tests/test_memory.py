@@ -62,7 +62,7 @@ def test_without_gradients_nothing_is_stored():
 
 FAULTS = """
 import resource, sys, torch
-from util.allocator import keep_freed_memory
+from util.run.allocator import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()

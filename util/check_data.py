@@ -42,6 +42,7 @@ from util.data.survey import survey_images
 from util.data.transforms import Normalize, eval_transform, pretrain_transform
 from util.errors import UserError, unreadable_is_user_error
 from util.run.config import DataFlags, WeightFlags, with_settings
+from util.run.cores import choose_workers, own_cores, own_share
 from util.run.failures import user_errors
 from util.run.flags import NOT_NEGATIVE, flag, get_parser, given_flags
 from util.run.logger import setup_logging
@@ -320,6 +321,8 @@ def check_data(given: CheckDataConfig) -> dict[str, Any]:
         {}, "", given.as_dict() | {"in_chans": in_chans}, pretraining=True, defaults={"model": "mixmae_tiny"}
     )
     config = with_settings(given, settings)
+    if config.num_workers is None:
+        config = replace(config, num_workers=choose_workers(own_share([own_cores()])))
     sources = [(split, FileSource(source.index, config)) for split, source in sources]
     parts = [inspect(source, split, config) for split, source in sources]
     wrong, odd = faults_of(parts, config)

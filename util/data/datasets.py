@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from util.allocator import keep_freed_memory
 from util.data.decoding import BadImageError, PixelType, decoded
 from util.data.image_index import abbreviate
 from util.data.settings import DataSettings
@@ -305,5 +304,4 @@ def _start_worker(_worker_id: int, exiting) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, on_terminate)
     torch.set_num_threads(1)
-    keep_freed_memory()
     gc.freeze()  # collections then skip the parent's objects: less time, and their memory stays shared

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from util.allocator import keep_freed_memory
 from util.data.datasets import ImageDataset
 from util.data.decoding import BadImageError
 from util.data.statistics import check_images
@@ -25,6 +24,7 @@ from util.data.transforms import Normalize
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
 from util.run.advice import to_continue
+from util.run.allocator import keep_freed_memory
 from util.run.checkpoint_folder import CheckpointFolder, SaveError
 from util.run.config import Config, TrainingConfig, compare_recipes, resolve
 from util.run.failures import (
