@@ -3,6 +3,7 @@
 What becomes of each kind of file, for in_chans 3 (RGB) and 1 (grey):
 
     JPEG                        decoded by torchvision's libjpeg, with the same pixels as Pillow's
+      above a million pixels    where a crop of it becomes small, at a fraction of its size: see `EncodedJpeg`
     EXIF orientation            applied, unless `ignore_exif`: torchvision's ImageFolder does not apply it
     grey image                  in_chans 3: its value in all three channels
     RGB image                   in_chans 1: luma (ITU-R 601)
