@@ -123,8 +123,9 @@ class MixMAE(SwinTransformer):
     def compile_parts(self) -> None:
         """As the encoder's, with the decoder and the loss."""
         super().compile_parts()
-        for name in ("embed_mixture", "decode", "forward_loss"):
-            setattr(self, name, compile_part(getattr(self, name)))
+        self.embed_mixture = compile_part(self.embed_mixture)
+        self.decode = compile_part(self.decode)
+        self.forward_loss = compile_part(self.forward_loss)
 
     # -- Mask ----------------------------------------------------------------------------------------------------
 

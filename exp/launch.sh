@@ -10,13 +10,13 @@
 # The effective batch stays the recipe's for any GPUS: --accum_iter is computed from it, unless you give --accum_iter.
 #
 # As a batch job that is queued again after preemption and before its time limit, from the repository's root:
-#     sbatch -p PARTITION -n 16 --ntasks-per-node=8 --gres=gpu:8 --cpus-per-task=8 --requeue --open-mode=append \
+#     sbatch -p PARTITION -n 16 --ntasks-per-node=8 --gres=gpu:8 --cpus-per-task=12 --requeue --open-mode=append \
 #         --signal=USR2@120 exp/base_600ep/pretrain.sh PARTITION 16 DATA
 #
 # Environment:
 #   PYTHON           interpreter (default: .venv/bin/python of this repository if it exists, else python3)
 #   GPUS_PER_NODE    processes per node, at most (default: 8)
-#   CPUS_PER_TASK    CPUs per process (default: the allocation's, else 8)
+#   CPUS_PER_TASK    CPUs per process, of which all but one load its images (default: the allocation's, else 12)
 #   SRUN_ARGS        your site's options for srun, split at blanks: "--account=lab --qos=long --time=3-00:00:00"
 #   EFFECTIVE_BATCH  images per optimizer step (default: the recipe's)
 #   OMP_NUM_THREADS  threads per process (default: 1 on Slurm; locally, this machine's CPUs divided by GPUS)
@@ -122,6 +122,6 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGUSR2])
 os.execvp(sys.argv[1], sys.argv[1:])'
     # shellcheck disable=SC2086 # SRUN_ARGS is split at blanks on purpose
     exec srun --partition="$where" --ntasks="$gpus" --ntasks-per-node="$per_node" --gres="gpu:$per_node" \
-        --cpus-per-task="${CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-8}}" --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
+        --cpus-per-task="${CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-12}}" --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
         "$PYTHON" -c "$block" "$PYTHON" -u "$root/$main" "$@"
 }

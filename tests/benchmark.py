@@ -15,7 +15,6 @@ machine, `--threads 1 --cpu_time` counts the time that the process itself used. 
 
 import argparse
 import gc
-import io
 import multiprocessing
 import os
 import resource
@@ -46,10 +45,11 @@ from torchvision.transforms import InterpolationMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from photos import PHOTOS, data_args
+from photos import PHOTOS, data_args, encode_jpeg, large_photo
 from textbook import Config, TextbookEncoder, TextbookMixMAE
 
 import models_mixmae  # noqa: F401  registers the models
+from util.data import jpeg
 from util.data.datasets import build_dataset, collate
 from util.data.image_index import ImageIndex, StringTable, load_index
 from util.data.transforms import Normalize, pretrain_transform, train_transform
@@ -296,27 +296,25 @@ def benchmark_memory(args: argparse.Namespace) -> None:
 # Data
 
 
+LARGE_PHOTOS = ((1600, 1200), (4000, 3000))
+
+
 def write_photos(folder: Path, number: int) -> None:
     """Copies of the tests' photographs at 500x375 and about 110 KB, which is typical of ImageNet."""
     for i in range(number):
         with Image.open(PHOTOS[i % len(PHOTOS)]) as source:
             photo = source.convert("RGB").resize((500, 375), Image.Resampling.BICUBIC)
         encoded = min(
-            (encode(photo, quality) for quality in range(60, 100, 3)), key=lambda data: abs(len(data) - 110e3)
+            (encode_jpeg(photo, quality) for quality in range(60, 100, 3)), key=lambda data: abs(len(data) - 110e3)
         )
         (folder / f"{i}.jpg").write_bytes(encoded)
-
-
-def encode(photo: Image.Image, quality: int) -> bytes:
-    buffer = io.BytesIO()
-    photo.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
 
 
 def benchmark_data(args: argparse.Namespace) -> None:
     """Images per second from file to normalised float batch, in this process alone.
 
-    With glibc's default allocation, and then keeping freed memory as the mains and their data-loader workers do.
+    With glibc's default allocation, and then keeping freed memory as runs on a CPU do. Large photographs also without
+    reduced decoding ("whole").
     """
     torch.set_num_threads(1)
     pillow_pretrain = torchvision.transforms.Compose(
@@ -338,33 +336,48 @@ def benchmark_data(args: argparse.Namespace) -> None:
     )
     normalize = Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     rows, pairs, medians = [["freed memory", "pipeline", "ours", "Pillow", "speed-up"]], {}, {}
+    reductions = dict(jpeg.REDUCTIONS)
     with tempfile.TemporaryDirectory() as folder:
-        write_photos(Path(folder), args.batch_size)
+        kinds = {"500x375": args.batch_size} | {f"{width}x{height}": 2 for width, height in LARGE_PHOTOS}
+        for kind in kinds:
+            (Path(folder) / kind).mkdir()
+        write_photos(Path(folder) / "500x375", args.batch_size)
+        for width, height in LARGE_PHOTOS:
+            for i in range(2):
+                photo = encode_jpeg(large_photo(width, height, enlarged=2 + i), quality=85)
+                (Path(folder) / f"{width}x{height}" / f"{i}.jpg").write_bytes(photo)
         recipe = data_args(folder, input_size=(224, 224))
-        for name, ours, theirs in (
-            ("pretraining", pretrain_transform(recipe), pillow_pretrain),
-            ("fine-tuning", train_transform(recipe), pillow_finetune),
-        ):
-            dataset = build_dataset(recipe, "train", ours)
+        pretrain, finetune = pretrain_transform(recipe), train_transform(recipe)
+        pipelines = [("500x375 pretraining", pretrain, pillow_pretrain, True)]
+        pipelines += [("500x375 fine-tuning", finetune, pillow_finetune, True)]
+        for width, height in LARGE_PHOTOS:
+            pipelines += [(f"{width}x{height} pretraining", pretrain, pillow_pretrain, True)]
+            pipelines += [(f"{width}x{height} whole", pretrain, pillow_pretrain, False)]
+        for name, ours, theirs, reduced in pipelines:
+            kind = name.split()[0]
+            dataset = build_dataset(data_args(Path(folder) / kind), "train", ours)
+            # As many crops of each size, though of fewer files.
+            keys = [(epoch, i) for epoch in range(args.batch_size // kinds[kind] or 1) for i in range(len(dataset))]
 
-            def our_batch(dataset=dataset) -> Tensor:
-                return normalize(collate([dataset[(0, i)] for i in range(len(dataset))])[0])
+            def our_batch(dataset=dataset, keys=keys, reduced=reduced) -> Tensor:
+                jpeg.REDUCTIONS = reductions if reduced else {}
+                return normalize(collate([dataset[key] for key in keys])[0])
 
-            def their_batch(dataset=dataset, transform=theirs) -> Tensor:
+            def their_batch(dataset=dataset, keys=keys, transform=theirs) -> Tensor:
                 images = []
-                for i in range(len(dataset)):
-                    seed_all(0, 0, i)
+                for epoch, i in keys:
+                    seed_all(0, epoch, i)
                     with Image.open(dataset.path_of(i)) as image:
                         images.append(transform(image.convert("RGB")))
                 return torch.stack(images)
 
-            pairs[name] = our_batch, their_batch
+            pairs[name] = our_batch, their_batch, len(keys)
         for memory in ("returned", "kept"):
             if memory == "kept" and not keep_freed_memory():
                 break
-            for name, pair in pairs.items():
+            for name, (*pair, count) in pairs.items():
                 mine, other = alternate(pair, args.repeats, time.process_time)
-                medians[memory, name] = [args.batch_size / statistics.median(times) for times in (mine, other)]
+                medians[memory, name] = [count / statistics.median(times) for times in (mine, other)]
                 speeds = [f"{speed:.0f} images/s" for speed in medians[memory, name]]
                 rows.append([memory, name, *speeds, ratio_of(other, mine)])
     print_table(rows)
@@ -372,6 +385,10 @@ def benchmark_data(args: argparse.Namespace) -> None:
         if ("kept", name) in medians:
             speed_up = medians["kept", name][0] / medians["returned", name][1]
             print(f"{name}: ours with freed memory kept / Pillow without: {speed_up:.2f}")
+            if (whole := name.replace("pretraining", "whole")) != name and ("returned", whole) in medians:
+                for memory in ("returned", "kept"):
+                    speed_up = medians[memory, name][0] / medians[memory, whole][0]
+                    print(f"{name}: ours / decoded as a whole, freed memory {memory}: {speed_up:.2f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------

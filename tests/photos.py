@@ -1,8 +1,12 @@
 """The tests' photographs, and the settings that the data layer reads."""
 
 import argparse
+import io
+import itertools
 import shutil
 from pathlib import Path
+
+from PIL import Image
 
 PHOTOS = sorted((Path(__file__).parent / "data").glob("*.jpg"))
 
@@ -39,3 +43,25 @@ def photo_folder(root: Path, copies: int = 4) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(photo, target)
     return root
+
+
+def large_photo(width: int, height: int, enlarged: float = 1.0) -> Image.Image:
+    """A mosaic of the photographs, which are first enlarged. At 2 it is about as sharp as a camera's photograph, at 1
+    much sharper."""
+    mosaic = Image.new("RGB", (width, height))
+    photos = itertools.cycle(PHOTOS)
+    rows = round(300 * enlarged)
+    for top in range(0, height, rows):
+        left = 0
+        while left < width:
+            with Image.open(next(photos)) as photo:
+                tile = photo.convert("RGB").resize((rows * photo.width // photo.height, rows), Image.Resampling.BICUBIC)
+            mosaic.paste(tile, (left, top))
+            left += tile.width
+    return mosaic
+
+
+def encode_jpeg(photo: Image.Image, quality: int = 90, **options) -> bytes:
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG", quality=quality, **options)
+    return buffer.getvalue()

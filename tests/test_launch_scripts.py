@@ -178,7 +178,7 @@ def test_local_is_torchrun_and_one_process_needs_none(data, fake_commands):
 def test_srun_gets_tasks_nodes_gpus_and_site_options(data, fake_commands):
     lines = run(PRETRAIN, "gpu", "16", data, SRUN_ARGS="--account=lab --time=60").stdout.splitlines()
     assert lines[:9] == [
-        "srun", "--partition=gpu", "--ntasks=16", "--ntasks-per-node=8", "--gres=gpu:8", "--cpus-per-task=8",
+        "srun", "--partition=gpu", "--ntasks=16", "--ntasks-per-node=8", "--gres=gpu:8", "--cpus-per-task=12",
         "--kill-on-bad-exit=1", "--account=lab", "--time=60",
     ]  # fmt: skip
     assert "-u" in lines and str(ROOT / "main_pretrain.py") in lines and lines[-1] == "OMP_NUM_THREADS=1"

@@ -1,5 +1,6 @@
 """log.txt, steps.jsonl and TensorBoard show each epoch and step once, whatever happened to the run or its disk."""
 
+import itertools
 import json
 import logging
 import math
@@ -7,6 +8,7 @@ import resource
 import signal
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from trials import TINY, Trial, differences, epochs_of, events_of, state_of, steps_of
 
 from util.run.logger import EventsFile, LinesFile, RunLog
-from util.run.metrics import SPIKE_HISTORY, StepMeter
+from util.run.metrics import FEW_STEPS, SPIKE_HISTORY, StepMeter
 
 RECIPE = (*TINY, "--epochs", "3", "--vis_every", "1", "--save_every", "99")
 STEPS = 18  # 3 epochs of 6
@@ -110,6 +112,44 @@ def test_slow_steps_are_shown_before_a_line_is_due(monkeypatch):
     assert "step 3/40  loss 2.0000" in lines[2] and "2 images/s" in lines[2]
     records, _ = meter.flush()
     assert [record["loss"] for record in records] == [1, 2, 3, 4, 5, 6]  # nothing is lost by it
+
+
+def waiting_meter(monkeypatch, now: list[float]) -> tuple[StepMeter, Iterator]:
+    """A meter, and batches that take a minute (the first one) or three seconds."""
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def batches():
+        for number in itertools.count():
+            now[0] += 3.0 if number else 60.0
+            yield number
+
+    return StepMeter(0, 1, 400, 8, torch.device("cpu"), deque(maxlen=SPIKE_HISTORY)), batches()
+
+
+@pytest.mark.parametrize("compute, warned", [(1.0, 1), (11.0, 1), (13.0, 0)])
+def test_waiting_for_data_is_said_once_an_epoch(compute, warned, monkeypatch, caplog):
+    """Above a share of a fifth; the first batch, for which the data-loading processes start, does not count."""
+    now = [0.0]
+    meter, batches = waiting_meter(monkeypatch, now)
+    for report in range(4):
+        for step in range(20):
+            meter.next_batch(batches)
+            now[0] += compute
+            meter.add(20 * report + step, 0.1, torch.tensor(1.0), torch.tensor(1.0))
+        meter.flush()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == warned
+    assert all("data wait " in line and "--num_workers" in line and "util.check_data" in line for line in said)
+
+
+def test_waiting_in_a_few_steps_is_chance(monkeypatch, caplog):
+    now = [0.0]
+    meter, batches = waiting_meter(monkeypatch, now)
+    for _ in range(FEW_STEPS - 1):
+        meter.next_batch(batches)
+        meter.add(1, 0.1, torch.tensor(1.0), torch.tensor(1.0))
+    meter.flush()
+    assert not caplog.records
 
 
 def test_tensorboard_forgets_what_is_done_again_and_keeps_the_rest(tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 """What mains and commands do before and while PyTorch is imported: idle threads sleep, Ctrl-C ends in one line; and how
-many threads a process computes with."""
+many threads a process computes with, and how many processes load its data."""
 
 import os
 import re
@@ -9,11 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from running import make_images
 from trials import TINY, Trial
 
-from util.run.cores import choose_threads
+from util.knn import KnnConfig
+from util.run.config import resolve
+from util.run.cores import choose_threads, choose_workers, share_of_cores
+from util.run.flags import get_parser, given_flags
+from util.run.launch import Launch
 from util.run.startup import on_interrupt
+from util.weights.settings import weight_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [f"util/{file.name}" for file in (ROOT / "util").glob("*.py") if "__main__" in file.read_text()]
@@ -90,6 +96,26 @@ def test_a_program_that_imports_a_main_keeps_its_own_handler():
 )
 def test_the_threads_fit_the_cores(environ, cores, node, quota, threads):
     assert choose_threads(environ, frozenset(cores), [frozenset(other) for other in node], quota)[0] == threads
+
+
+@pytest.mark.parametrize("cores, workers", [(1, 1), (2, 2), (3, 2), (8, 7), (12, 11), (16, 15), (17, 16), (192, 16)])
+def test_of_more_than_two_cores_one_is_left_for_the_main_process(cores, workers):
+    assert choose_workers(cores) == workers
+
+
+def test_cores_are_shared_among_ranks_and_the_log_says_once_how_many_load_data(caplog):
+    """Eight ranks on a machine of 96 cores, and one that Slurm gives 12, also with one thread each."""
+    environ, node = {"OMP_NUM_THREADS": "1"}, [frozenset(range(96))] * 8
+    assert share_of_cores(environ, node[0], node, INFINITE)[0] == 12
+    assert share_of_cores(environ | {"SLURM_CPUS_PER_TASK": "12"}, node[0], node[:1], INFINITE)[0] == 12
+    caplog.set_level("INFO")
+    launch = Launch(0, 8, 0, 8, "torchrun", "127.0.0.1", 29500, torch.device("cpu"), cores=12)
+    for given, workers in (("", 11), ("--num_workers 3", 3)):
+        flags = get_parser(KnnConfig, "test").parse_args(["--checkpoint", "x", "--data_path", "x", *given.split()])
+        config = resolve(given_flags(KnnConfig, flags), launch, weight_settings({}, "x", {"model": "swin_base_w14"}))
+        assert config.num_workers == workers
+    said = [record.getMessage() for record in caplog.records if "chosen" in record.getMessage()]
+    assert said == ["not given, so chosen: --num_workers 11: 12 core(s) per rank"]
 
 
 def test_the_log_says_once_how_many_threads_and_why(tmp_path):

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
 
 from util.data.datasets import WORKERS, NumberedImages
-from util.data.decoding import PILLOW_FORMATS, BadImageError, PixelType
+from util.data.decoding import PILLOW_FORMATS, BadImageError, PixelType, decoded
 from util.data.display import Display, shown_channels
 from util.data.image_index import abbreviate
 from util.data.sources import FileSource, open_source
@@ -42,6 +42,7 @@ from util.data.survey import survey_images
 from util.data.transforms import Normalize, eval_transform, pretrain_transform
 from util.errors import UserError, unreadable_is_user_error
 from util.run.config import DataFlags, WeightFlags, with_settings
+from util.run.cores import choose_workers, own_cores, own_share
 from util.run.failures import user_errors
 from util.run.flags import NOT_NEGATIVE, flag, get_parser, given_flags
 from util.run.logger import setup_logging
@@ -103,6 +104,7 @@ class Inspection(Dataset):
             seed_all(0, number)
             self.transform(image)
             found["seconds"] = time.perf_counter() - started
+            image = decoded(image)
             blocks = [block.double() / (255 if found["bits"] == 8 else 1) for block in image.flatten(1).split(BLOCK, 1)]
             found |= {"height": image.shape[1], "width": image.shape[2], "pixels": image[0].numel()}
             mean = sum(block.sum(1) for block in blocks) / found["pixels"]
@@ -319,6 +321,8 @@ def check_data(given: CheckDataConfig) -> dict[str, Any]:
         {}, "", given.as_dict() | {"in_chans": in_chans}, pretraining=True, defaults={"model": "mixmae_tiny"}
     )
     config = with_settings(given, settings)
+    if config.num_workers is None:
+        config = replace(config, num_workers=choose_workers(own_share([own_cores()])))
     sources = [(split, FileSource(source.index, config)) for split, source in sources]
     parts = [inspect(source, split, config) for split, source in sources]
     wrong, odd = faults_of(parts, config)

@@ -30,7 +30,7 @@ from util.errors import UserError, unreadable_is_user_error
 from util.run.failures import user_errors
 from util.run.flags import Config, flag, get_parser, given_flags
 from util.run.logger import setup_logging
-from util.run.metrics import SPIKE_HISTORY, SPIKE_SIGMAS
+from util.run.metrics import MOST_DATA_WAIT, SPIKE_HISTORY, SPIKE_SIGMAS, data_wait_advice
 
 logger = logging.getLogger(__name__)
 
@@ -156,10 +156,9 @@ Verdict = Callable[[RunData], str]  # a sentence, or '' where there is nothing t
 
 def data_wait(run: RunData) -> str:
     _, values = run.speed.get("speed/data_wait_share", (None, np.zeros(0)))
-    if len(values) and np.median(values) > 0.2:
-        return (
-            f"Data wait {np.median(values):.0%}: training waits for images. More --num_workers, or a faster disk, help."
-        )
+    if len(values) and np.median(values) > MOST_DATA_WAIT:
+        advice = data_wait_advice(np.median(values))
+        return f"{advice[0].upper()}{advice[1:]}."
     return ""
 
 
@@ -210,7 +209,7 @@ def past_its_best(run: RunData) -> str:
 
 
 RULES: dict[str, Verdict] = {  # the rule in words -> what it says of a run
-    "the median data wait is above 20%": data_wait,
+    f"the median data wait is above {MOST_DATA_WAIT:.0%}": data_wait,
     "the lowest loss of the last 20 epochs is within 0.1% of the lowest before": still_loss,
     "the loss of the last tenth of the steps is above 98% of the first tenth's": no_progress,
     f"more than one step in 1,000 is {SPIKE_SIGMAS:g} deviations above the {SPIKE_HISTORY} before it": spikes,

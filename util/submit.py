@@ -76,7 +76,7 @@ class SubmitConfig(Config):
     partition: str = flag("", "Slurm partition", "NAME", required="a Slurm partition")
     nodes: int = flag(1, "number of nodes", "N", AT_LEAST_1)
     ngpus: int = flag(8, "GPUs, and processes, per node", "N", AT_LEAST_1)
-    cpus_per_task: int = flag(8, "CPUs per process", "N", AT_LEAST_1)
+    cpus_per_task: int = flag(12, "CPUs per process, of which all but one load its images", "N", AT_LEAST_1)
     timeout: int = flag(4320, "time limit of one attempt in minutes (default: 3 days)", "MINUTES", AT_LEAST_1)
     signal_delay: int = flag(120, "how long before the time limit to save and stop", "SECONDS", NOT_NEGATIVE)
     requeue_limit: int = flag(

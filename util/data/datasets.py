@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from util.data.decoding import BadImageError, PixelType
+from util.data.decoding import BadImageError, PixelType, decoded
 from util.data.image_index import abbreviate
 from util.data.settings import DataSettings
 from util.data.sources import Source, open_source
@@ -38,6 +38,9 @@ class ImageDataset(Dataset):
     Images are uint8, or float32 where the first image has more than 8 bits (see util.data.decoding). Before a transform
     all generators are seeded with (seed, epoch, index): a sample depends on nothing else, neither on the worker that
     makes it nor on the samples before it. (With num_workers 0 the generators are those of the training process.)
+
+    A transform gets a tensor (C, h, w). One that says `takes_encoded` may also get an `EncodedJpeg`, to decode what it
+    needs of it.
 
     An image that cannot be read is a BadImageError that names it. With `skip_bad`, another image takes its place, drawn
     with the key (seed, epoch, index); it is logged once and counted, exactly across the workers of this process, and
@@ -62,10 +65,7 @@ class ImageDataset(Dataset):
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        epoch, index = key
-        image, target = self._read_or_replace(epoch, index)
-        seed_all(self.seed, epoch, index)
-        return self.transform(image), target
+        return self._read_or_replace(*key)
 
     def path_of(self, index: int) -> str:
         return self.source.path(index)
@@ -134,7 +134,8 @@ class ImageDataset(Dataset):
                     raise
         raise BadImageError(f"none of the first {tries} images can be read, e.g. {self.path_of(0)!r}")
 
-    def _read(self, index: int) -> tuple[torch.Tensor, int]:
+    def _read(self, index: int, transform: Callable = decoded, seeds: tuple[int, ...] = ()) -> tuple[torch.Tensor, int]:
+        """An image after `transform`, before which all generators are seeded with `seeds`, if any; and its target."""
         try:
             image, target = self.source.read(index)
             if self._numbers is not None:
@@ -142,9 +143,13 @@ class ImageDataset(Dataset):
             if self.pixels is not None:
                 self._say_once_that_bits_are_lost(index, image.dtype)
                 image = self.pixels.convert(image)
+            if not getattr(transform, "takes_encoded", False):
+                image = decoded(image)
+            if seeds:
+                seed_all(*seeds)
+            return transform(image), target
         except (BadImageError, OSError) as error:
             raise BadImageError(f"cannot use image {self.path_of(index)!r}: {error}") from None
-        return image, target
 
     def _say_once_that_bits_are_lost(self, index: int, dtype: torch.dtype) -> None:
         if dtype == torch.uint16 and self.pixels is PixelType.BYTES and not self._reduced[0]:
@@ -159,7 +164,7 @@ class ImageDataset(Dataset):
         for attempt in range(REPLACEMENT_TRIES):
             if not self._bad[candidate]:
                 try:
-                    return self._read(candidate)
+                    return self._read(candidate, self.transform, (self.seed, epoch, index))
                 except BadImageError as error:
                     if not self.skip_bad:
                         advice = "Repair or remove it (--bad_images skip replaces training images only)"
@@ -191,7 +196,7 @@ class NumberedImages(ImageDataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         _, index = key
         try:
-            return self.transform(self._read(index)[0]), index
+            return self._read(index, self.transform)[0], index
         except BadImageError:
             if not self.skip_bad:
                 raise

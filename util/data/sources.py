@@ -25,7 +25,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from util.data.decoding import IMAGE_EXTENSIONS, decode
+from util.data.decoding import IMAGE_EXTENSIONS, EncodedJpeg, open_image
 from util.data.image_index import ImageIndex, StringTable, abbreviate, class_folders, load_index
 from util.data.reader import extensions_of, read_by
 from util.data.settings import DataSettings
@@ -40,7 +40,7 @@ MAX_CLASSES = 100_000  # a larger number behind a file name in a list is no labe
 
 
 class Source(Protocol):
-    """Images by number, decoded.
+    """Images by number.
 
     classes: names of the classes; None without labels.
     numbered: the data tell numbers of classes, not names: `classes` are '0', '1', ... as far as labels occur.
@@ -60,8 +60,8 @@ class Source(Protocol):
     def path(self, i: int) -> str:
         """What to call image `i` in a message: its path, where it has one."""
 
-    def read(self, i: int) -> tuple[torch.Tensor, int]:
-        """Image (in_chans, h, w) and label, -1 without. Raises BadImageError or OSError."""
+    def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, int]:
+        """Image of shape (in_chans, h, w) and label, -1 without. Raises BadImageError or OSError."""
 
 
 class FileSource:
@@ -85,13 +85,13 @@ class FileSource:
     def path(self, i: int) -> str:
         return self.index.path(i)
 
-    def read(self, i: int) -> tuple[torch.Tensor, int]:
+    def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, int]:
         if self.reader:
             image = read_by(self.reader, self.path(i), self.in_chans, self.max_pixels)
         else:
             with open(self.path(i), "rb", buffering=0) as file:
                 data = file.readall()
-            image = decode(data, self.in_chans, self.ignore_exif, self.max_pixels)
+            image = open_image(data, self.in_chans, self.ignore_exif, self.max_pixels)
         return image, int(self.index.targets[i])
 
 
@@ -112,7 +112,7 @@ class JoinedSource:
         source, i = self._find(i)
         return source.path(i)
 
-    def read(self, i: int) -> tuple[torch.Tensor, int]:
+    def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, int]:
         source, i = self._find(i)
         return source.read(i)[0], -1
 

@@ -14,7 +14,7 @@ import torch
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
-from util.data.decoding import BadImageError, decode, from_pillow
+from util.data.decoding import BadImageError, EncodedJpeg, from_pillow, open_image
 from util.data.settings import DataSettings
 from util.errors import UserError
 
@@ -56,7 +56,7 @@ class ReaderSource:
     def path(self, i: int) -> str:
         return str(self.reader.filename(i))
 
-    def read(self, i: int) -> tuple[torch.Tensor, int]:
+    def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, int]:
         if self.process != os.getpid():  # a new worker: file positions must not be shared with the parent
             self._close_files()
             self.process = os.getpid()
@@ -68,7 +68,8 @@ class ReaderSource:
             raise BadImageError(f"the tar is damaged: {error}") from error
         if target is not None and self.renumber is not None:
             target = self.renumber[target]
-        return decode(data, self.in_chans, self.ignore_exif, self.max_pixels), -1 if target is None else int(target)
+        image = open_image(data, self.in_chans, self.ignore_exif, self.max_pixels)
+        return image, -1 if target is None else int(target)
 
     def __getstate__(self) -> dict:
         self._close_files()  # open files cannot be sent to a worker

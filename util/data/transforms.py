@@ -20,8 +20,8 @@ from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAu
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import nn
-from torchvision.transforms import Compose
 
+from util.data.decoding import EncodedJpeg
 from util.data.settings import BatchAugmentationSettings, SizeSettings, TransformSettings
 from util.errors import UserError
 
@@ -85,15 +85,32 @@ def random_crop(height: int, width: int, scale: tuple[float, float]) -> tuple[in
     return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
+def crop(
+    img: torch.Tensor | EncodedJpeg, box: tuple[int, int, int, int], size: tuple[int, int], margin: float = 1.0
+) -> torch.Tensor:
+    """The `box` (top, left, height, width) of an image (C, h, w), resized to (C, *size).
+
+    Of a JPEG that is not decoded yet, only as many pixels are decoded as leave the box at least `margin` times the rows
+    and columns of `size` (see `EncodedJpeg.crop`). Raises BadImageError when it cannot be decoded.
+    """
+    if isinstance(img, EncodedJpeg):
+        if (reduced := img.crop(box, size, margin)) is not None:
+            return reduced
+        img = img.pixels
+    top, left, height, width = box
+    return resize(img[:, top : top + height, left : left + width], size)
+
+
 class RandomCropAndFlip:
     """Random area and aspect ratio, resized to `size` (bicubic, antialiased), mirrored half of the time."""
+
+    takes_encoded = True
 
     def __init__(self, size: tuple[int, int], scale: tuple[float, float]):
         self.size, self.scale = size, scale
 
-    def __call__(self, img: torch.Tensor) -> torch.Tensor:
-        top, left, height, width = random_crop(*img.shape[1:], self.scale)
-        img = resize(img[:, top : top + height, left : left + width], self.size)
+    def __call__(self, img: torch.Tensor | EncodedJpeg) -> torch.Tensor:
+        img = crop(img, random_crop(*img.shape[1:], self.scale), self.size)
         return img.flip(-1) if random.random() < 0.5 else img
 
 
@@ -105,30 +122,42 @@ class ResizeAndCentreCrop:
     """
 
     LONGEST = 8
+    MARGIN = 2.0  # what is evaluated is not random: its pixels should be those of all others' pipelines
+    takes_encoded = True
 
     def __init__(self, size: tuple[int, int], crop_ratio: float):
         self.size = size
         self.resized = tuple(int(side / crop_ratio) for side in size)
 
-    def __call__(self, img: torch.Tensor) -> torch.Tensor:
-        img = self._without_far_ends(img)
-        _, height, width = img.shape
+    def __call__(self, img: torch.Tensor | EncodedJpeg) -> torch.Tensor:
+        box = self._without_far_ends(*img.shape[1:])
+        height, width = box[2:]
         # The side that needs more enlarging sets the scale, the other one keeps the image's proportions.
         if self.resized[0] * width >= self.resized[1] * height:
             resized = (self.resized[0], max(self.resized[1], int(self.resized[0] * width / height)))
         else:
             resized = (max(self.resized[0], int(self.resized[1] * height / width)), self.resized[1])
-        img = resize(img, resized)
+        img = crop(img, box, resized, self.MARGIN)
         top = round((resized[0] - self.size[0]) / 2)
         left = round((resized[1] - self.size[1]) / 2)
         return img[:, top : top + self.size[0], left : left + self.size[1]]
 
-    def _without_far_ends(self, img: torch.Tensor) -> torch.Tensor:
-        _, height, width = img.shape
+    def _without_far_ends(self, height: int, width: int) -> tuple[int, int, int, int]:
         rows = min(height, ceil(self.LONGEST * width * self.size[0] / self.size[1]))
         columns = min(width, ceil(self.LONGEST * height * self.size[1] / self.size[0]))
-        top, left = (height - rows) // 2, (width - columns) // 2
-        return img[:, top : top + rows, left : left + columns]
+        return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+
+class CropAndAugment:
+    """A crop, and what becomes of it."""
+
+    takes_encoded = True
+
+    def __init__(self, crop: RandomCropAndFlip, augment: Callable[[torch.Tensor], torch.Tensor]):
+        self.crop, self.augment = crop, augment
+
+    def __call__(self, img: torch.Tensor | EncodedJpeg) -> torch.Tensor:
+        return self.augment(self.crop(img))
 
 
 class OnPillow:
@@ -156,14 +185,14 @@ def train_transform(config: TransformSettings) -> Callable[[torch.Tensor], torch
     `config.in_chans` other than 3 they are left out, with a warning, and float images pass them unchanged. Raises
     UserError when timm does not know `config.aa`.
     """
-    crop = RandomCropAndFlip(config.input_size, scale=(0.08, 1.0))
+    cropped = RandomCropAndFlip(config.input_size, scale=(0.08, 1.0))
     if not config.aa and not config.color_jitter:
-        return crop
+        return cropped
     if config.in_chans != 3:
         logger.warning(
             "auto-augment and colour jitter need 3 channels; with --in_chans %d they are off", config.in_chans
         )
-        return crop
+        return cropped
     try:
         _, augment, _ = create_transform(
             config.input_size,
@@ -181,7 +210,7 @@ def train_transform(config: TransformSettings) -> Callable[[torch.Tensor], torch
         ) from error
     for transform in augment.transforms:
         _posterize_to_black(transform)
-    return Compose([crop, OnPillow(augment)])
+    return CropAndAugment(cropped, OnPillow(augment))
 
 
 def eval_transform(config: SizeSettings) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -6,13 +6,13 @@ and meanings.
 
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from util.data.decoding import MAX_PIXELS
 from util.errors import UserError
+from util.run.cores import MOST_WORKERS, choose_workers
 from util.run.flags import (
     AT_LEAST_1,
     BATCHES,
@@ -122,9 +122,10 @@ class ReadingFlags(DecodingFlags):
     TITLE: ClassVar[str] = "reading images"
 
     allow_odd_statistics: bool = flag(False, "go on where --mean and --std do not fit the images", on_resume=FREE)
-    num_workers: int = flag(
-        min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
-        "data-loading processes per rank",
+    num_workers: int | None = flag(
+        None,
+        "data-loading processes per rank; 0: none, the main one reads (default: one per core of the rank, less one for "
+        f"the main process, {MOST_WORKERS} at most)",
         "N",
         NOT_NEGATIVE,
         on_resume=FREE,
@@ -303,7 +304,8 @@ def resolve(given: C, launch: Launch, settings: WeightSettings, others: Mapping[
 
     Args:
         given: of `given_flags`.
-        launch: the processes of the run; `world_size` and `device` become what they are.
+        launch: the processes of the run; `world_size` and `device` become what they are, and its cores say how many
+            processes load data where that was not given.
         settings: what belongs to the weights (`util.weights.settings.weight_settings`), for what was not given.
         others: values for the flags of `OPTIMISATION` that were not given.
 
@@ -319,6 +321,9 @@ def resolve(given: C, launch: Launch, settings: WeightSettings, others: Mapping[
     if getattr(given, "blr", None) is not None:
         values["lr"] = given.lr  # derived from --blr, unless it is given too
     values |= {"world_size": launch.world_size, "device": launch.device.type}
+    if "num_workers" in names and given.num_workers is None:
+        values["num_workers"] = choose_workers(launch.cores)
+        logger.info("not given, so chosen: --num_workers %d: %d core(s) per rank", values["num_workers"], launch.cores)
     values["precision"] = resolve_precision(given.precision, launch.device)
     set_up_arithmetic(values["precision"])
     if "log_dir" in names:

@@ -1,10 +1,12 @@
-"""How many threads a process computes with on a CPU."""
+"""The cores that a process may use: with how many threads it computes on a CPU, and how many processes load data."""
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+
+MOST_WORKERS = 16  # by default; each takes memory, and with its batches shared memory
 
 
 def own_cores() -> frozenset[int]:
@@ -23,27 +25,44 @@ def container_quota() -> float:
         return float("inf")
 
 
-def choose_threads(
+def share_of_cores(
     environ: Mapping[str, str], cores: frozenset[int], node: Sequence[frozenset[int]], quota: float
-) -> tuple[int | None, str]:
-    """How many threads a process should compute with (None: as it does), and why, in words.
+) -> tuple[int, str]:
+    """How many cores a process can keep busy without taking another one's, and why, in words.
 
     Args:
-        environ: what the user or Slurm says goes first.
+        environ: what Slurm says goes first.
         cores: those of this process.
         node: those of every process of the run on this machine, this one included. Each core is shared among the
             processes that may use it.
         quota: how many cores the processes of this machine may keep busy.
     """
-    if environ.get("OMP_NUM_THREADS"):
-        return None, f"OMP_NUM_THREADS={environ['OMP_NUM_THREADS']}"
     per_task = environ.get("SLURM_CPUS_PER_TASK", "")
     if per_task.isdecimal():
         return max(1, min(int(per_task), len(cores))), f"SLURM_CPUS_PER_TASK={per_task}"
     share = sum(1 / sum(core in others for others in node) for core in cores)
-    threads = max(1, int(min(share, quota / len(node)) + 1e-9))
     available = min(len(frozenset().union(*node)), quota)
-    return threads, f"{available:g} cores for {len(node)} process{'es' if len(node) > 1 else ''}"
+    share = max(1, int(min(share, quota / len(node)) + 1e-9))
+    return share, f"{available:g} cores for {len(node)} process{'es' if len(node) > 1 else ''}"
+
+
+def choose_threads(
+    environ: Mapping[str, str], cores: frozenset[int], node: Sequence[frozenset[int]], quota: float
+) -> tuple[int | None, str]:
+    """How many threads a process should compute with (None: as it does), and why: what the user says goes first."""
+    if environ.get("OMP_NUM_THREADS"):
+        return None, f"OMP_NUM_THREADS={environ['OMP_NUM_THREADS']}"
+    return share_of_cores(environ, cores, node, quota)
+
+
+def choose_workers(cores: int) -> int:
+    """How many data-loading processes suit a process that can keep `cores` busy: of more than two, it keeps one."""
+    return min(MOST_WORKERS, cores - 1 if cores > 2 else cores)
+
+
+def own_share(node: Sequence[frozenset[int]]) -> int:
+    """How many cores this process can keep busy, see `share_of_cores`."""
+    return share_of_cores(os.environ, own_cores(), node, container_quota())[0]
 
 
 def fit_threads(node: Sequence[frozenset[int]]) -> str:

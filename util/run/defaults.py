@@ -13,7 +13,8 @@ for them. In pretraining:
     --lr              2e-3 for mixmae_quickstart; for others the recipe's 1.2e-3 at 2,048 images a step, less by the
                       square root for fewer images
 
-In fine-tuning --in_chans and --batch_size likewise, and --warmup_epochs 5, at most a tenth of the run.
+In fine-tuning --in_chans and --batch_size likewise, and --warmup_epochs 5, at most a tenth of the run. In every run
+anew, also of an experiment, --num_workers: see util.run.config.resolve.
 """
 
 import logging

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util.run.cores import fit_threads, own_cores
+from util.run.cores import fit_threads, own_cores, own_share
 from util.run.launch import Launch, LaunchError, choose_device, detect_launch
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def init_distributed(flags: argparse.Namespace) -> Launch:
         logger.info("started as a single process (launcher: %s) on %s", launch.launcher, launch.device)
         if launch.device.type == "cpu":
             logger.info("computing in %s", fit_threads([own_cores()]))
-        return launch
+        return replace(launch, cores=own_share([own_cores()]))
     if not launch.master_addr or (launch.launcher == "torchrun" and flags.dist_url == "env://"):
         url = flags.dist_url  # of env://, torch knows that torchrun's agent may hold the store instead of rank 0
     else:
@@ -77,9 +77,10 @@ def init_distributed(flags: argparse.Namespace) -> Launch:
         "started by %s: %d processes (%s), meeting at %s, %s on %s",
         launch.launcher, launch.world_size, describe_placement(nodes), url, dist.get_backend(), launch.device.type,
     )  # fmt: skip
+    on_node = [theirs for node, theirs in zip(nodes, cores) if node == own_node]
     if launch.device.type == "cpu":
-        logger.info("computing in %s", fit_threads([theirs for node, theirs in zip(nodes, cores) if node == own_node]))
-    return launch
+        logger.info("computing in %s", fit_threads(on_node))
+    return replace(launch, cores=own_share(on_node))
 
 
 def describe_placement(nodes: Sequence[str]) -> str:

@@ -126,10 +126,10 @@ def explain_worker_failures() -> Iterator[None]:
             f"a data-loading process {what}. "
             + (
                 f"Batches travel through /dev/shm, which has {shared:.1f} GiB here: enlarge it (docker run "
-                "--shm-size=8g), or use a smaller --num_workers or --batch_size"
+                "--shm-size=16g), or use a smaller --num_workers or --batch_size"
                 if no_room
                 else "Out of memory, most likely: use a smaller --num_workers (0 reads in the training process), give "
-                "the job more memory (sbatch --mem), or enlarge /dev/shm in a container (docker run --shm-size=8g)"
+                "the job more memory (sbatch --mem), or enlarge /dev/shm in a container (docker run --shm-size=16g)"
             )
             + ". Continue from the last checkpoint with --resume auto"
         ) from error

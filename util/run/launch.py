@@ -34,7 +34,8 @@ class Launch:
 
     `launcher` is 'torchrun', 'srun', 'mpi' or 'none'. `local_world_size` counts the processes on this node; it is None
     where RANK, WORLD_SIZE and LOCAL_RANK were set without it. Rank 0 is reached at `master_addr:master_port`, or
-    `master_addr` is '' and a file takes its place.
+    `master_addr` is '' and a file takes its place. `cores` is how many this process can keep busy without taking
+    another rank's (see `util.run.cores.share_of_cores`).
     """
 
     rank: int
@@ -45,6 +46,7 @@ class Launch:
     master_addr: str
     master_port: int
     device: torch.device
+    cores: int = 1
 
 
 def detect_launch(

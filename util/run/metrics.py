@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 SPIKE_HISTORY = 100  # steps that say what losses are usual
 SPIKE_SIGMAS = 6.0
+MOST_DATA_WAIT = 0.2  # share of the time; above, training waits for images
+FEW_STEPS = 10  # whose share of waiting is chance
 SECONDS_BETWEEN_LINES = 10.0  # at most, however slow the steps are
 
 
@@ -55,13 +57,17 @@ class StepMeter:
         peak = peak_operations(device) * distributed.get_world_size()
         self.utilisation_per_speed = operations / peak if peak else 0.0
         self.waited = 0.0
+        self.first_wait: float | None = None  # of the epoch, which the workers' start makes long
+        self.data_wait_said = False
         self.window_start = self.last_line = time.perf_counter()
 
     def next_batch(self, batches: Iterator) -> Any:
         """The next one of `batches`; the time spent waiting for it is noted."""
         start = time.perf_counter()
         batch = next(batches)
-        self.waited += time.perf_counter() - start
+        waited = time.perf_counter() - start
+        self.waited += waited
+        self.first_wait = waited if self.first_wait is None else self.first_wait
         return batch
 
     def add(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor) -> None:
@@ -87,6 +93,7 @@ class StepMeter:
         ]
         scalars = self._scalars(losses, norms)
         self.warn_of_spikes(records)
+        self._warn_of_data_wait()
         self.pending, self.waited, self.window_start = [], 0.0, time.perf_counter()
         return records, scalars
 
@@ -104,6 +111,14 @@ class StepMeter:
             "memory_mb": peak_memory_mb(self.device),
             "seconds_per_step": seconds / steps,
         }
+
+    def _warn_of_data_wait(self) -> None:
+        """Say once an epoch that training waits for images, and what helps."""
+        first, self.first_wait = self.first_wait or 0.0, 0.0
+        share = (self.waited - first) / max(1e-9, time.perf_counter() - self.window_start - first)
+        if share > MOST_DATA_WAIT and len(self.pending) >= FEW_STEPS and not self.data_wait_said:
+            self.data_wait_said = True
+            logger.warning("%s", data_wait_advice(share))
 
     def line_meanwhile(self, step_in_epoch: int) -> str:
         """A console line of this rank's own numbers where none has been due for long; else ''."""
@@ -153,6 +168,14 @@ def peak_operations(device: torch.device) -> float:
 def training_operations(multiply_adds: float) -> float:
     """Of one image: two for each multiply-add of the forward pass, and twice as many for the backward pass."""
     return 2 * 3 * multiply_adds
+
+
+def data_wait_advice(share: float) -> str:
+    """What to do where `share` of the time of training is spent waiting for images."""
+    return (
+        f"data wait {share:.0%}: training waits for images. More --num_workers (and cores for them), faster storage or "
+        "smaller files help; python -m util.check_data tells how many images/s a data-loading process reads"
+    )
 
 
 def peak_memory_mb(device: torch.device) -> float:
