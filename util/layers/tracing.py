@@ -2,9 +2,6 @@
 
 import torch
 
-# PyTorch 2.6 cannot tell exporting from compiling.
-is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-
 
 def runs_eagerly() -> bool:
     """False while torch.compile, torch.export, torch.jit.trace, an ONNX exporter or torch.func records the operations.
@@ -17,7 +14,9 @@ def runs_eagerly() -> bool:
 
 def is_compiled_here() -> bool:
     """True while torch.compile takes the operations for this machine: not for an export, nor those of torch.func."""
-    return torch.compiler.is_dynamo_compiling() and not (is_exporting() or is_transformed())
+    # Not `is_exporting()`, which PyTorch 2.11 takes for true whenever it compiles.
+    exporting = getattr(torch.compiler, "_is_exporting_flag", False)
+    return torch.compiler.is_dynamo_compiling() and not (exporting or is_transformed())
 
 
 def is_transformed() -> bool:
