@@ -159,7 +159,8 @@ def save_picture(run: Run) -> None:
     number = min(PICTURE_IMAGES, len(dataset)) // 2 * 2
     imgs = torch.stack([dataset[(0, index)][0] for index in range(0, len(dataset), len(dataset) // number)][:number])
     mask = model.random_masking(config.mask_ratio, keyed_generator(config.seed, "picture"))
-    with autocast(config.precision, run.device):
+    # A few images at a time are not worth compiling for.
+    with torch.compiler.set_stance("force_eager"), autocast(config.precision, run.device):
         picture = reconstruction_figure(model, run.normalize(imgs.to(run.device)), mask, config.mean, config.std)
     name = f"epoch{run.state.progress.epoch + 1:04d}.png"
     run.log.picture("reconstructions", picture, name, run.epoch_1000x)

@@ -2,6 +2,7 @@
 
     python tests/benchmark.py step        a pretraining step, against the textbook MixMAE (tests/textbook.py)
     python tests/benchmark.py finetune    a fine-tuning step, against the textbook
+    python tests/benchmark.py gpu         a pretraining step in bfloat16 on a GPU, against the textbook, compiled too
     python tests/benchmark.py memory      activations stored for the backward pass, and peak resident memory
     python tests/benchmark.py data        images per second on one core, against the usual Pillow pipelines
     python tests/benchmark.py index       time to find 300,000 files, and memory that data-loader workers add (Linux)
@@ -10,7 +11,7 @@
 The textbook computes every pair of tokens in a window and masks afterwards, partitions and reverses windows in every
 block, predicts all cells in both branches, and trains with PyTorch's default AdamW. Both versions take turns in one
 process, so that other load on the machine affects both alike; the ratio is the median over the turns. On a busy
-machine, `--threads 1 --cpu_time` counts the time that the process itself used. Everything runs in float32 on the CPU.
+machine, `--threads 1 --cpu_time` counts the time that the process itself used. All but `gpu` runs in float32 on a CPU.
 """
 
 import argparse
@@ -48,12 +49,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from photos import PHOTOS, data_args, encode_jpeg, large_photo
 from textbook import Config, TextbookEncoder, TextbookMixMAE
 
-import models_mixmae  # noqa: F401  registers the models
+from models_mixmae import MixMAE
 from util.data import jpeg
 from util.data.datasets import build_dataset, collate
 from util.data.image_index import ImageIndex, StringTable, load_index
 from util.data.transforms import Normalize, pretrain_transform, train_transform
 from util.run.allocator import keep_freed_memory
+from util.run.metrics import count_work, peak_memory_mb, peak_operations, training_operations
+from util.run.optim import autocast, set_up_arithmetic
 from util.seeding import seed_all
 
 MASK_RATIO = 0.5
@@ -223,6 +226,59 @@ def benchmark_step(args: argparse.Namespace, finetune: bool = False) -> None:
     if "kept" in medians:
         print(f"ours with freed memory kept / textbook without: {medians['kept'][0] / medians['returned'][1]:.3f}")
     print(f"{flops / 1e9:.0f} GFLOP of matrix products; sgemm peak {peak / 1e9:.0f} GFLOP/s")
+
+
+def benchmark_gpu(args: argparse.Namespace) -> None:
+    """Images/s, share of the GPU's peak and peak memory of a step in bfloat16; the four versions take turns."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # a CPU shows that it runs
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    set_up_arithmetic("bf16")
+    versions, rows = {}, [["version", "step", "against the textbook's", "images/s", "MFU", "peak memory"]]
+    for compiled in (False, True):
+        ours, theirs = (model.to(device) for model in build_pair(args, finetune=False))
+        if compiled:
+            ours.compile_parts()
+            theirs = torch.compile(theirs)
+        imgs = torch.randn(args.batch_size, ours.in_chans, *ours.img_size, device=device)
+        for name, model, fused in (("textbook", theirs, None), ("ours", ours, True)):
+            masks = torch.Generator().manual_seed(1)
+
+            def loss(model: nn.Module = model, ours: MixMAE = ours, name: str = name, masks=masks, imgs=imgs) -> Tensor:
+                mask = ours.random_masking(MASK_RATIO, masks)
+                with autocast("bf16", device):
+                    return model(imgs, mask=mask.to(device) if name == "textbook" else mask)[0]
+
+            versions[f"{name}, compiled" if compiled else name] = make_step(model, loss, fused)
+    peaks = {}
+
+    def turn(name: str) -> None:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(args.steps):
+            versions[name]()
+        synchronize()
+        peaks[name] = peak_memory_mb(device)
+
+    times = alternate([partial(turn, name) for name in versions], args.repeats, time.perf_counter)
+    times = dict(zip(versions, ([seconds / args.steps for seconds in turns] for turns in times)))
+    with torch.device("meta"):
+        operations = training_operations(count_work(timm.create_model(args.model), 2)[1])
+    peak = peak_operations(device)
+    for name, seconds in times.items():
+        speed = args.batch_size / statistics.median(seconds)
+        rows.append(
+            [
+                name,
+                seconds_of(seconds),
+                ratio_of(seconds, times[name.replace("ours", "textbook")]),
+                f"{speed:.0f}",
+                f"{speed * operations / peak:.1%}" if peak else "",
+                f"{peaks[name] / 1024:.1f} GiB",
+            ]
+        )
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{args.model}, {args.batch_size} images, {card}, PyTorch {torch.__version__}")
+    print_table(rows)
 
 
 def compare(ours: nn.Module, theirs: nn.Module, our_loss: Tensor, their_loss: Tensor) -> tuple[float, float]:
@@ -491,6 +547,7 @@ def benchmark_scaling(args: argparse.Namespace) -> None:
 COMMANDS = {
     "step": benchmark_step,
     "finetune": partial(benchmark_step, finetune=True),
+    "gpu": benchmark_gpu,
     "memory": benchmark_memory,
     "data": benchmark_data,
     "index": benchmark_index,
@@ -509,6 +566,7 @@ def main() -> None:
     parser.add_argument("--model", help="default: swin_base_w14 for finetune, else mixmae_base")
     parser.add_argument("--batch_size", type=int, default=8, help="images per step; of data: photographs (default 8)")
     parser.add_argument("--repeats", type=int, default=10, help="measured turns (default 10)")
+    parser.add_argument("--steps", type=int, default=10, help="of gpu: steps of a turn (default 10)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of PyTorch (default: all cores)")
     parser.add_argument("--cpu_time", action="store_true", help="count processor time instead of wall time")
     parser.add_argument("--files", type=int, default=300_000, help="files that index finds (default 300000)")
