@@ -20,7 +20,7 @@ from util.errors import UserError
 from util.layers.compilation import OPTIONS, allow_specialisations, compile_part
 from util.layers.conversion import adapt_state_dict, checkpoint_filter_fn, update_model_input_size
 from util.layers.patch_embed import PaddedPatchEmbed
-from util.layers.pos_embed import PositionOfTokens, get_2d_sincos_pos_embed, resize_pos_embed
+from util.layers.pos_embed import get_2d_sincos_pos_embed, position_of, resize_pos_embed
 from util.layers.stage import Block, PatchMerging, Stage
 from util.layers.windows import NUM_STAGES, WindowLayout, fit_window, grid_of, stage_grids, to_2tuple, to_side, upsample
 
@@ -93,7 +93,6 @@ class SwinTransformer(nn.Module):
         with torch.device(device or torch.get_default_device()):
             self.patch_embed = PaddedPatchEmbed(self.img_size, patch_size, in_chans, embed_dim, strict_img_size)
             self.absolute_pos_embed = nn.Parameter(get_2d_sincos_pos_embed(embed_dim, grids[0]), requires_grad=False)
-            self.position = PositionOfTokens()
             self.pos_drop = nn.Dropout(drop_rate)
             self.layers = nn.ModuleList()
             self.feature_info = []
@@ -248,7 +247,7 @@ class SwinTransformer(nn.Module):
     def embed(self, imgs: Tensor) -> Tensor:
         """Images (B, C, H, W) -> tokens of the first stage (B, rows, columns, embed_dim), with their positions."""
         x = self.patch_embed(imgs)
-        return self.pos_drop(x + self.position(x, self.absolute_pos_embed, self.layers[0].grid))
+        return self.pos_drop(x + position_of(x, self.absolute_pos_embed, self.layers[0].grid))
 
     def forward_stages(self, x: Tensor, group: Tensor | None = None, stages: int = NUM_STAGES) -> list[Tensor]:
         """Embedded tokens -> the outputs of the first `stages` stages, all (B, rows, columns, channels)."""
