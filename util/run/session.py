@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -334,6 +335,8 @@ def open_run(
     )  # fmt: skip
     model = distributed.wrap_model(state.model, device)
     normalize = normalize.to(device)
+    gc.collect()
+    gc.freeze()  # what there is by now lasts as long as the run: the collector need not look at it in the midst of steps
     return Run(
         config, device, model, state, loader, normalize, start.folder, log, guard, preemption, operations
     )  # fmt: skip
