@@ -336,7 +336,7 @@ def open_run(
     model = distributed.wrap_model(state.model, device)
     normalize = normalize.to(device)
     gc.collect()
-    gc.freeze()  # what there is by now lasts as long as the run: the collector need not look at it in the midst of steps
+    gc.freeze()  # what there is by now lasts as long as the run: the collector need not go through it in a step
     return Run(
         config, device, model, state, loader, normalize, start.folder, log, guard, preemption, operations
     )  # fmt: skip
