@@ -53,6 +53,13 @@ def test_added_removed_and_renamed_images_are_told(stopped, tmp_path, capfd):
     """160 -> 143 images went unnoticed. Here the checkpoint stands at step 4 of 5, and only 3 steps are left of it."""
     data, out = stopped
     renamed, other = tmp_path / "renamed", tmp_path / "other"
+    replaced, third = tmp_path / "replaced", tmp_path / "third"
+    shutil.copytree(out, third)
+    shutil.copytree(data, replaced)
+    make_images(replaced, 1, (16, 32))
+    said = resume(replaced, third, capfd)
+    assert "checkpoint: the same names, but other files: in a sample of them, sizes differ; the run goes on" in said
+
     shutil.copytree(out, other)
     shutil.copytree(data, renamed)
     (renamed / "0000.png").rename(renamed / "zzzz.png")

@@ -80,7 +80,9 @@ class ImageDataset(Dataset):
         """What tells this data set from what it was before a change; plain values, for a checkpoint."""
         targets = self.targets
         labels = "" if targets is None else hashlib.blake2b(targets.astype("<i4").tobytes(), digest_size=16).hexdigest()
-        return {"images": len(self), "names": self.source.fingerprint, "labels": labels}
+        return {
+            "images": len(self), "names": self.source.fingerprint, "labels": labels, "sizes": self.source.sizes
+        }  # fmt: skip
 
     def number_labels_as(self, classes: Sequence[str], owner: str, exactly: bool = False) -> None:
         """Let labels count in `classes`, the names of which belong to `owner` (for messages), whatever their order.

@@ -13,6 +13,8 @@ With `--val_share`, a folder or list without validation images is divided into t
 """
 
 import bisect
+import functools
+import hashlib
 import itertools
 import logging
 import os
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER_DATASETS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
 ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
+SIZED_FILES = 200  # whose sizes are looked at when a run starts; on a network each takes a millisecond
 MAX_CLASSES = 100_000  # a larger number behind a file name in a list is no label
 
 
@@ -47,6 +50,7 @@ class Source(Protocol):
     streamed: images cannot be read by number.
     targets: labels (number of images,) where they are known without reading the images, else None.
     fingerprint: changes when images are added, removed or renamed, as far as that is seen at once; else ''.
+    sizes: changes when files of a sample have other sizes; '' where there are no files.
     """
 
     classes: list[str] | None
@@ -54,6 +58,7 @@ class Source(Protocol):
     streamed: bool
     targets: np.ndarray | None
     fingerprint: str
+    sizes: str
 
     def __len__(self) -> int: ...
 
@@ -79,6 +84,13 @@ class FileSource:
     def fingerprint(self) -> str:
         return self.index.fingerprint()
 
+    @functools.cached_property
+    def sizes(self) -> str:
+        sample = np.unique(np.linspace(0, len(self) - 1, min(len(self), SIZED_FILES), dtype=int))
+        # A file that is gone is found out when it is read.
+        sizes = [os.stat(path).st_size if os.path.exists(path := self.path(i)) else -1 for i in sample]
+        return hashlib.blake2b(np.array(sizes, "<i8").tobytes(), digest_size=16).hexdigest()
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -98,7 +110,7 @@ class FileSource:
 class JoinedSource:
     """Several sources, one after another, without labels: a `Source`."""
 
-    classes, numbered, targets, fingerprint, streamed = None, False, None, "", False
+    classes, numbered, targets, fingerprint, sizes, streamed = None, False, None, "", "", False
 
     def __init__(self, sources: Sequence[Source], in_chans: int):
         self.sources, self.in_chans = sources, in_chans

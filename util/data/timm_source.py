@@ -38,7 +38,7 @@ class ReaderSource:
     before class10.
     """
 
-    targets, fingerprint = None, ""
+    targets, fingerprint, sizes = None, "", ""
     numbered = streamed = False
 
     def __init__(self, reader, in_chans: int, ignore_exif: bool, max_pixels: int, sort_classes: bool):
@@ -87,7 +87,7 @@ class ReaderSource:
 class PillowSource:
     """A torchvision data set, whose items are (Pillow image, target)."""
 
-    targets, fingerprint = None, ""
+    targets, fingerprint, sizes = None, "", ""
     numbered = streamed = False
 
     def __init__(self, dataset, name: str, in_chans: int, ignore_exif: bool, max_pixels: int):

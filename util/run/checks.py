@@ -40,18 +40,23 @@ def check_data(checkpoint: dict[str, Any], data: dict[str, dict]) -> None:
     recorded = checkpoint.get("data")
     for split, now in data.items():
         before = recorded.get(split) if isinstance(recorded, dict) else None
-        if not isinstance(before, dict) or before == now:
+        if not isinstance(before, dict):
             continue
-        if before.get("images") != now["images"]:
-            change = f"{before.get('images')} -> {now['images']} images"
-        elif before.get("names") != now["names"]:
+        before = now | before  # an older version recorded less
+        if before == now:
+            continue
+        if before["images"] != now["images"]:
+            change = f"{before['images']} -> {now['images']} images"
+        elif before["names"] != now["names"]:
             change = f"{now['images']} images as before, but under other names"
-        else:
+        elif before["labels"] != now["labels"]:
             change = "the same images, but with other labels"
+        else:
+            change = "the same names, but other files: in a sample of them, sizes differ"
         if split == "train":
             meaning = (
-                "the run goes on, but not as an uninterrupted one: from here its epochs have other images in another "
-                "order, and as many steps as there are images for"
+                "the run goes on, but not as an uninterrupted one: from here its steps are made of these images, and "
+                "an epoch has as many steps as there are images for"
             )
         else:
             meaning = (
