@@ -229,7 +229,8 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
 
     normalize = Normalize(config.mean, config.std)
     divides = config.val_share > 0 and start.checkpoint is None and launch.rank == 0
-    operations = training_operations(multiply_adds)
+    # With a frozen encoder there is no backward pass to speak of.
+    operations = 2 * multiply_adds if config.freeze_encoder else training_operations(multiply_adds)
     run = open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights, operations)
     if divides:
         write_division(config, validation.dataset)

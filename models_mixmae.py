@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from models_swin import SHAPES, SwinTransformer, default_cfg, init_linear_and_norm
 from util.errors import UserError
-from util.layers.compilation import compile_part
 from util.layers.conversion import checkpoint_filter_fn
 from util.layers.pos_embed import get_2d_sincos_pos_embed, resize_pos_embed
 from util.layers.stage import Block, run_block
@@ -117,15 +116,8 @@ class MixMAE(SwinTransformer):
         mask = self.random_masking(mask_ratio) if mask is None else self.check_mask(mask)
         latent = self.forward_encoder(imgs, mask)
         pred = self.forward_decoder(latent, mask)
-        loss = self.forward_loss(imgs, pred)
+        loss = self.run_part(MixMAE.forward_loss, imgs, pred)
         return loss, pred, mask
-
-    def compile_parts(self) -> None:
-        """As the encoder's, with the decoder and the loss."""
-        super().compile_parts()
-        self.embed_mixture = compile_part(self.embed_mixture)
-        self.decode = compile_part(self.decode)
-        self.forward_loss = compile_part(self.forward_loss)
 
     # -- Mask ----------------------------------------------------------------------------------------------------
 
@@ -182,7 +174,7 @@ class MixMAE(SwinTransformer):
         if imgs.shape[2:] != self.img_size:
             raise UserError(f"pretraining takes images of {self.img_size[0]}x{self.img_size[1]}: call set_input_size")
         partner = to_selector(upsample(mask.view(self.grid_size), 2 ** (NUM_STAGES - 1)), imgs.device)
-        x = self.embed_mixture(imgs, partner)
+        x = self.run_part(MixMAE.embed_mixture, imgs, partner)
         return self.norm(self.forward_stages(x, group=mask)[-1]).flatten(1, 2)
 
     def embed_mixture(self, imgs: Tensor, partner: Tensor) -> Tensor:
@@ -201,7 +193,7 @@ class MixMAE(SwinTransformer):
         The mixture is unmixed into two rows per input, each image's visible tokens with mask tokens elsewhere
         (dual reconstruction, section 3.3). Only hidden cells are ever predicted.
         """
-        return self.decode(latent, to_selector(mask, latent.device))
+        return self.run_part(MixMAE.decode, latent, to_selector(mask, latent.device))
 
     def decode(self, latent: Tensor, partner: Tensor) -> Tensor:
         """`forward_decoder` on the device alone: `partner` (L, 1) is where the mask is 1."""

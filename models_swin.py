@@ -5,7 +5,7 @@ added to the tokens, and attention can be restricted to groups of tokens, which 
 images needs from an encoder (`models_mixmae.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from util.errors import UserError
-from util.layers.compilation import OPTIONS, allow_specialisations, compile_part
+from util.layers.compilation import OPTIONS, compiled, prepare_compiling
 from util.layers.conversion import adapt_state_dict, checkpoint_filter_fn, update_model_input_size
 from util.layers.patch_embed import PaddedPatchEmbed
 from util.layers.pos_embed import get_2d_sincos_pos_embed, position_of, resize_pos_embed
@@ -87,6 +87,7 @@ class SwinTransformer(nn.Module):
         self.output_fmt = "NHWC"
         self.one_layout_shape = False  # whether shapes of layouts are independent of the groups
         self.group_sizes_vary = True
+        self.is_compiled = False
 
         grids = stage_grids(self.img_size, patch_size)
         drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
@@ -217,8 +218,8 @@ class SwinTransformer(nn.Module):
         Shapes then never depend on the mask (see `layouts`).
         """
         self.one_layout_shape = True
-        allow_specialisations()
-        self.embed = compile_part(self.embed)
+        prepare_compiling()
+        self.is_compiled = True
         for stage in self.layers:
             for module in (stage, stage.downsample):
                 if module is not None:
@@ -244,6 +245,10 @@ class SwinTransformer(nn.Module):
         shapes = dict(one_shape=self.one_layout_shape, sizes_vary=self.group_sizes_vary)
         return [stage.layout(*of, **shapes) for stage, of in zip(self.layers, zip(grids, groups))]
 
+    def run_part(self, part: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        """A method of the class, compiled if the model is."""
+        return (compiled(part) if self.is_compiled else part)(self, *args)
+
     def embed(self, imgs: Tensor) -> Tensor:
         """Images (B, C, H, W) -> tokens of the first stage (B, rows, columns, embed_dim), with their positions."""
         x = self.patch_embed(imgs)
@@ -266,7 +271,7 @@ class SwinTransformer(nn.Module):
             imgs: normalised images.
             group: optional group ids of the cells; a token then attends to tokens of its own group only.
         """
-        return self.norm(self.forward_stages(self.embed(imgs), group)[-1])
+        return self.norm(self.forward_stages(self.run_part(SwinTransformer.embed, imgs), group)[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, rows, columns, num_features) -> class logits, or the pooled features with `pre_logits`.
@@ -307,7 +312,8 @@ class SwinTransformer(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         wanted = stage_indices(indices, len(self.layers))
-        outputs = self.forward_stages(self.embed(imgs), stages=wanted[-1] + 1 if stop_early else NUM_STAGES)
+        x = self.run_part(SwinTransformer.embed, imgs)
+        outputs = self.forward_stages(x, stages=wanted[-1] + 1 if stop_early else NUM_STAGES)
         is_whole = len(outputs) == len(self.layers)
         features = self.norm(outputs[-1]) if is_whole else outputs[-1]
         if norm and is_whole:

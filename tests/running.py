@@ -1,12 +1,18 @@
 """Calling the mains from tests, and the small data they train on."""
 
+import functools
 import json
 import logging
+import os
 import re
+import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 QUICK = ["--device", "cpu", "--num_workers", "0", "--warmup_epochs", "1", "--print_freq", "1", "--vis_every", "0"]
@@ -41,6 +47,29 @@ def fails(module, capfd, message: str, *flags: str) -> None:
     assert stopped.value.code == 2
     assert re.search(message, said), said
     assert "Traceback" not in said
+
+
+def in_a_fork(test: Callable[..., None]) -> Callable[..., None]:
+    """A test in a process of its own: of threads that PyTorch starts in this one, later tests could not fork."""
+
+    @functools.wraps(test)
+    def wrapper(*args, **kwargs) -> None:
+        process = os.fork()
+        if not process:
+            code = 1
+            try:
+                torch.set_num_threads(1)
+                test(*args, **kwargs)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+    return wrapper
 
 
 def read_lines(path: Path) -> list[dict]:

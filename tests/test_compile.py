@@ -1,13 +1,18 @@
 """`--compile`: the same losses, and nothing is compiled again after the first steps."""
 
+import copy
 import os
 import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
+from running import in_a_fork
+from torch.nn.parallel import DistributedDataParallel
 
 from models_mixmae import MixMAE
 from models_swin import SwinTransformer
+from util.layers import compilation
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile on a CPU needs a C++ compiler"
@@ -83,3 +88,59 @@ def test_fine_tuning_with_stochastic_depth():
         losses.append(loss.item())
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.requires_grad)
     assert len(set(losses)) == 3
+
+
+# --- Without generated code, in seconds: what is compiled, and for which model
+
+
+@pytest.fixture
+def graphs_alone(monkeypatch):
+    monkeypatch.setitem(compilation.OPTIONS, "backend", "aot_eager")
+    compilation.compiled.cache_clear()
+    yield
+    compilation.compiled.cache_clear()
+
+
+@in_a_fork
+def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(graphs_alone):
+    model = SwinTransformer(num_classes=10, **SMALL)
+    model.compile_parts()
+    imgs = torch.randn(2, 3, 64, 64)
+    model(imgs)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert not twin(imgs).any() and model(imgs).any()
+
+
+@pytest.mark.slow
+@in_a_fork
+def test_training_evaluation_and_a_smaller_last_batch_compile_once_each(graphs_alone):
+    model = SwinTransformer(num_classes=10, drop_path_rate=0.2, **SMALL)
+    plain = copy.deepcopy(model)
+    model.compile_parts()
+    imgs = torch.randn(4, 3, 64, 64)
+    for epoch in range(2):
+        with torch.compiler.set_stance("fail_on_recompile" if epoch else "default"):
+            model.train()(imgs).sum().backward()
+            for batch in (imgs, imgs[:3]):
+                with torch.inference_mode():
+                    torch.testing.assert_close(model.eval()(batch), plain.eval()(batch), rtol=1e-4, atol=1e-5)
+
+
+@in_a_fork
+def test_a_compiled_model_in_distributed_data_parallel(graphs_alone, tmp_path):
+    plain = MixMAE(**SMALL, **DECODER)
+    model = copy.deepcopy(plain)
+    model.compile_parts()
+    imgs, mask = torch.randn(4, 3, 64, 64), plain.random_masking(0.5)
+    plain(imgs, mask=mask)[0].backward()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        DistributedDataParallel(model)(imgs, mask=mask)[0].backward()
+    finally:
+        dist.destroy_process_group()
+    for ours, theirs in zip(model.parameters(), plain.parameters()):
+        if theirs.requires_grad:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)

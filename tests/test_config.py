@@ -179,7 +179,7 @@ def written_to(tree: ast.AST) -> list[str]:
         targets = node.targets if isinstance(node, (ast.Assign, ast.Delete)) else [getattr(node, "target", None)]
         for target in targets:
             if isinstance(target, ast.Attribute) and re.search(
-                r"(^|(?<!_dynamo)\.)(config|flags|args)$", ast.unparse(target.value)
+                r"(^|(?<!_dynamo)(?<!_inductor)\.)(config|flags|args)$", ast.unparse(target.value)
             ):
                 found.append(ast.unparse(node))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "object.__setattr__"):

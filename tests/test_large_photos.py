@@ -59,7 +59,7 @@ def test_other_images_are_the_same_to_the_bit(path, orientation):
     assert isinstance(image, EncodedJpeg) and image.shape == tuple(expected.shape)
     assert torch.equal(decode(data, 3), expected)
     args = data_args("", input_size=(224, 224))
-    for transform in (pretrain_transform(args), train_transform(args), eval_transform(args)):
+    for transform in (pretrain_transform(args), train_transform(args)):
         for seed in range(3):
             results = []
             for img in (open_image(data, 3), expected):
@@ -71,13 +71,12 @@ def test_other_images_are_the_same_to_the_bit(path, orientation):
 
 def test_reduction_is_for_large_images_alone():
     small, large = min(REDUCTIONS.values()) - 1, max(REDUCTIONS.values())
-    assert reduction(small, (0, 0, 999, 1000), (8, 8), 1.0) == 1
-    assert reduction(large, (0, 0, 1600, 1600), (200, 200), 1.0) == 8
-    assert reduction(large, (0, 0, 1600, 1599), (200, 200), 1.0) == 4
-    assert reduction(large, (0, 0, 1600, 1600), (200, 200), 2.0) == 4
-    assert reduction(large - 1, (0, 0, 500, 500), (200, 200), 1.0) == 1  # by 2 pays for even larger ones only
-    assert reduction(large, (0, 0, 500, 500), (200, 200), 1.0) == 2
-    assert reduction(large, (0, 0, 300, 300), (200, 200), 1.0) == 1
+    assert reduction(small, (0, 0, 999, 1000), (8, 8)) == 1
+    assert reduction(large, (0, 0, 1600, 1600), (200, 200)) == 8
+    assert reduction(large, (0, 0, 1600, 1599), (200, 200)) == 4
+    assert reduction(large - 1, (0, 0, 500, 500), (200, 200)) == 1  # by 2 pays for even larger ones only
+    assert reduction(large, (0, 0, 500, 500), (200, 200)) == 2
+    assert reduction(large, (0, 0, 300, 300), (200, 200)) == 1
 
 
 def test_no_side_falls_below_the_target():
@@ -85,32 +84,37 @@ def test_no_side_falls_below_the_target():
     factors = set()
     for _ in range(3000):
         height, width = (random.randint(1, 6000) for _ in range(2))
-        size, margin = (random.randint(1, 400), random.randint(1, 400)), random.choice((1.0, 2.0))
+        size = random.randint(1, 400), random.randint(1, 400)
         box = random_crop(height, width, (0.08, 1.0))
-        factor = reduction(height * width, box, size, margin)
+        factor = reduction(height * width, box, size)
         factors.add(factor)
-        assert factor == 1 or all(side / factor >= margin * target for side, target in zip(box[2:], size))
+        assert factor == 1 or all(side / factor >= target for side, target in zip(box[2:], size))
     assert factors == {1, *REDUCTIONS}
 
 
 # --- With reduction
 
 
-@pytest.mark.parametrize("enlarged, training, evaluation", [(1.0, 2.0, 0.8), (2.0, 1.4, 0.6)])
-def test_the_pixels_are_nearly_those_of_the_whole_image(enlarged, training, evaluation):
+@pytest.mark.parametrize("enlarged, most", [(1.0, 2.0), (2.0, 1.4)])
+def test_the_pixels_are_nearly_those_of_the_whole_image(enlarged, most):
     """Mean absolute differences in 1/255, over ten crops of a mosaic of photographs: see `EncodedJpeg.crop`."""
     data = encoded(2400, 1800, enlarged)
     whole, differences, factors = decode(data, 3), [], set()
     random.seed(0)
     for _ in range(10):
         box = random_crop(*whole.shape[1:], (0.2, 1.0))
-        factors.add(reduction(2400 * 1800, box, (160, 160), 1.0))
+        factors.add(reduction(2400 * 1800, box, (160, 160)))
         differences.append(difference(crop(open_image(data, 3), box, (160, 160)), crop(whole, box, (160, 160))).mean())
     assert factors == {4, 8}
-    assert 0.1 < sum(differences) / 10 < training
-    transform = eval_transform(data_args("", input_size=(192, 192)))
-    image = open_image(data, 3)
-    assert 0.05 < difference(transform(image), transform(whole)).mean() < evaluation and "pixels" not in vars(image)
+    assert 0.1 < sum(differences) / 10 < most
+
+
+def test_evaluation_sees_the_whole_image(tmp_path):
+    data = encoded()
+    (tmp_path / "a.jpg").write_bytes(data)
+    args = data_args(tmp_path, input_size=(64, 64))
+    transform = eval_transform(args)
+    assert torch.equal(build_dataset(args, "train", transform)[(0, 0)][0], transform(decode(data, 3)))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -187,6 +191,14 @@ def test_the_orientation_is_that_of_pillow_whatever_precedes_it():
     with Image.open(io.BytesIO(data)) as image:
         assert ImageOps.exif_transpose(image).size == (1000, 1500)
     assert open_image(data, 3, ignore_exif=True).shape == (3, 1000, 1500)
+    second = Image.Exif()
+    second[ORIENTATION] = 1
+    content = second.tobytes()
+    end = data.index(b"\xff\xdb")  # where the metadata of the first picture end
+    data = data[:end] + b"\xff\xe1" + (len(content) + 2).to_bytes(2, "big") + content + data[end:]
+    with Image.open(io.BytesIO(data)) as image:
+        assert ImageOps.exif_transpose(image).size == (1000, 1500)
+    assert read_header(data).orientation == 6
 
 
 @pytest.mark.parametrize("exif", [b"", b"II", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0"])

@@ -18,8 +18,9 @@ from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 from trials import TINY, Trial, differences, epochs_of, events_of, state_of, steps_of
 
+from util.run import metrics
 from util.run.logger import EventsFile, LinesFile, RunLog
-from util.run.metrics import FEW_STEPS, SPIKE_HISTORY, StepMeter
+from util.run.metrics import FEW_STEPS, SPIKE_HISTORY, StepMeter, peak_of_card
 
 RECIPE = (*TINY, "--epochs", "3", "--vis_every", "1", "--save_every", "99")
 STEPS = 18  # 3 epochs of 6
@@ -220,3 +221,24 @@ def test_a_loss_spike_is_a_warning_also_across_epochs(caplog):
         epoch(3, torch.tensor([1.0, 1.01, 1.5, 1.0]))
     assert caplog.text.count("loss spike") == 1
     assert "loss spike: 1.5000 at step 14, the last 100 steps had 1.00" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200 NVL", 835), ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA RTX A1000", 0), ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", 0),
+        ("NVIDIA GB200", 0), ("NVIDIA B200", 2250), ("Tesla T4", 0),
+    ],
+)  # fmt: skip
+def test_the_peak_is_that_of_the_card_or_unknown(name, tflops):
+    assert peak_of_card(name) == tflops * 1e12
+
+
+def test_the_utilisation_of_a_known_card_is_in_the_line(monkeypatch):
+    monkeypatch.setattr(metrics, "peak_operations", lambda device: 1e12)
+    meter = StepMeter(0, 1, 40, 8, torch.device("cpu"), deque(), operations=1e9)
+    meter.add(1, 0.1, torch.tensor(1.0), torch.tensor(1.0))
+    _, scalars = meter.flush()
+    assert scalars["mfu"] == pytest.approx(scalars["images_per_second"] * 1e9 / 1e12)
+    assert f"MFU {scalars['mfu']:.1%}" in meter.line(1, scalars)

@@ -108,6 +108,8 @@ def test_cores_are_shared_among_ranks_and_the_log_says_once_how_many_load_data(c
     environ, node = {"OMP_NUM_THREADS": "1"}, [frozenset(range(96))] * 8
     assert share_of_cores(environ, node[0], node, INFINITE)[0] == 12
     assert share_of_cores(environ | {"SLURM_CPUS_PER_TASK": "12"}, node[0], node[:1], INFINITE)[0] == 12
+    # One task of Slurm's for all ranks, which torchrun starts.
+    assert share_of_cores(environ | {"SLURM_CPUS_PER_TASK": "96"}, node[0], node, INFINITE)[0] == 12
     caplog.set_level("INFO")
     launch = Launch(0, 8, 0, 8, "torchrun", "127.0.0.1", 29500, torch.device("cpu"), cores=12)
     for given, workers in (("", 11), ("--num_workers 3", 3)):

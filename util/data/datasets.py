@@ -139,7 +139,10 @@ class ImageDataset(Dataset):
     def _read(self, index: int, transform: Callable = decoded, seeds: tuple[int, ...] = ()) -> tuple[torch.Tensor, int]:
         """An image after `transform`, before which all generators are seeded with `seeds`, if any; and its target."""
         try:
-            image, target = self.source.read(index)
+            try:
+                image, target = self.source.read(index)
+            except OSError as error:
+                raise BadImageError(str(error)) from None
             if self._numbers is not None:
                 target = int(self._numbers[target])
             if self.pixels is not None:
@@ -150,7 +153,7 @@ class ImageDataset(Dataset):
             if seeds:
                 seed_all(*seeds)
             return transform(image), target
-        except (BadImageError, OSError) as error:
+        except BadImageError as error:
             raise BadImageError(f"cannot use image {self.path_of(index)!r}: {error}") from None
 
     def _say_once_that_bits_are_lost(self, index: int, dtype: torch.dtype) -> None:

@@ -111,13 +111,13 @@ class EncodedJpeg:
         image = _decode_with_pillow(self._data, in_chans, ignore_exif=True, max_pixels=math.prod(self.shape[1:]))
         return turn(image, self._orientation)
 
-    def crop(self, box: Box, size: tuple[int, int], margin: float) -> torch.Tensor | None:
+    def crop(self, box: Box, size: tuple[int, int]) -> torch.Tensor | None:
         """The `box` of the image, resized to `size`, if that needs fewer than all pixels; else None.
 
-        See `util.data.jpeg.reduction`. Decoding all pixels would give other values: with `margin` 1 the mean absolute
-        difference is 0.4/255 to 2/255, most for sharp photographs at 1/8; with 2 it is 0.2/255 to 0.7/255.
+        See `util.data.jpeg.reduction`. Decoding all pixels would give other values: the mean absolute difference is
+        0.4/255 to 2/255, most for sharp photographs at 1/8.
         """
-        factor = reduction(math.prod(self.shape[1:]), box, size, margin)
+        factor = reduction(math.prod(self.shape[1:]), box, size)
         if factor == 1:
             return None
         stored = stored_box(box, self.shape[1:], self._orientation)

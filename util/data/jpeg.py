@@ -22,8 +22,8 @@ TURNS = {
     8: (True, True, False),
 }
 # libjpeg decodes at these fractions of a side, 1 / n, at a fraction of the cost of all pixels -> how many pixels an
-# image has from which on that is faster. What is saved grows with the image, but half of decoding, the entropy coding,
-# remains; and Pillow, which is needed for it, resizes more slowly than PyTorch.
+# image has from which on that is faster (`tests/benchmark.py data`). What is saved grows with the image, but half of
+# decoding, the entropy coding, remains; and Pillow, which is needed for it, resizes more slowly than PyTorch.
 REDUCTIONS = {8: 1_000_000, 4: 1_000_000, 2: 4_000_000}
 
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -43,7 +43,7 @@ def read_header(data: bytes) -> JpegHeader | None:
     """The frame header of a JPEG and its EXIF orientation; None if `data` has no such header."""
     if data[:2] != b"\xff\xd8":
         return None
-    position, orientation = 2, 1
+    position, orientation = 2, None
     while position + 10 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
         content = position + 4
@@ -56,10 +56,12 @@ def read_header(data: bytes) -> JpegHeader | None:
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
             height = int.from_bytes(data[position + 5 : position + 7], "big")
             width = int.from_bytes(data[position + 7 : position + 9], "big")
-            return JpegHeader(height, width, data[position + 9], orientation)
+            return JpegHeader(height, width, data[position + 9], orientation or 1)
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-            if marker == 0xE1 and data[content : content + 6] == b"Exif\0\0":
+            if (
+                orientation is None and marker == 0xE1 and data[content : content + 6] == b"Exif\0\0"
+            ):  # the first counts
                 orientation = _orientation(data[content:position])
     return None
 
@@ -93,13 +95,13 @@ def stored_box(box: Box, upright: tuple[int, int], orientation: int) -> Box:
     return (left, top, width, height) if transposed else (top, left, height, width)
 
 
-def reduction(pixels: int, box: Box, size: tuple[int, int], margin: float) -> int:
+def reduction(pixels: int, box: Box, size: tuple[int, int]) -> int:
     """By how much both sides of an image of so many pixels are divided while it is decoded; 1: all are decoded.
 
-    As much as possible, while `box` keeps at least `margin` times the pixels of each side of `size`, to which it will
-    be resized; and only where that is faster.
+    As much as possible, while `box` keeps at least the pixels of each side of `size`, to which it will be resized; and
+    only where that is faster.
     """
-    most = min(box[2] / size[0], box[3] / size[1]) / margin
+    most = min(box[2] / size[0], box[3] / size[1])
     return next((factor for factor, least in REDUCTIONS.items() if factor <= most and pixels >= least), 1)
 
 
@@ -113,7 +115,10 @@ def decode_reduced(data: bytes, in_chans: int, factor: int, box: Box, size: tupl
     with warnings.catch_warnings():  # about odd metadata
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            sides = image.size
             image.draft(None, (image.width // factor, image.height // factor))
+            if image.size != tuple(-(-side // factor) for side in sides):
+                raise ValueError(f"decoded at {image.size} instead of 1 / {factor} of {sides}")
             edges = left / factor, top / factor, (left + width) / factor, (top + height) / factor
             image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=edges)
     array = np.array(image.convert("RGB" if in_chans == 3 else "L"))

@@ -85,16 +85,14 @@ def random_crop(height: int, width: int, scale: tuple[float, float]) -> tuple[in
     return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
-def crop(
-    img: torch.Tensor | EncodedJpeg, box: tuple[int, int, int, int], size: tuple[int, int], margin: float = 1.0
-) -> torch.Tensor:
+def crop(img: torch.Tensor | EncodedJpeg, box: tuple[int, int, int, int], size: tuple[int, int]) -> torch.Tensor:
     """The `box` (top, left, height, width) of an image (C, h, w), resized to (C, *size).
 
-    Of a JPEG that is not decoded yet, only as many pixels are decoded as leave the box at least `margin` times the rows
-    and columns of `size` (see `EncodedJpeg.crop`). Raises BadImageError when it cannot be decoded.
+    Of a JPEG that is not decoded yet, only as many pixels are decoded as leave the box at least the rows and columns of
+    `size` (see `EncodedJpeg.crop`). Raises BadImageError when it cannot be decoded.
     """
     if isinstance(img, EncodedJpeg):
-        if (reduced := img.crop(box, size, margin)) is not None:
+        if (reduced := img.crop(box, size)) is not None:
             return reduced
         img = img.pixels
     top, left, height, width = box
@@ -119,17 +117,18 @@ class ResizeAndCentreCrop:
 
     An image more than LONGEST times as long as the crop is first cut to that length, so that a strip of
     20,000 x 1 pixels does not become one of five million x 256.
+
+    JPEGs are decoded as a whole, however large: what is evaluated is not random, and its pixels should be those of
+    other programs.
     """
 
     LONGEST = 8
-    MARGIN = 2.0  # what is evaluated is not random: its pixels should be those of all others' pipelines
-    takes_encoded = True
 
     def __init__(self, size: tuple[int, int], crop_ratio: float):
         self.size = size
         self.resized = tuple(int(side / crop_ratio) for side in size)
 
-    def __call__(self, img: torch.Tensor | EncodedJpeg) -> torch.Tensor:
+    def __call__(self, img: torch.Tensor) -> torch.Tensor:
         box = self._without_far_ends(*img.shape[1:])
         height, width = box[2:]
         # The side that needs more enlarging sets the scale, the other one keeps the image's proportions.
@@ -137,7 +136,7 @@ class ResizeAndCentreCrop:
             resized = (self.resized[0], max(self.resized[1], int(self.resized[0] * width / height)))
         else:
             resized = (max(self.resized[0], int(self.resized[1] * height / width)), self.resized[1])
-        img = crop(img, box, resized, self.MARGIN)
+        img = crop(img, box, resized)
         top = round((resized[0] - self.size[0]) / 2)
         left = round((resized[1] - self.size[1]) / 2)
         return img[:, top : top + self.size[0], left : left + self.size[1]]

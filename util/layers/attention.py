@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from util.layers.tracing import is_compiled_here, runs_eagerly
 from util.layers.windows import Segments, WindowLayout
 
+FLEX_ROWS = 2**16  # windows times heads that one dimension of a GPU's grid of programs can hold
+
 
 class Attention(nn.Module):
     """Multi-head self-attention inside the segments of a `WindowLayout`, with a learned relative position bias.
@@ -108,7 +110,9 @@ def segment_attention(
         (B, T, nH, d)
     """
     has_bias = biases[0] is not None
-    if has_bias and qkv.device.type == "cuda" and not dropout and is_compiled_here() and fused_kernels_allowed():
+    few = len(qkv) * max(count for count, _ in segments) * qkv.shape[3] < FLEX_ROWS
+    generates = has_bias and qkv.device.type == "cuda" and is_compiled_here()
+    if generates and few and not dropout and fused_kernels_allowed():
         parts = zip(split_segments(qkv, segments), biases, groups or [None] * len(biases))
         return torch.cat([flexible_attention(*part).flatten(1, 2) for part in parts], dim=1)
     if groups is not None:

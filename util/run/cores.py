@@ -31,18 +31,18 @@ def share_of_cores(
     """How many cores a process can keep busy without taking another one's, and why, in words.
 
     Args:
-        environ: what Slurm says goes first.
+        environ: of Slurm's, the cores that a task asked for.
         cores: those of this process.
         node: those of every process of the run on this machine, this one included. Each core is shared among the
             processes that may use it.
         quota: how many cores the processes of this machine may keep busy.
     """
-    per_task = environ.get("SLURM_CPUS_PER_TASK", "")
-    if per_task.isdecimal():
-        return max(1, min(int(per_task), len(cores))), f"SLURM_CPUS_PER_TASK={per_task}"
     share = sum(1 / sum(core in others for others in node) for core in cores)
     available = min(len(frozenset().union(*node)), quota)
     share = max(1, int(min(share, quota / len(node)) + 1e-9))
+    per_task = environ.get("SLURM_CPUS_PER_TASK", "")
+    if per_task.isdecimal() and 1 <= int(per_task) < share:  # a task may hold several processes, never the reverse
+        return int(per_task), f"SLURM_CPUS_PER_TASK={per_task}"
     return share, f"{available:g} cores for {len(node)} process{'es' if len(node) > 1 else ''}"
 
 

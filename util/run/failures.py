@@ -59,7 +59,7 @@ def user_errors() -> Iterator[None]:
         rank, has_companions = stated_rank(os.environ)
         message = f"{Path(sys.argv[0]).name}: error: {in_one_line(error)}"
         own = isinstance(error, (BadImageError, CollectiveError, WorkerError)) or not has_companions
-        if own or _is_first_to_say(message):
+        if own or is_first_to_say(message):
             print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
         if distributed.get_world_size() > 1:
             os._exit(2)  # at once: Python's shutdown would wait for ranks that may hang
@@ -73,7 +73,7 @@ def in_one_line(error: Exception) -> str:
     return message.rpartition(name)[2] if name in message else message
 
 
-def _is_first_to_say(message: str) -> bool:
+def is_first_to_say(message: str) -> bool:
     """Whether no other process that our launcher started on this node has said `message` since we were started.
 
     They may not have met yet, so they tell each other through a file of the user's in the temporary folder. What was

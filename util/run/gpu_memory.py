@@ -7,20 +7,16 @@ from torch import nn
 
 from util.run.config import TrainingConfig
 from util.run.optim import autocast
+from util.run.state import TrainingState
 
 SPARE = 0.06  # of a GPU's memory: fragments, and what is not PyTorch's
 FEW, MORE = 2, 8  # images of the steps that are measured
 
 
-def explain_out_of_memory(error: torch.OutOfMemoryError, model: nn.Module, config: TrainingConfig) -> str:
-    """A message with the batch that would fit, measured by steps of few images; frees what the failed step holds.
-
-    Args:
-        error: what ended training.
-        model: the one in training, not wrapped.
-        config: of the run.
-    """
+def explain_out_of_memory(error: torch.OutOfMemoryError, state: TrainingState, config: TrainingConfig) -> str:
+    """A message with the batch that would fit, measured by steps of few images; frees what the failed step holds."""
     traceback.clear_frames(error.__traceback__)  # of which each holds its tensors
+    model = state.model
     device = next(model.parameters()).device
     total = torch.cuda.get_device_properties(device).total_memory
     message = (
@@ -29,29 +25,35 @@ def explain_out_of_memory(error: torch.OutOfMemoryError, model: nn.Module, confi
     )
     options = "" if config.grad_checkpointing else ", or --grad_checkpointing, which recomputes blocks"
     try:
-        fitting = images_that_fit(model, config.precision, total)
+        fitting = images_that_fit(model, config.precision, total, has_moments=bool(state.optimizer.state))
     except torch.OutOfMemoryError:
         return f"{message}, and so it is for {MORE} images: use a smaller --input_size or --model{options}"
+    except Exception as failure:  # the message must not be lost for what went wrong in making it better
+        return f"{message} (how many images fit could not be measured: {failure}). Use a smaller --batch_size{options}"
     if fitting >= config.batch_size:
         return f"{message} at times: is another program using it? Use a smaller --batch_size{options}"
     accum_iter = -(-config.batch_size * config.accum_iter // fitting)
     return (
-        f"{message}: about {fitting} images would fit. Use --batch_size {fitting} --accum_iter {accum_iter} for about "
-        f"as many images a step{options}"
+        f"{message}: about {fitting} images would fit (measured without compiling, which needs a little less). Use "
+        f"--batch_size {fitting} --accum_iter {accum_iter} for about as many images a step{options}"
     )
 
 
-def images_that_fit(model: nn.Module, precision: str, total: int) -> int:
+def images_that_fit(model: nn.Module, precision: str, total: int, has_moments: bool) -> int:
     """Even number of images whose training step takes `total` bytes at most, at least 2.
+
+    Args:
+        model: the one in training, not wrapped.
+        precision: of the steps.
+        total: bytes.
+        has_moments: whether the optimizer has made its two moments yet.
 
     Raises:
         torch.OutOfMemoryError: not even the measured steps fit.
     """
     few, more = (peak_of_step(model, precision, images) for images in (FEW, MORE))
     per_image = max(1, (more - few) // (MORE - FEW))
-    # AdamW's two moments come with the first update; what is kept beside them now was measured.
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    moments = 2 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    moments = 0 if has_moments else 2 * sum(p.numel() * p.element_size() for p in trained_parameters(model))
     fixed = few - FEW * per_image + moments
     return max(2, int((total * (1 - SPARE) - fixed) / per_image) // 2 * 2)
 
@@ -61,10 +63,17 @@ def peak_of_step(model: nn.Module, precision: str, images: int) -> int:
     device = next(model.parameters()).device
     model.zero_grad()
     torch.cuda.empty_cache()
+    trained = trained_parameters(model)
     torch.cuda.reset_peak_memory_stats(device)
     imgs = torch.zeros(images, model.in_chans, *model.img_size, device=device)
     with torch.compiler.set_stance("force_eager"), autocast(precision, device):
         output = model(imgs)
         loss = output[0] if isinstance(output, tuple) else output.float().square().mean()
-    loss.backward()
+    # Not `backward`, of which DistributedDataParallel would make gradients of all ranks.
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    del gradients
     return torch.cuda.max_memory_allocated(device)
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

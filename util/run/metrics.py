@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import re
 import resource
 import sys
 import time
@@ -153,16 +154,24 @@ class StepMeter:
             self.usual_losses.append(record["loss"])
 
 
-# Dense bf16 products, in TFLOP/s by the makers' data sheets; the first name found in the GPU's own counts.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312}
+# Dense bf16 products, in TFLOP/s by the maker's data sheets; the first of these words in the GPU's own name counts.
+PEAK_TFLOPS = {
+    **{"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989},
+    **{"B200": 2250, "A100": 312},
+}
 
 
 def peak_operations(device: torch.device) -> float:
     """What a GPU could do at most in bf16 or fp16, in operations per second; 0 where that is not known."""
     if device.type != "cuda":
         return 0.0
-    name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), 0.0)
+    return peak_of_card(torch.cuda.get_device_name(device))
+
+
+def peak_of_card(name: str) -> float:
+    """As `peak_operations`, by the GPU's name; nothing is known of a part of one."""
+    found = (tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name))
+    return 0.0 if "MIG" in name else next(found, 0.0)
 
 
 def training_operations(multiply_adds: float) -> float:

@@ -22,23 +22,26 @@ def once_per_node(read: Callable[[bool], T]) -> T:
 
     Raises:
         UserError: on all ranks, where `read` raises one on any.
+        RuntimeError: on all ranks, where it raises something else on any.
     """
     if distributed.world is None:
         return read(True)
     is_first, found = distributed.world.launch.local_rank == 0, None
     for turn_of_first in (True, False):
-        own_turn, error = turn_of_first == is_first, None
+        own_turn, error, kind = turn_of_first == is_first, None, UserError
         if own_turn:
             try:
                 found = read(turn_of_first)
             except UserError as caught:
                 error = str(caught)
-        answers = distributed.gather_objects((own_turn, error, socket.gethostname()))
-        failed = [(rank, node, error) for rank, (_, error, node) in enumerate(answers) if error is not None]
+            except Exception as caught:  # the others must not wait for this rank
+                error, kind = f"{type(caught).__name__}: {caught}", RuntimeError
+        answers = distributed.gather_objects((own_turn, error, kind, socket.gethostname()))
+        failed = [(rank, *answer) for rank, answer in enumerate(answers) if answer[1] is not None]
         if failed:
-            rank, node, error = failed[0]
-            succeeded = len(failed) < sum(had_turn for had_turn, _, _ in answers)  # elsewhere
-            raise UserError(f"on {node} (rank {rank}): {error}" if succeeded else error)
+            rank, _, error, kind, node = failed[0]
+            succeeded = len(failed) < sum(had_turn for had_turn, *_ in answers)  # elsewhere
+            raise kind(f"on {node} (rank {rank}): {error}" if succeeded else error)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import socket
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from models_swin import SwinTransformer
 from util.errors import UserError
 from util.layers.compilation import why_not_compiled
+from util.run import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -121,20 +123,23 @@ def resolve_precision(name: str | None, device: torch.device) -> str:
     return name or ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
 
 
-def whether_to_compile(given: bool | None, device: torch.device) -> bool:
-    """Whether the model is compiled: as `given`, else on a GPU where torch.compile works. If not, the log says why.
+def whether_to_compile(given: bool | None, device: torch.device, precision: str) -> bool:
+    """Whether the model is compiled, the same on all ranks: as `given`, else on GPUs where torch.compile works.
+
+    Where it does not, on any rank, the log says why.
 
     Raises:
         UserError: compiling is asked for, and does not work.
     """
     if given is False or (given is None and device.type != "cuda"):
         return False
-    reason = why_not_compiled(device)
-    if reason and given:
-        raise UserError(f"--compile does not work here: {reason}")
-    if reason:
-        logger.warning("the model is not compiled, which would be faster: torch.compile says: %s", reason)
-    return not reason
+    answer = socket.gethostname(), why_not_compiled(device, DTYPES[precision])
+    reasons = [f"on {node}: {reason}" for node, reason in distributed.gather_objects(answer) if reason]
+    if reasons and given:
+        raise UserError(f"--compile does not work {reasons[0]}")
+    if reasons:
+        logger.warning("the model is not compiled, which would be faster: torch.compile says %s", reasons[0])
+    return not reasons
 
 
 def set_up_arithmetic(precision: str) -> None:

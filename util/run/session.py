@@ -33,6 +33,7 @@ from util.run.failures import (
     explain_collective_failures,
     explain_worker_failures,
     in_one_line,
+    is_first_to_say,
 )
 from util.run.folder_lock import release_folder, take_folder
 from util.run.gpu_memory import explain_out_of_memory
@@ -41,7 +42,7 @@ from util.run.logger import RunLog, describe_environment
 from util.run.metrics import SPIKE_HISTORY, StepMeter
 from util.run.nonfinite import NonFiniteError, NonFiniteGuard
 from util.run.once_per_node import read_checkpoint_together, read_weights_together
-from util.run.optim import whether_to_compile
+from util.run.optim import resolve_precision, whether_to_compile
 from util.run.preemption import Preemption
 from util.run.state import TrainingState
 from util.weights.file import CheckpointError
@@ -86,7 +87,8 @@ class Start:
         own = recorded if self.checkpoint is not None else {name: recorded.get(name) for name in WEIGHT_FIELDS}
         chosen = choose(own | known)
         settings = weight_settings(recorded, source, known, pretraining, chosen)
-        given = dataclasses.replace(given, compile=whether_to_compile(given.compile, launch.device))
+        precision = resolve_precision(given.precision, launch.device)
+        given = dataclasses.replace(given, compile=whether_to_compile(given.compile, launch.device, precision))
         return resolve(given, launch, settings, chosen | own)
 
 
@@ -375,7 +377,9 @@ def orderly_end(run: Run) -> Iterator[None]:
             run.preemption.exit_for_requeue()
     except (torch.OutOfMemoryError, NonFiniteError, BadImageError, CollectiveError, WorkerError, SaveError) as error:
         if isinstance(error, torch.OutOfMemoryError):
-            logger.error("%s", explain_out_of_memory(error, run.state.model, run.config))
+            message = explain_out_of_memory(error, run.state, run.config)
+            if is_first_to_say(message):
+                logger.error("%s", message)
         elif distributed.is_main_process() or not isinstance(error, NonFiniteError):
             logger.error("%s", in_one_line(error))
         if run.folder is not None:
