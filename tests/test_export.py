@@ -289,11 +289,12 @@ def export_metadata(path: Path) -> dict[str, str]:
     [
         (["--format", "safetensors", "--part", "pyramid"], "--part pyramid is not for --format safetensors"),
         (["--format", "authors", "--part", "encoder"], "leave out --part"),
+        (["--format", "onnx"], "--format onnx writes a .onnx file: give --out x.onnx"),
         ([], "--format is missing"),
     ],
 )
 def test_flags_that_contradict_each_other(checkpoint, tmp_path, capfd, flags, message):
-    fails(export, capfd, message, "--checkpoint", checkpoint, "--out", tmp_path / "x", *flags)
+    fails(export, capfd, message, "--checkpoint", checkpoint, "--out", tmp_path / "x.pth", *flags)
 
 
 def test_packages_that_are_missing_are_named(checkpoint, tmp_path, capfd, monkeypatch):

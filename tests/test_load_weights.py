@@ -133,6 +133,31 @@ def test_a_saved_model_has_exactly_the_names_and_shapes_of_the_contract(tmp_path
 # -- mmpretrain -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("prefix", ["backbone.", "backbone.body.", "encoder.", "model."])
+def test_the_encoder_of_a_larger_model(prefix, tmp_path):
+    """Whose names begin as mmpretrain's do, and whose neck has names of its own."""
+    original = classifier(num_classes=0)
+    weights = {prefix + name: tensor for name, tensor in original.state_dict().items()}
+    torch.save(weights | {"neck_of_mine.weight": torch.ones(3), "head.cls.weight": torch.ones(2)}, tmp_path / "d.pth")
+    imgs = torch.randn(2, 3, 64, 64)
+    loaded = classifier(num_classes=0)
+    load_encoder(loaded, *read_weights(tmp_path / "d.pth"))
+    assert torch.equal(loaded(imgs), original(imgs))
+
+
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1,)])
+def test_a_pyramid_of_timm_takes_an_encoder(out_indices, tmp_path):
+    original = timm.create_model("swin_tiny_w14", num_classes=0, **SHAPE)
+    torch.save(original.state_dict(), tmp_path / "encoder.pth")
+    pyramid = timm.create_model("swin_tiny_w14", features_only=True, out_indices=out_indices, **SHAPE)
+    report = load_encoder(pyramid, *read_weights(tmp_path / "encoder.pth"))
+    assert not report.missing
+    imgs = torch.randn(2, 3, 64, 64)
+    expected = original.forward_intermediates(imgs, indices=list(out_indices), intermediates_only=True)
+    for ours, theirs in zip(pyramid(imgs), expected, strict=True):
+        torch.testing.assert_close(ours if ours.shape == theirs.shape else ours.permute(0, 3, 1, 2), theirs)
+
+
 def test_patch_merging_gives_what_unfolding_gives():
     """Independent reference: mmpretrain merges by `unfold`, norm, linear."""
     torch.manual_seed(0)
@@ -146,7 +171,9 @@ def test_patch_merging_gives_what_unfolding_gives():
 
     theirs = {f"backbone.layers.0.downsample.norm.{name}": value for name, value in norm.state_dict().items()}
     theirs["backbone.layers.0.downsample.reduction.weight"] = reduction.weight
+    theirs["backbone.patch_embed.projection.bias"] = torch.zeros(dim)
     ours, layout = normalise_state_dict({"state_dict": theirs}, "theirs.pth")
+    assert not ours.pop("patch_embed.proj.bias").any()
     merging = PatchMerging(dim)
     merging.load_state_dict({name.removeprefix("layers.0.downsample."): value for name, value in ours.items()})
     assert layout == "mmpretrain"

@@ -79,6 +79,8 @@ class Export:
 def write_safetensors(export: Export, path: Path) -> None:
     weights = {name: tensor.contiguous() for name, tensor in export.part.model.state_dict().items()}
     save_file(weights, path, export.metadata)
+    os.umask(umask := os.umask(0))
+    path.chmod(0o666 & ~umask)  # as any other file: the library lets its owner alone read it
 
 
 def open_weights(export: Export, path: Path, given: dict[str, Any] | None = None) -> Runner:
@@ -131,6 +133,8 @@ def write_onnx(export: Export, path: Path) -> None:
             f"{export.settings.model} has {size / 1e9:.1f} GB of weights, and an ONNX file holds at most 2: use "
             "--format torch_export or safetensors"
         )
+    for name in ("onnxscript", "onnx_ir"):  # which tell every step
+        logging.getLogger(name).setLevel(logging.WARNING)
     program = torch.onnx.export(
         export.part,
         (export.imgs[:2],),
@@ -177,6 +181,7 @@ def with_position_index(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return complete
 
 
+ENDINGS = {"safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".pt2", "authors": ".pth"}
 Writer, Opener = Callable[[Export, Path], None], Callable[[Export, Path], Runner]
 FORMATS: dict[str, tuple[Writer, Opener]] = {
     "safetensors": (write_safetensors, open_weights),
@@ -215,6 +220,9 @@ class ExportConfig(CheckpointFlags, DecodingFlags):
                 f"--part pyramid is not for --format {self.format}, which holds weights alone: export the encoder, and "
                 "let timm.create_model(..., features_only=True) make the pyramid"
             )
+        ending = ENDINGS.get(self.format)
+        if ending and not self.out.endswith(ending):
+            raise UserError(f"--format {self.format} writes a {ending} file: give --out {Path(self.out).stem}{ending}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -110,9 +110,8 @@ def segment_attention(
         (B, T, nH, d)
     """
     has_bias = biases[0] is not None
-    few = len(qkv) * max(count for count, _ in segments) * qkv.shape[3] < FLEX_ROWS
-    generates = has_bias and qkv.device.type == "cuda" and is_compiled_here()
-    if generates and few and not dropout and fused_kernels_allowed():
+    generates = has_bias and qkv.device.type == "cuda" and is_compiled_here() and fused_kernels_allowed()
+    if generates and not dropout and qkv.shape[0] * max(count for count, _ in segments) * qkv.shape[3] < FLEX_ROWS:
         parts = zip(split_segments(qkv, segments), biases, groups or [None] * len(biases))
         return torch.cat([flexible_attention(*part).flatten(1, 2) for part in parts], dim=1)
     if groups is not None:

@@ -29,6 +29,8 @@ MMPRETRAIN_NAMES = {
     ".ffn.layers.1.": ".mlp.fc2.",
 }
 MMPRETRAIN_DECODER = "neck."
+MMPRETRAIN_STEM = "backbone.patch_embed.projection."
+STEM = "patch_embed.proj.weight"
 DECODER = ("decoder_", "mask_token", MMPRETRAIN_DECODER)
 
 
@@ -69,9 +71,17 @@ def adapt_state_dict(model: nn.Module, state_dict: StateDict, prefix: str, *_) -
 def under_our_names(weights: StateDict) -> tuple[StateDict, str]:
     """Weights without derived tensors, and whose names they had: 'mixmae' (ours, the authors' too) or 'mmpretrain'."""
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(DERIVED)}
-    if any(name.startswith("backbone.") for name in weights):
+    if any(name.startswith(MMPRETRAIN_STEM) for name in weights):
         return _from_mmpretrain(weights), "mmpretrain"
-    return weights, "mixmae"
+    return _encoder_of(weights), "mixmae"
+
+
+def _encoder_of(weights: StateDict) -> StateDict:
+    """Of a detector or another larger model, what lies under the prefix of its only patch embedding; else all."""
+    prefixes = [name.removesuffix(STEM) for name in weights if name.endswith("." + STEM)]
+    if STEM in weights or len(prefixes) != 1:
+        return weights
+    return {name.removeprefix(prefixes[0]): weights[name] for name in weights if name.startswith(prefixes[0])}
 
 
 def _from_mmpretrain(weights: StateDict) -> StateDict:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import json
 import logging
 import os
@@ -337,8 +336,6 @@ def open_run(
     )  # fmt: skip
     model = distributed.wrap_model(state.model, device)
     normalize = normalize.to(device)
-    gc.collect()
-    gc.freeze()  # what there is by now lasts as long as the run: the collector need not go through it in a step
     return Run(
         config, device, model, state, loader, normalize, start.folder, log, guard, preemption, operations
     )  # fmt: skip

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from util.layers.conversion import DECODER, MMPRETRAIN_DECODER, StateDict, resized, under_our_names
+from util.layers.conversion import DECODER, MMPRETRAIN_DECODER, STEM, StateDict, resized, under_our_names
+from util.layers.windows import NUM_STAGES
 from util.weights.file import CheckpointError
 
 PLAIN_KEYS = ("model", "state_dict")  # where our and the authors', and timm's and mmpretrain's files keep weights
@@ -72,12 +74,23 @@ class LoadReport:
 def load_encoder(model: nn.Module, state_dict: StateDict, source: object) -> LoadReport:
     """Load an encoder to fine-tune or probe; position embedding and bias tables are resized to the model's image size.
 
-    A decoder in `state_dict` is ignored. A head is loaded if its size fits, else the model keeps its own.
+    A decoder in `state_dict` is ignored. A head is loaded if its size fits, else the model keeps its own. The model may
+    be one of timm's `features_only`, without the parts that it has dropped.
 
     Raises:
         CheckpointError: an encoder tensor is missing or of another shape, or the file has some that the model lacks.
     """
-    return _load(model, state_dict, source, optional=("head.",), ignored=(*DECODER, "head."))
+    model = model.model if isinstance(model, FeatureGetterNet) else model
+    return _load(model, state_dict, source, optional=("head.",), ignored=(*DECODER, "head.", *_dropped_parts(model)))
+
+
+def _dropped_parts(model: nn.Module) -> list[str]:
+    """Prefixes of what `prune_intermediate_layers` has taken away."""
+    stages = len(model.layers)
+    dropped = [f"layers.{i}." for i in range(stages, NUM_STAGES)]
+    if dropped:
+        dropped.append(f"layers.{stages - 1}.downsample.")
+    return dropped + ["norm."] * isinstance(model.norm, nn.Identity)
 
 
 def load_classifier(model: nn.Module, state_dict: StateDict, source: object) -> LoadReport:
@@ -102,7 +115,8 @@ def count_classes(state_dict: StateDict, source: object) -> int:
         has_decoder = any(name.startswith(("decoder_", MMPRETRAIN_DECODER)) for name in state_dict)
         raise CheckpointError(
             f"{source} holds {'a pretraining model' if has_decoder else 'an encoder'} without a classification head, "
-            "so there is nothing to evaluate: fine-tune it first (--finetune), then evaluate the result"
+            "so it tells no classes: fine-tune it first (main_finetune.py --finetune), or take its features "
+            "(util.predict --features or --dense, util.export --part encoder or pyramid)"
         )
     return len(state_dict["head.weight"])
 
@@ -155,13 +169,12 @@ def _load(
 
 def _why_it_does_not_fit(wrong: list[str], state_dict: StateDict, shapes: dict[str, torch.Size]) -> str:
     """The likeliest reason why the tensors named in `wrong` are not the model's."""
-    stem = "patch_embed.proj.weight"  # (embed_dim, in_chans, patch, patch)
-    if stem not in state_dict:
+    if STEM not in state_dict:
         return (
-            f"holds weights of another kind of model (no {stem}; it has {_listed(state_dict, most=3)}): "
+            f"holds weights of another kind of model (no {STEM}; it has {_listed(state_dict, most=3)}): "
             "give a MixMAE checkpoint"
         )
-    given, expected = state_dict[stem].shape, shapes[stem]
+    given, expected = state_dict[STEM].shape, shapes[STEM]  # (embed_dim, in_chans, patch, patch)
     if given[0] == expected[0] and given[1] != expected[1]:
         return (
             f"was trained on images with {given[1]} channels, the model takes {expected[1]}: "

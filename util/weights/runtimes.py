@@ -52,7 +52,8 @@ def open_torch_export(path: Path) -> tuple[Runner, dict[str, Any], WeightsInfo]:
     """
     extra = {RECORD: ""}
     try:
-        program = torch.export.load(path, extra_files=extra)
+        with open(path, "rb") as file:  # whatever it is called
+            program = torch.export.load(file, extra_files=extra)
     except Exception as error:  # whatever a damaged archive makes the reader raise
         raise CheckpointError(f"{path} is damaged or not a program of torch.export: {error}") from error
     record, info = parse_record(extra[RECORD], path)
