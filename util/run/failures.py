@@ -79,7 +79,8 @@ def is_first_to_say(message: str) -> bool:
     They may not have met yet, so they tell each other through a file of the user's in the temporary folder. What was
     said before this process was started belongs to an earlier run. In doubt, say it: twice is better than never.
     """
-    now, key = time.time(), hashlib.sha256(f"{socket.gethostname()} {os.getppid()} {message}".encode()).hexdigest()
+    now, age = time.time(), _age()  # together: the file may have to be waited for
+    key = hashlib.sha256(f"{socket.gethostname()} {os.getppid()} {message}".encode()).hexdigest()
     path = Path(tempfile.gettempdir()) / f"mixmae-errors-{os.getuid()}.json"
     try:
         with open(path, "a+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o600)) as file:
@@ -89,7 +90,7 @@ def is_first_to_say(message: str) -> bool:
             file.truncate(0)
             said = json.loads(text or "{}")  # what was said in the last hour -> when
             json.dump({name: moment for name, moment in said.items() if moment > now - 3600} | {key: now}, file)
-        return said.get(key, 0) < now - _age()
+        return said.get(key, 0) < now - age
     except (OSError, ValueError):
         return True
 
