@@ -60,7 +60,8 @@ def user_errors() -> Iterator[None]:
         message = f"{Path(sys.argv[0]).name}: error: {in_one_line(error)}"
         own = isinstance(error, (BadImageError, CollectiveError, WorkerError)) or not has_companions
         if own or is_first_to_say(message):
-            print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+            line = message if rank == "0" else f"[rank {rank}] {message}"
+            print(f"{line}\n", end="", file=sys.stderr, flush=True)  # at once, so that no other rank's comes between
         if distributed.get_world_size() > 1:
             os._exit(2)  # at once: Python's shutdown would wait for ranks that may hang
         sys.exit(2)
