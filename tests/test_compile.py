@@ -101,6 +101,7 @@ def graphs_alone(monkeypatch):
     compilation.compiled.cache_clear()
 
 
+@pytest.mark.slow
 @in_a_fork
 def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(graphs_alone):
     model = SwinTransformer(num_classes=10, **SMALL)
@@ -129,6 +130,7 @@ def test_training_evaluation_and_a_smaller_last_batch_compile_once_each(graphs_a
                     torch.testing.assert_close(model.eval()(batch), plain.eval()(batch), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @in_a_fork
 def test_a_compiled_model_in_distributed_data_parallel(graphs_alone, tmp_path):
     plain = MixMAE(**SMALL, **DECODER)

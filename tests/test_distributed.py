@@ -547,6 +547,7 @@ with failures.explain_collective_failures():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signal_name", "victim"), [slow("SIGKILL", 1), slow("SIGSTOP", 1), ("SIGSTOP", 0)])
 def test_survivors_say_which_rank_is_gone(tmp_path, signal_name, victim):
     body = FAILURE.replace("SIGNAL", signal_name).replace("VICTIM", str(victim))
@@ -589,6 +590,7 @@ for step in range(100000):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [slow(signal.SIGUSR1), slow(signal.SIGUSR2), signal.SIGTERM])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, signum):
     processes = start_ranks(tmp_path, STEPS, 3)
@@ -612,6 +614,7 @@ def test_a_signal_held_back_while_starting_is_not_lost(tmp_path):
     assert codes == [0], outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum, pause", [(signal.SIGTERM, 0.5), (signal.SIGINT, 2.5)], ids=["TERM", "Ctrl-C"])
 def test_the_second_signal_ends_at_once(tmp_path, signum, pause):
     body = """

@@ -205,6 +205,7 @@ def test_the_index_is_the_authors():
         assert torch.equal(complete[name], index)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_authors_programs(images, tmp_path):
     """A strict load of weights, optimizer and scaler, as their `--resume` does it; and we still read the file."""
     flags = ["--device", "cpu", "--num_workers", "0", "--epochs", "1", "--warmup_epochs", "0", "--batch_size", "4"]
@@ -340,6 +341,7 @@ def test_the_authors_format_of_weights_that_do_not_record_their_model(checkpoint
     assert any(name.endswith("relative_position_index") for name in read_checkpoint(out)["model"])
 
 
+@pytest.mark.slow
 def test_an_exported_program_cannot_be_changed(onnx_file, images, tmp_path, capfd):
     flags = ["--checkpoint", onnx_file, "--device", "cpu", images / "val"]
     fails(predict, capfd, "--model_ema: .* was exported as it is", *flags, "--model_ema")

@@ -76,6 +76,7 @@ print(min(faults))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are those of glibc")
 def test_freed_memory_can_be_kept():
     """In processes of their own, since there is no way back: memory that was kept need not be mapped again."""

@@ -80,6 +80,7 @@ print(models_swin.__file__, models_mixmae.__file__, *encoder(torch.randn(2, 3, 3
 """
 
 
+@pytest.mark.slow
 def test_the_wheel_gives_features(installed, tmp_path):
     *files, batch, channels = run_elsewhere(FEATURES, installed, tmp_path).split()
     assert files == [str(installed / "models_swin.py"), str(installed / "models_mixmae.py")]

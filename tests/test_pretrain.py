@@ -138,6 +138,7 @@ def test_two_processes_equal_one_with_accumulation(images, tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_of_twice_the_batch_under_a_fixed_mask(images, tmp_path):
     shared = [*SMALL, "--data_path", images, "--output_dir"]
     launch("tests/fixed_mask_pretrain.py", 2, *shared, tmp_path / "two", "--batch_size", "2")
