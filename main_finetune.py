@@ -203,11 +203,15 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
     name_classes_without_images(validation.dataset)
     check_statistics(config, validation.dataset, f"{config.data_path} (val)")
     model = build_classifier(config, num_classes).to(launch.device)
-    parameters, multiply_adds = count_work(model, 1)
-    logger.info(
-        "%s at %dx%d, %d classes: %.1f M parameters, %.2f G multiply-adds per image, %s",
-        config.model, *model.img_size, num_classes, parameters / 1e6, multiply_adds / 1e9, config.precision,
-    )  # fmt: skip
+    operations = 0.0
+    if launch.rank == 0:
+        parameters, multiply_adds = count_work(model, 1)
+        # With a frozen encoder there is no backward pass to speak of.
+        operations = 2 * multiply_adds if config.freeze_encoder else training_operations(multiply_adds)
+        logger.info(
+            "%s at %dx%d, %d classes: %.1f M parameters, %.2f G multiply-adds per image, %s",
+            config.model, *model.img_size, num_classes, parameters / 1e6, multiply_adds / 1e9, config.precision,
+        )  # fmt: skip
     groups = param_groups_layer_decay(model, config.weight_decay, config.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
     model_ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
@@ -229,8 +233,6 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
 
     normalize = Normalize(config.mean, config.std)
     divides = config.val_share > 0 and start.checkpoint is None and launch.rank == 0
-    # With a frozen encoder there is no backward pass to speak of.
-    operations = 2 * multiply_adds if config.freeze_encoder else training_operations(multiply_adds)
     run = open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights, operations)
     if divides:
         write_division(config, validation.dataset)

@@ -114,11 +114,14 @@ def prepare(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
     )
     loader = build_loader(dataset, sampler, config, launch.device)
-    parameters, multiply_adds = count_work(model, 2, mask_ratio=config.mask_ratio)
-    logger.info(
-        "%s at %dx%d: %.1f M parameters, %.2f G multiply-adds per image, %s",
-        config.model, *model.img_size, parameters / 1e6, multiply_adds / 1e9, config.precision,
-    )  # fmt: skip
+    operations = 0.0
+    if launch.rank == 0:
+        parameters, multiply_adds = count_work(model, 2, mask_ratio=config.mask_ratio)
+        operations = training_operations(multiply_adds)
+        logger.info(
+            "%s at %dx%d: %.1f M parameters, %.2f G multiply-adds per image, %s",
+            config.model, *model.img_size, parameters / 1e6, multiply_adds / 1e9, config.precision,
+        )  # fmt: skip
     optimizer = torch.optim.AdamW(
         param_groups_weight_decay(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95), fused=True
     )
@@ -139,7 +142,6 @@ def prepare(
         logger.info("%s", load_pretraining(model, weights, source))
 
     normalize = Normalize(config.mean, config.std)
-    operations = training_operations(multiply_adds)
     run = open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights, operations)
     return run, evaluated
 

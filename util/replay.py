@@ -30,7 +30,7 @@ from util.run.failures import user_errors
 from util.run.flags import Config, flag, get_parser, given_flags, with_default
 from util.run.launch import choose_device, detect_launch
 from util.run.logger import setup_logging
-from util.run.optim import autocast, make_scaler, resolve_precision
+from util.run.optim import autocast, make_scaler, resolve_precision, set_up_arithmetic
 from util.seeding import seed_all
 from util.weights.file import CheckpointError, read_checkpoint
 from util.weights.layouts import load_classifier, load_pretraining
@@ -136,6 +136,7 @@ def replay(dump: dict[str, Any], device: torch.device, precision: str | None = N
     checkpoint = dump["checkpoint"]
     settings = argparse.Namespace(**checkpoint["args"])
     precision = resolve_precision(precision or settings.precision, device)
+    set_up_arithmetic(precision)
     yield f"{settings.model} at {dump['where']}, in {precision} on {device}"
     bad_weights = [name for name, tensor in checkpoint["model"].items() if not tensor.isfinite().all()]
     if bad_weights:

@@ -165,7 +165,7 @@ class Run:
     log: RunLog
     guard: NonFiniteGuard
     preemption: Preemption
-    operations: float = 0.0  # of training on one image
+    operations: float = 0.0  # of training on one image; known to rank 0, which logs
     usual_losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_HISTORY))
 
     @property
