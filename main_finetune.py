@@ -19,10 +19,11 @@ import argparse
 import csv
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -32,7 +33,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from engine_finetune import Evaluation, evaluate, train_one_epoch
-from models_swin import SwinTransformer
+from models_swin import SwinTransformer, classification_loss
 from util.data.datasets import ImageDataset, build_dataset, build_loader
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import BatchAugmentation, Normalize, eval_transform, train_transform, uses_mixup
@@ -47,7 +48,7 @@ from util.run.classes import (
     number_classes,
     write_division,
 )
-from util.run.config import TrainingConfig, resolve
+from util.run.config import ImageTrainingConfig, resolve
 from util.run.defaults import EVALUATION_BATCH, FINETUNING_MODEL, finetuning_defaults
 from util.run.failures import user_errors
 from util.run.flags import (
@@ -59,19 +60,15 @@ from util.run.flags import (
     Config,
     flag,
     get_parser,
-    given_flags,
     with_default,
 )
 from util.run.launch import Launch
-from util.run.logger import log_environment, setup_logging
-from util.run.metrics import count_work, training_operations
+from util.run.metrics import training_operations
 from util.run.once_per_node import read_weights_together
-from util.run.optim import make_scaler, param_groups_layer_decay
-from util.run.preemption import Preemption
-from util.run.session import Run, Start, find_start, open_run, orderly_end
-from util.run.state import Progress, TrainingState
+from util.run.optim import param_groups_layer_decay
+from util.run.session import Run, Start, find_start, launch_run, log_model, open_run, orderly_end
 from util.seeding import seed_all
-from util.weights.layouts import load_classifier, load_encoder
+from util.weights.layouts import LoadReport, load_classifier, load_encoder
 from util.weights.settings import model_arguments, weight_settings
 from util.weights.source import WeightsInfo
 
@@ -143,11 +140,13 @@ class EvaluationFlags(Config):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(FinetuningFlags, AugmentationFlags, EvaluationFlags, TrainingConfig):
-    drop_path: float = with_default(TrainingConfig, "drop_path", 0.1)
-    epochs: int = with_default(TrainingConfig, "epochs", 100)
-    blr: float = with_default(TrainingConfig, "blr", 5e-4)
-    min_lr: float = with_default(TrainingConfig, "min_lr", 1e-6)
+class FinetuneConfig(FinetuningFlags, AugmentationFlags, EvaluationFlags, ImageTrainingConfig):
+    PROGRAM: ClassVar[str] = "main_finetune.py"
+
+    drop_path: float = with_default(ImageTrainingConfig, "drop_path", 0.1)
+    epochs: int = with_default(ImageTrainingConfig, "epochs", 100)
+    blr: float = with_default(ImageTrainingConfig, "blr", 5e-4)
+    min_lr: float = with_default(ImageTrainingConfig, "min_lr", 1e-6)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,11 +183,41 @@ def build_classifier(config: FinetuneConfig, num_classes: int) -> SwinTransforme
     return model
 
 
-def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Preemption) -> tuple[Run, DataLoader]:
+def rebuild_step(
+    settings: argparse.Namespace, weights: dict[str, Tensor], device: torch.device
+) -> tuple[SwinTransformer, Callable[[Tensor, dict[str, Any]], Tensor]]:
+    """For util.replay: the model in training mode with its weights; the loss of (normalised images, micro-batch)."""
+    model = build_classifier(settings, len(weights["head.weight"]))
+    model.load_state_dict(weights)
+    augment = BatchAugmentation(settings, model.num_classes, device)
+
+    def loss(imgs: Tensor, micro: dict[str, Any]) -> Tensor:
+        imgs, targets = augment(imgs, micro["targets"].to(device))
+        return classification_loss(model(imgs).float(), targets, settings.smoothing)
+
+    return model.to(device).train(not settings.freeze_encoder), loss
+
+
+def load_for_finetuning(
+    model: SwinTransformer, config: FinetuneConfig, weights: dict[str, Tensor], source: WeightsInfo
+) -> LoadReport:
+    """Load a pretrained encoder, and the head that comes with it where it fits and is wanted."""
+    if config.reset_head:
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
+    report = load_encoder(model, weights, source)
+    if "head.weight" not in report.loaded:
+        seed_all(config.seed, "head")
+        trunc_normal_(model.head.weight, std=HEAD_INIT_STD)
+    return report
+
+
+def prepare(config: FinetuneConfig, start: Start) -> tuple[Run, DataLoader]:
     """Everything before the first step: the run, and the validation images."""
+    launch = start.launch
     if config.freeze_encoder and not (config.finetune or config.resume):
         logger.warning("--freeze_encoder without --finetune probes an encoder of random weights")
     dataset = build_dataset(config, "train", train_transform(config), require_labels=True)
+    check_statistics(config, dataset, config.data_path)
     if dataset.pixels.dtype != torch.uint8 and config.in_chans == 3 and (config.aa or config.color_jitter):
         logger.warning("auto-augment and colour jitter need 8-bit images; on these, of more bits, they are off")
     num_classes = number_classes(config, dataset, start)
@@ -202,39 +231,20 @@ def prepare(config: FinetuneConfig, launch: Launch, start: Start, preemption: Pr
     count_classes(config, validation.dataset)
     name_classes_without_images(validation.dataset)
     check_statistics(config, validation.dataset, f"{config.data_path} (val)")
+    config = replace(config, nb_classes=num_classes)
     model = build_classifier(config, num_classes).to(launch.device)
-    operations = 0.0
-    if launch.rank == 0:
-        parameters, multiply_adds = count_work(model, 1)
-        # With a frozen encoder there is no backward pass to speak of.
-        operations = 2 * multiply_adds if config.freeze_encoder else training_operations(multiply_adds)
-        logger.info(
-            "%s at %dx%d, %d classes: %.1f M parameters, %.2f G multiply-adds per image, %s",
-            config.model, *model.img_size, num_classes, parameters / 1e6, multiply_adds / 1e9, config.precision,
-        )  # fmt: skip
+    multiply_adds = log_model(config, model, batch_size=1)
+    # With a frozen encoder there is no backward pass to speak of.
+    operations = 2 * multiply_adds if config.freeze_encoder else training_operations(multiply_adds)
     groups = param_groups_layer_decay(model, config.weight_decay, config.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
     model_ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
-    if config.compile:
-        model.compile_parts()
-    scaler = make_scaler(config.precision, launch.device)
-    recorded = config.as_dict() | {"nb_classes": num_classes}
     data = {"train": dataset.fingerprint(), "val": validation.dataset.fingerprint()}
-    state = TrainingState(model, optimizer, scaler, recorded, Progress(), model_ema, dataset.classes, data)
-
-    def load_weights(weights: dict[str, Tensor], source: WeightsInfo) -> None:
-        if config.reset_head:
-            weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
-        report = load_encoder(model, weights, source)
-        logger.info("%s", report)
-        if "head.weight" not in report.loaded:
-            seed_all(config.seed, "head")
-            trunc_normal_(model.head.weight, std=HEAD_INIT_STD)
-
-    normalize = Normalize(config.mean, config.std)
-    divides = config.val_share > 0 and start.checkpoint is None and launch.rank == 0
-    run = open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights, operations)
-    if divides:
+    load_weights = partial(load_for_finetuning, model, config)
+    run = open_run(
+        config, start, model, optimizer, loader, data, load_weights, operations, model_ema, dataset.classes
+    )  # fmt: skip
+    if config.val_share > 0 and run.state.progress.step == 0 and launch.rank == 0:
         write_division(config, validation.dataset)
     return run, validation
 
@@ -252,18 +262,17 @@ def train(run: Run, validation: DataLoader) -> None:
         if state.model_ema is not None:
             result = evaluate(state.model_ema.module, validation, run.normalize, config.precision, run.device)
             record |= {"test_ema_loss": result.loss, "test_ema_acc1": result.acc1, "test_ema_acc5": result.acc5}
-        # By the averaged weights where there are any. The first one known is the best so far whatever it gives.
-        best = progress.best_acc1 is None or result.acc1 > progress.best_acc1
-        progress.best_acc1 = result.acc1 if best else progress.best_acc1
-        run.finish_epoch({**record, "best_acc1": progress.best_acc1, "seconds": time.time() - start}, best)
+        # By the averaged weights, where there are any.
+        best = progress.is_best(result.acc1)
+        run.finish_epoch({**record, "best_acc1": progress.best, "seconds": time.time() - start}, best)
     if final is None:  # resumed when all was done
         final = evaluate(state.model, validation, run.normalize, config.precision, run.device)
     if run.folder is not None:
         run.folder.wait(final=True)  # what the result is said to be of
     logger.info(describe_result(config, final, f"{config.output_dir}/checkpoint.pth"))
-    if progress.best_acc1 is not None:  # unknown in a finished run of the authors' program
+    if progress.best is not None:  # unknown in a finished run of the authors' program
         averaged = ": its averaged weights, --eval --model_ema" if config.model_ema else ""
-        logger.info("best top-1 of all epochs: %.3f%% (checkpoint-best.pth%s)", progress.best_acc1, averaged)
+        logger.info("best top-1 of all epochs: %.3f%% (checkpoint-best.pth%s)", progress.best, averaged)
 
 
 def describe_result(config: FinetuneConfig, result: Evaluation, checkpoint: str) -> str:
@@ -321,19 +330,14 @@ def write_predictions(path: str, result: Evaluation, dataset: ImageDataset) -> N
 
 def main(flags: argparse.Namespace) -> None:
     with user_errors():
-        setup_logging()
-        given = given_flags(FinetuneConfig, flags)
-        launch = distributed.init_distributed(given)
+        given, launch = launch_run(FinetuneConfig, flags)
         if given.eval:
             evaluate_only(given, launch)
             distributed.shutdown()
             return
-        preemption = Preemption()
-        preemption.install()
-        log_environment(launch.device)
-        start = find_start(given)
-        config = start.resolve(given, launch, pretraining=False, choose=partial(finetuning_defaults, given, launch))
-        run, validation = prepare(config, launch, start, preemption)
+        start = find_start(given, launch)
+        config = start.resolve(finetuning_defaults)
+        run, validation = prepare(config, start)
     with orderly_end(run):
         train(run, validation)
     if launch.rank == 0:  # the ranks no longer know each other

@@ -15,9 +15,10 @@ import util.run.startup  # noqa: F401 - before PyTorch
 import argparse
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -28,27 +29,23 @@ from engine_pretrain import train_one_epoch
 from models_mixmae import MixMAE
 from util.data.datasets import ImageDataset, build_dataset, build_loader
 from util.data.samplers import TrainBatchSampler
-from util.data.transforms import Normalize, eval_transform, pretrain_transform
+from util.data.transforms import eval_transform, pretrain_transform
 from util.errors import UserError
 from util.knn import NEIGHBOURS, knn_accuracy, labelled_datasets
 from util.run import advice, distributed
-from util.run.config import TrainingConfig
+from util.run.checks import check_statistics
+from util.run.config import ImageTrainingConfig
 from util.run.defaults import pretraining_defaults
 from util.run.failures import user_errors
 from util.run.features import check_sample, own_features, probe_accuracy, rank_of_sample
-from util.run.flags import BELOW_1, FREE, NOT_NEGATIVE, flag, get_parser, given_flags
-from util.run.launch import Launch
-from util.run.logger import log_environment, setup_logging
-from util.run.metrics import count_work, training_operations
-from util.run.optim import autocast, make_scaler
-from util.run.preemption import Preemption
-from util.run.session import Run, Start, find_start, open_run, orderly_end
-from util.run.state import Progress, TrainingState
+from util.run.flags import BELOW_1, FREE, NOT_NEGATIVE, flag, get_parser
+from util.run.metrics import training_operations
+from util.run.optim import autocast
+from util.run.session import Run, Start, find_start, launch_run, log_model, open_run, orderly_end
 from util.seeding import keyed_generator, seed_all
 from util.visualize import reconstruction_figure
 from util.weights.layouts import load_pretraining
 from util.weights.settings import model_arguments
-from util.weights.source import WeightsInfo
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +53,10 @@ PICTURE_IMAGES = 6
 
 
 @dataclass(frozen=True)
-class PretrainConfig(TrainingConfig):
+class PretrainConfig(ImageTrainingConfig):
     TITLE: ClassVar[str] = "pretraining"
+    PROGRAM: ClassVar[str] = "main_pretrain.py"
+    PRETRAINS: ClassVar[bool] = True
 
     mask_ratio: float = flag(
         0.5,
@@ -104,32 +103,25 @@ def build_model(config: PretrainConfig) -> MixMAE:
     return model
 
 
-def prepare(
-    config: PretrainConfig, launch: Launch, start: Start, preemption: Preemption
-) -> tuple[Run, list[ImageDataset]]:
+def rebuild_step(
+    settings: argparse.Namespace, weights: dict[str, Tensor], device: torch.device
+) -> tuple[MixMAE, Callable[[Tensor, dict[str, Any]], Tensor]]:
+    """For util.replay: the model in training mode with its weights; the loss of (normalised images, micro-batch)."""
+    model = build_model(settings)
+    model.load_state_dict(weights)
+    return model.to(device).train(), lambda imgs, micro: model(imgs, mask=micro["mask"])[0]
+
+
+def prepare(config: PretrainConfig, start: Start) -> tuple[Run, list[ImageDataset]]:
     """Everything before the first step: the run, and the images that its encoder is measured on."""
+    launch = start.launch
     model = build_model(config).to(launch.device)
     dataset = build_dataset(config, "train", pretrain_transform(config))
+    check_statistics(config, dataset, config.data_path)
     sampler = TrainBatchSampler(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
     )
     loader = build_loader(dataset, sampler, config, launch.device)
-    operations = 0.0
-    if launch.rank == 0:
-        parameters, multiply_adds = count_work(model, 2, mask_ratio=config.mask_ratio)
-        operations = training_operations(multiply_adds)
-        logger.info(
-            "%s at %dx%d: %.1f M parameters, %.2f G multiply-adds per image, %s",
-            config.model, *model.img_size, parameters / 1e6, multiply_adds / 1e9, config.precision,
-        )  # fmt: skip
-    optimizer = torch.optim.AdamW(
-        param_groups_weight_decay(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95), fused=True
-    )
-    if config.compile:
-        model.compile_parts()
-    scaler = make_scaler(config.precision, launch.device)
-    data = {"train": dataset.fingerprint()}
-    state = TrainingState(model, optimizer, scaler, config.as_dict(), Progress(), data=data)
     evaluated = []
     if config.knn_every or config.probe_every:
         evaluated = list(labelled_datasets(config, NEIGHBOURS if config.knn_every else (1,)))
@@ -137,12 +129,11 @@ def prepare(
         evaluated = [build_dataset(config, "train", eval_transform(config))]
     if config.rank_every:
         check_sample(evaluated[0], model.num_features)
-
-    def load_weights(weights: dict[str, Tensor], source: WeightsInfo) -> None:
-        logger.info("%s", load_pretraining(model, weights, source))
-
-    normalize = Normalize(config.mean, config.std)
-    run = open_run(config, start, state, launch.device, loader, normalize, preemption, load_weights, operations)
+    operations = training_operations(log_model(config, model, batch_size=2, mask_ratio=config.mask_ratio))
+    groups = param_groups_weight_decay(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    data = {"train": dataset.fingerprint()}
+    run = open_run(config, start, model, optimizer, loader, data, partial(load_pretraining, model), operations)
     return run, evaluated
 
 
@@ -200,15 +191,10 @@ def train(run: Run, evaluated: list[ImageDataset]) -> None:
 
 def main(flags: argparse.Namespace) -> None:
     with user_errors():
-        setup_logging()
-        given = given_flags(PretrainConfig, flags)
-        launch = distributed.init_distributed(given)
-        preemption = Preemption()
-        preemption.install()
-        log_environment(launch.device)
-        start = find_start(given)
-        config = start.resolve(given, launch, pretraining=True, choose=partial(pretraining_defaults, given, launch))
-        run, evaluated = prepare(config, launch, start, preemption)
+        given, launch = launch_run(PretrainConfig, flags)
+        start = find_start(given, launch)
+        config = start.resolve(pretraining_defaults)
+        run, evaluated = prepare(config, start)
     began = time.time()
     with orderly_end(run):
         train(run, evaluated)

@@ -275,14 +275,14 @@ def scripted(*accuracies: float):
 def test_the_best_checkpoint_survives_a_resume(data, tmp_path):
     flags = [*FINETUNE, *PLAIN, "--epochs", "5", "--data_path", data, "--output_dir", tmp_path]
     Trial(tmp_path, *flags, sabotage=scripted(50, 80, 60), main=main_finetune).finish(1)
-    assert (state_of(tmp_path)["step"], state_of(tmp_path)["best_acc1"]) == (9, 80)
+    assert (state_of(tmp_path)["step"], state_of(tmp_path)["best"]) == (9, 80)
     assert state_of(tmp_path, "checkpoint-best.pth")["step"] == 6
     shutil.copytree(tmp_path, tmp_path / "better")
 
     resume = [*flags, "--resume", "auto"]
     said = Trial(tmp_path, *resume, sabotage=scripted(70, 80, 80), main=main_finetune).finish()
     assert "best top-1 of all epochs: 80.000% (checkpoint-best.pth)" in said
-    assert state_of(tmp_path)["best_acc1"] == 80
+    assert state_of(tmp_path)["best"] == 80
     assert state_of(tmp_path, "checkpoint-best.pth")["step"] == 6  # still that of the second epoch
     assert [record["best_acc1"] for record in epochs_of(tmp_path)] == [50, 80, 80, 80, 80]
 

@@ -11,7 +11,7 @@ from trials import TINY, Trial, differences, epochs_of, flip_byte, state_of, ste
 
 import main_finetune
 from util.run.optim import clip_and_step, make_scaler
-from util.run.state import Progress, TrainingState
+from util.run.state import Progress, TrainingState, program_of
 
 # 2 epochs of 5 optimizer steps, each of 2 micro-batches of 2 images, with everything random in it.
 RECIPE = (*TINY, "--batch_size", "2", "--accum_iter", "2", "--epochs", "2", "--drop_path", "0.3")
@@ -188,6 +188,24 @@ def test_another_runs_checkpoint_does_not_replace_the_run_in_the_output_folder(p
     said = Trial(tmp_path / "logs", *flags, *other).finish(2)
     assert "holds a run already, which this one would replace" in said
     assert {path: path.read_bytes() for path in sorted((tmp_path / "other").iterdir())} == before
+
+
+def test_whose_run_it_is_and_its_best_result_are_known_of_older_checkpoints_too():
+    model = torch.nn.Linear(3, 2)
+    scaler = make_scaler("fp32", torch.device("cpu"))
+    state = TrainingState(
+        model, torch.optim.AdamW(model.parameters()), scaler, {}, Progress(epoch=1), program="exp/task/train.py"
+    )
+    assert [state.progress.is_best(result) for result in (-2.0, 80.0, 80.0, 79.0)] == [True, True, False, False]
+    checkpoint = state.checkpoint()
+    assert program_of(checkpoint) == "exp/task/train.py" and checkpoint["best"] == 80
+    older = {name: value for name, value in checkpoint.items() if name not in ("program", "best")}
+    state.restore(older, steps_per_epoch=1)
+    assert state.progress.best is None and program_of(older) is None
+    state.restore(older | {"best_acc1": 70.0}, steps_per_epoch=1)
+    assert state.progress.best == 70
+    for flag, program in (("mask_ratio", "main_pretrain.py"), ("nb_classes", "main_finetune.py")):
+        assert program_of(older | {"args": {flag: None}}) == program
 
 
 @pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")

@@ -15,29 +15,29 @@ import argparse
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+import runpy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from models_swin import classification_loss
-from util.data.transforms import BatchAugmentation, Normalize
+from util.data.transforms import Normalize
 from util.run.config import DeviceFlags
 from util.run.failures import user_errors
 from util.run.flags import Config, flag, get_parser, given_flags, with_default
 from util.run.launch import choose_device, detect_launch
 from util.run.logger import setup_logging
 from util.run.optim import autocast, make_scaler, resolve_precision, set_up_arithmetic
+from util.run.startup import ROOT
+from util.run.state import program_of
 from util.seeding import seed_all
 from util.weights.file import CheckpointError, read_checkpoint
-from util.weights.layouts import load_classifier, load_pretraining
-from util.weights.settings import model_arguments, weight_settings
 
 logger = logging.getLogger(__name__)
 
+PROGRAMS = ("main_*.py", "exp/*/*.py")  # each has a function `rebuild_step`
 EXTREME = 20.0  # standard deviations: what no photo reaches after normalisation
 MOST_NAMES = 5  # of parameters in one line
 
@@ -95,31 +95,17 @@ def describe_inputs(imgs: Tensor) -> Iterator[str]:
             yield f"image {i}: extreme values, from {img.min():.3g} to {img.max():.3g} standard deviations"
 
 
-def build_step(
-    settings: argparse.Namespace, weights: dict[str, Tensor], device: torch.device
-) -> tuple[nn.Module, Callable[[Tensor, dict[str, Any]], Tensor]]:
-    """The model in training mode with its weights, and the loss of (normalised images, micro-batch of a dump)."""
-    pretraining = hasattr(settings, "mask_ratio")
-    arguments = model_arguments(weight_settings(vars(settings), "the dump", pretraining=pretraining))
-    arguments["drop_path_rate"] = settings.drop_path
-    if pretraining:
-        model = timm.create_model(settings.model, norm_pix_loss=settings.norm_pix_loss, **arguments)
-        load_pretraining(model, weights, "the dump")
-        return model.to(device).train(), lambda imgs, micro: model(imgs, mask=micro["mask"])[0]
+def find_program(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The functions of the program whose run dumped the step.
 
-    num_classes = len(weights["head.weight"])
-    model = timm.create_model(settings.model, num_classes=num_classes, **arguments)
-    load_classifier(model, weights, "the dump")
-    if settings.freeze_encoder:
-        model.requires_grad_(False)
-        model.head.requires_grad_(True)
-    augment = BatchAugmentation(settings, num_classes, device)
-
-    def loss(imgs: Tensor, micro: dict[str, Any]) -> Tensor:
-        imgs, targets = augment(imgs, micro["targets"].to(device))
-        return classification_loss(model(imgs).float(), targets, settings.smoothing)
-
-    return model.to(device).train(not settings.freeze_encoder), loss
+    Raises:
+        CheckpointError: none of ours.
+    """
+    scripts = {path.relative_to(ROOT).as_posix(): path for pattern in PROGRAMS for path in ROOT.glob(pattern)}
+    program = str(program_of(checkpoint))
+    if program not in scripts:
+        raise CheckpointError(f"the dump is of a run of {program}, which is none of {', '.join(sorted(scripts))}")
+    return runpy.run_path(str(scripts[program]))
 
 
 def replay(dump: dict[str, Any], device: torch.device, precision: str | None = None) -> Iterator[str]:
@@ -141,7 +127,7 @@ def replay(dump: dict[str, Any], device: torch.device, precision: str | None = N
     bad_weights = [name for name, tensor in checkpoint["model"].items() if not tensor.isfinite().all()]
     if bad_weights:
         yield f"weights before the step that are not finite: {first_names(bad_weights)}"
-    model, loss_of = build_step(settings, checkpoint["model"], device)
+    model, loss_of = find_program(checkpoint)["rebuild_step"](settings, checkpoint["model"], device)
     normalize = Normalize(settings.mean, settings.std).to(device)
     scaler = make_scaler(precision, device)
     if checkpoint["scaler"] and scaler.is_enabled():

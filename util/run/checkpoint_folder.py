@@ -43,7 +43,8 @@ POSITION = (
     ("step", (int,), 0),
     ("step_in_epoch", (int,), 0),
     ("epoch_loss", (int, float), float("-inf")),
-    ("best_acc1", (int, float, type(None)), 0),
+    ("best", (int, float, type(None)), float("-inf")),
+    ("best_acc1", (int, float, type(None)), float("-inf")),
 )
 
 STEP_NAME = re.compile(r"checkpoint-\d+\.pth")

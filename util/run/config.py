@@ -269,8 +269,11 @@ class ProcessFlags(Config):
 
 
 @dataclass(frozen=True)
-class TrainingConfig(WeightFlags, ModelFlags, OptimizerFlags, DataFlags, DeviceFlags, RunFlags, ProcessFlags):
-    """What both mains share."""
+class TrainingConfig(ReadingFlags, WeightFlags, ModelFlags, OptimizerFlags, DeviceFlags, RunFlags, ProcessFlags):
+    """What all training runs share, whatever their task."""
+
+    PROGRAM: ClassVar[str]  # the script that makes such runs, from the repository's root; their checkpoints record it
+    PRETRAINS: ClassVar[bool] = False  # whether its model is a `MixMAE`, not the encoder or something built on it
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -285,6 +288,11 @@ class TrainingConfig(WeightFlags, ModelFlags, OptimizerFlags, DataFlags, DeviceF
     def eff_batch_size(self) -> int:
         """Images of one optimizer step over all ranks."""
         return self.batch_size * self.accum_iter * self.world_size
+
+
+@dataclass(frozen=True)
+class ImageTrainingConfig(DataFlags, TrainingConfig):
+    """Of runs on a set of images with at most one label each."""
 
 
 # --- Resolving ---

@@ -29,7 +29,7 @@ from util.data.sources import open_source
 from util.data.survey import Survey, survey_images
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
-from util.run.config import TrainingConfig
+from util.run.config import ImageTrainingConfig
 from util.run.launch import Launch
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def choose_for_finetuning(known: Mapping[str, Any], survey: Survey, device: torc
 def _look_and_choose(
     rules: Callable[[Mapping[str, Any], Survey, torch.device], Choices],
     names: Iterable[str],
-    given: TrainingConfig,
+    given: ImageTrainingConfig,
     launch: Launch,
     known: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _look_and_choose(
     return choices.chosen
 
 
-def pretraining_defaults(given: TrainingConfig, launch: Launch, known: Mapping[str, Any]) -> dict[str, Any]:
+def pretraining_defaults(given: ImageTrainingConfig, launch: Launch, known: Mapping[str, Any]) -> dict[str, Any]:
     """Values for what main_pretrain.py needs and is not `known`; the same on all ranks, which must call this together.
 
     Raises:
@@ -169,7 +169,7 @@ def pretraining_defaults(given: TrainingConfig, launch: Launch, known: Mapping[s
     return _look_and_choose(choose_for_pretraining, names, given, launch, known)
 
 
-def finetuning_defaults(given: TrainingConfig, launch: Launch, known: Mapping[str, Any]) -> dict[str, Any]:
+def finetuning_defaults(given: ImageTrainingConfig, launch: Launch, known: Mapping[str, Any]) -> dict[str, Any]:
     """Likewise for main_finetune.py."""
     names = ("in_chans", "model", "batch_size", "warmup_epochs")
     return _look_and_choose(choose_for_finetuning, names, given, launch, known)

@@ -1,5 +1,6 @@
 """One training run from its start to its end: what it goes on from, its steps and epochs, and how it ends."""
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -24,7 +26,7 @@ from util.run import distributed
 from util.run.advice import to_continue
 from util.run.allocator import keep_freed_memory
 from util.run.checkpoint_folder import CheckpointFolder, SaveError
-from util.run.checks import check_data, check_recipe, check_statistics
+from util.run.checks import check_data, check_recipe
 from util.run.config import TrainingConfig, resolve
 from util.run.failures import (
     CollectiveError,
@@ -34,16 +36,17 @@ from util.run.failures import (
     in_one_line,
     is_first_to_say,
 )
+from util.run.flags import given_flags
 from util.run.folder_lock import release_folder, take_folder
 from util.run.gpu_memory import explain_out_of_memory
 from util.run.launch import Launch
-from util.run.logger import RunLog, describe_environment
-from util.run.metrics import SPIKE_HISTORY, StepMeter
+from util.run.logger import RunLog, describe_environment, log_environment, setup_logging
+from util.run.metrics import SPIKE_HISTORY, StepMeter, count_work
 from util.run.nonfinite import NonFiniteError, NonFiniteGuard
 from util.run.once_per_node import read_checkpoint_together, read_weights_together
-from util.run.optim import resolve_precision, whether_to_compile
+from util.run.optim import make_scaler, resolve_precision, whether_to_compile
 from util.run.preemption import Preemption
-from util.run.state import TrainingState
+from util.run.state import Progress, TrainingState, program_of
 from util.weights.file import CheckpointError
 from util.weights.settings import WeightSettings, weight_settings
 from util.weights.source import WeightsInfo
@@ -59,49 +62,64 @@ WEIGHT_FIELDS = [field.name for field in dataclasses.fields(WeightSettings)]
 
 @dataclass
 class Start:
-    """What a run goes on from: its own checkpoint (--resume), other weights (--finetune), or nothing."""
+    """What a run has before its model: its flags and processes, and what it goes on from, which is its own checkpoint
+    (--resume), other weights (--finetune), or nothing."""
 
+    given: TrainingConfig
+    launch: Launch
+    preemption: Preemption
     folder: CheckpointFolder | None  # rank 0 alone
     checkpoint: dict[str, Any] | None = None
     weights: tuple[dict[str, Tensor], WeightsInfo] | None = None
 
-    def resolve(
-        self, given: C, launch: Launch, pretraining: bool, choose: Callable[[Mapping[str, Any]], dict[str, Any]]
-    ) -> C:
+    def resolve(self, choose: Callable[[Any, Launch, Mapping[str, Any]], dict[str, Any]]) -> Any:
         """The configuration: what flags give, else what the run to resume or the weights were made with, else what
-        `choose` (of util.run.defaults) says when it is told what is known.
+        `choose(given, launch, known)` says (see util.run.defaults).
 
         Raises:
-            CheckpointError: the checkpoint is one of the other kind of run.
             UserError: settings that contradict each other, or the images.
         """
+        given, launch = self.given, self.launch
         recorded, source = {}, ""
         if self.checkpoint is not None:
             recorded, source = self.checkpoint.get("args", {}), "the checkpoint to resume"
-            refuse_the_other_kind_of_run(recorded, given, pretraining)
         elif self.weights is not None:
             recorded, source = self.weights[1].args, self.weights[1].source
         known = {name: value for name, value in given.as_dict().items() if value is not None}
         # Of other weights than the run's own, only what belongs to them counts.
         own = recorded if self.checkpoint is not None else {name: recorded.get(name) for name in WEIGHT_FIELDS}
-        chosen = choose(own | known)
-        settings = weight_settings(recorded, source, known, pretraining, chosen)
+        chosen = choose(given, launch, own | known)
+        settings = weight_settings(recorded, source, known, given.PRETRAINS, chosen)
         precision = resolve_precision(given.precision, launch.device)
         given = dataclasses.replace(given, compile=whether_to_compile(given.compile, launch.device, precision))
         return resolve(given, launch, settings, chosen | own)
 
 
-def find_start(given: TrainingConfig) -> Start:
-    """Take and open the output folder, and find what --resume or else --finetune names; the same on all ranks.
-
-    Rank 0 looks for the checkpoint to resume; the others open the file that it found. A resumed run reads nothing of
-    --finetune. Either file is verified by the first rank of each node alone, and the tensors stay in it until they are
-    used, so a node has it in memory once.
+def launch_run(config_class: type[C], flags: argparse.Namespace) -> tuple[C, Launch]:
+    """The first lines of a program that may train: set up the log, check the flags, start the processes.
 
     Raises:
-        CheckpointError: a file is missing, damaged or of another kind.
+        UserError: see `given_flags` and `init_distributed`.
+    """
+    setup_logging()
+    given = given_flags(config_class, flags)
+    return given, distributed.init_distributed(given)
+
+
+def find_start(given: TrainingConfig, launch: Launch) -> Start:
+    """Take and open the output folder, and find what --resume or else --finetune names; the same on all ranks.
+
+    From here on, a request to stop waits for the end of a step. Rank 0 looks for the checkpoint to resume; the others
+    open the file that it found. A resumed run reads nothing of --finetune. Either file is verified by the first rank of
+    each node alone, and the tensors stay in it until they are used, so a node has it in memory once.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or another program's run.
         UserError: the folder cannot be written to, is another run's, or holds one that this one would replace.
     """
+    preemption = Preemption()
+    preemption.install()
+    log_environment(launch.device)
     folder, found, error = None, None, None
     if distributed.is_main_process():
         try:
@@ -114,9 +132,13 @@ def find_start(given: TrainingConfig) -> Start:
     path, error = distributed.gather_objects((found and os.fspath(found[0]), error))[0]
     if error:
         raise UserError(error)
+    start = Start(given, launch, preemption, folder)
     if path is not None:
-        return Start(folder, checkpoint=read_checkpoint_together(path, found and found[1]))
-    return Start(folder, weights=read_weights_together(given.finetune) if given.finetune else None)
+        start.checkpoint = read_checkpoint_together(path, found and found[1])
+        refuse_another_programs_run(start.checkpoint, given)
+    elif given.finetune:
+        start.weights = read_weights_together(given.finetune)
+    return start
 
 
 def refuse_to_replace_a_run(folder: CheckpointFolder, resume: str) -> None:
@@ -129,18 +151,14 @@ def refuse_to_replace_a_run(folder: CheckpointFolder, resume: str) -> None:
         )
 
 
-def refuse_the_other_kind_of_run(recorded: dict[str, Any], given: TrainingConfig, pretraining: bool) -> None:
-    """Raise a CheckpointError where fine-tuning would resume a pretraining run, or the reverse."""
-    if "mask_ratio" in recorded and not pretraining:
+def refuse_another_programs_run(checkpoint: dict[str, Any], given: TrainingConfig) -> None:
+    """Raise a CheckpointError where, say, fine-tuning would resume a pretraining run."""
+    program = program_of(checkpoint)
+    if program not in (None, given.PROGRAM):
         path = Path(given.output_dir) / "checkpoint.pth" if given.resume == "auto" else Path(given.resume)
         raise CheckpointError(
-            f"--resume {given.resume}: {path.parent} holds a pretraining run, which fine-tuning does not continue but "
-            f"start from: give --finetune {path} and another --output_dir"
-        )
-    if "nb_classes" in recorded and pretraining:
-        raise CheckpointError(
-            f"--resume {given.resume}: this is a fine-tuning run, which main_finetune.py continues; give another "
-            "--output_dir to pretrain"
+            f"--resume {given.resume}: {path.parent} holds a run of {program}, which that program continues. To start "
+            f"a run of {given.PROGRAM} from its weights, give --finetune {path} and another --output_dir"
         )
 
 
@@ -287,58 +305,91 @@ class Run:
 def open_run(
     config: TrainingConfig,
     start: Start,
-    state: TrainingState,
-    device: torch.device,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
     loader: DataLoader,
-    normalize: Normalize,
-    preemption: Preemption,
-    load_weights: Callable[[dict[str, Tensor], WeightsInfo], None],
-    operations: float,
+    data: dict[str, dict],
+    load_weights: Callable[[dict[str, Tensor], WeightsInfo], object],
+    operations: float = 0.0,
+    model_ema: ModelEmaV3 | None = None,
+    classes: list[str] | None = None,
 ) -> Run:
-    """Restore the checkpoint of `start`, or call `load_weights` with its weights; then open the run's files.
+    """Restore the checkpoint of `start`, or load its weights; then open the run's files.
 
-    The model is wrapped for several ranks. On a CPU the process keeps the memory that it frees from here on.
+    The model is compiled where `config` says so, and wrapped for several ranks. On a CPU the process keeps the memory
+    that it frees from here on.
+
+    Args:
+        config: of `start.resolve`.
+        model: on the device; with a method `compile_parts`.
+        optimizer: of the model.
+        loader: of the training images. Its batch sampler has `steps_per_epoch` and `set_position(epoch, step)`.
+        data: the fingerprint of every set of images, by the name of its split.
+        load_weights: loads the weights of --finetune into the model; what it returns is logged.
+        operations: of training on one image, for the share of a GPU's peak in the log; 0: unknown.
+        model_ema: of the model.
+        classes: their names, for a checkpoint of a classifier.
 
     Raises:
         CheckpointError: the checkpoint or the weights are not of this model or recipe.
-        UserError: the run's files cannot be written, or the images are in other units than `normalize` expects.
+        UserError: the run's files cannot be written.
     """
+    device = start.launch.device
     if device.type == "cpu":
         keep_freed_memory()
+    if config.compile:
+        model.compile_parts()
+    progress = Progress(epoch=config.start_epoch)
+    scaler = make_scaler(config.precision, device)
+    settings = config.as_dict()
+    state = TrainingState(model, optimizer, scaler, settings, progress, model_ema, classes, data, config.PROGRAM)
     steps_per_epoch = loader.batch_sampler.steps_per_epoch
-    progress = state.progress
-    progress.epoch = config.start_epoch
     if start.checkpoint is not None:
         check_recipe(start.checkpoint, config)
-        check_data(start.checkpoint, state.data)
+        check_data(start.checkpoint, data)
         state.restore(start.checkpoint, steps_per_epoch)
         start.checkpoint = None  # its memory is wanted
         logger.info("resumed at %s", progress)
     elif start.weights is not None:
-        load_weights(*start.weights)
+        logger.info("%s", load_weights(*start.weights))
         start.weights = None
-        if state.model_ema is not None:
-            state.model_ema.set(state.model)
-    check_statistics(config, loader.dataset, config.data_path)
+        if model_ema is not None:
+            model_ema.set(model)
+    axis = int(progress.fraction(steps_per_epoch) * 1000)
     with unreadable_is_user_error(f"{config.output_dir} or {config.log_dir} cannot be written to"):
         write_configuration(config, state)
-        log = RunLog(
-            config.output_dir,
-            config.log_dir,
-            progress.step,
-            progress.epoch,
-            int(progress.fraction(steps_per_epoch) * 1000),
-        )
+        log = RunLog(config.output_dir, config.log_dir, progress.step, progress.epoch, axis)
     guard = NonFiniteGuard(device, state, Path(config.output_dir) if config.nan_dump else None)
     logger.info(
         "effective batch %d = %d images x %d micro-batches x %d ranks; learning rate %.3g; %d steps per epoch",
         config.eff_batch_size, config.batch_size, config.accum_iter, config.world_size, config.lr, steps_per_epoch,
     )  # fmt: skip
-    model = distributed.wrap_model(state.model, device)
-    normalize = normalize.to(device)
+    wrapped = distributed.wrap_model(model, device)
+    normalize = Normalize(config.mean, config.std).to(device)
     return Run(
-        config, device, model, state, loader, normalize, start.folder, log, guard, preemption, operations
+        config, device, wrapped, state, loader, normalize, start.folder, log, guard, start.preemption, operations
     )  # fmt: skip
+
+
+def log_model(config: TrainingConfig, model: nn.Module, batch_size: int, **forward: float) -> float:
+    """Log how large the model is (rank 0). Returns the multiply-adds of one image's forward pass; on other ranks 0.
+
+    Args:
+        config: of the run.
+        model: a `SwinTransformer` or `MixMAE`.
+        batch_size, forward: see `util.run.metrics.count_work`.
+    """
+    if not distributed.is_main_process():
+        return 0.0
+    parameters, multiply_adds = count_work(model, batch_size, **forward)
+    name = f"{config.model} at {model.img_size[0]}x{model.img_size[1]}"
+    if getattr(model, "num_classes", 0):
+        name += f", {model.num_classes} classes"
+    logger.info(
+        "%s: %.1f M parameters, %.2f G multiply-adds per image, %s",
+        name, parameters / 1e6, multiply_adds / 1e9, config.precision,
+    )  # fmt: skip
+    return multiply_adds
 
 
 def write_configuration(config: TrainingConfig, state: TrainingState) -> None:

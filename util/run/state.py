@@ -23,11 +23,18 @@ class Progress:
     step_in_epoch: int = 0
     step: int = 0  # optimizer steps done since the start of the run
     epoch_loss: float = 0.0  # sum of the losses of this epoch's steps so far, averaged over ranks
-    best_acc1: float | None = None  # fine-tuning: best top-1 so far in percent, where one is known
+    best: float | None = None  # evaluation so far, such as fine-tuning's top-1 in percent; None: none is known
 
     def fraction(self, steps_per_epoch: int) -> float:
         """The fractional epoch."""
         return self.epoch + self.step_in_epoch / steps_per_epoch
+
+    def is_best(self, result: float) -> bool:
+        """Whether this evaluation is the best so far, and from now on the one to beat. The first one always is."""
+        if self.best is not None and result <= self.best:
+            return False
+        self.best = result
+        return True
 
     def next_step(self) -> None:
         self.step_in_epoch += 1
@@ -55,6 +62,7 @@ class TrainingState:
     model_ema: ModelEmaV3 | None = None
     classes: list[str] | None = None  # of a classifier: their names, in the order of the head's rows
     data: dict[str, dict] = field(default_factory=dict)  # split -> fingerprint of its images
+    program: str = ""  # which goes on with the run, see `TrainingConfig`
 
     def checkpoint(self) -> dict[str, Any]:
         """The state as plain data, in the authors' layout: 'epoch' is the last complete one."""
@@ -68,7 +76,8 @@ class TrainingState:
             "step_in_epoch": progress.step_in_epoch,
             "step": progress.step,
             "epoch_loss": progress.epoch_loss,
-            "best_acc1": progress.best_acc1,
+            "best": progress.best,
+            "program": self.program,
             "args": dict(self.settings),
             "data": {split: dict(fingerprint) for split, fingerprint in self.data.items()},
         }
@@ -97,7 +106,7 @@ class TrainingState:
         progress.step_in_epoch = checkpoint.get("step_in_epoch", 0)
         progress.step = checkpoint.get("step", progress.epoch * steps_per_epoch)
         progress.epoch_loss = checkpoint.get("epoch_loss", 0.0)
-        progress.best_acc1 = checkpoint.get("best_acc1")
+        progress.best = checkpoint.get("best", checkpoint.get("best_acc1"))  # as older versions call it
         before, now = effective_batch(checkpoint.get("args", {})), effective_batch(self.settings)
         steps = progress.step_in_epoch * before // now if None not in (before, now) else progress.step_in_epoch
         steps = min(steps, steps_per_epoch)  # there may be fewer images now
@@ -127,6 +136,16 @@ class TrainingState:
             self.scaler.load_state_dict(checkpoint["scaler"])
         if self.model_ema is not None:
             self.model_ema.module.load_state_dict(checkpoint.get("model_ema") or checkpoint["model"])
+
+
+def program_of(checkpoint: dict[str, Any]) -> str | None:
+    """The program that goes on with the run of a checkpoint, if it is known.
+
+    Older checkpoints and the authors' do not record it: those of the two mains are told by a flag of theirs.
+    """
+    args = checkpoint.get("args") or {}
+    guess = "main_pretrain.py" if "mask_ratio" in args else "main_finetune.py" if "nb_classes" in args else None
+    return checkpoint.get("program") or guess
 
 
 def match_groups(saved: dict[str, Any], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
