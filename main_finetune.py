@@ -39,7 +39,7 @@ from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import BatchAugmentation, Normalize, eval_transform, train_transform, uses_mixup
 from util.errors import UserError, unreadable_is_user_error
 from util.run import advice, distributed
-from util.run.checks import check_statistics
+from util.run.checks import check_overlap, check_statistics
 from util.run.classes import (
     check_division,
     classes_to_evaluate,
@@ -230,6 +230,7 @@ def prepare(config: FinetuneConfig, start: Start) -> tuple[Run, DataLoader]:
         validation.dataset.number_labels_as(dataset.classes, "the training images")
     count_classes(config, validation.dataset)
     name_classes_without_images(validation.dataset)
+    check_overlap(dataset, validation.dataset)
     check_statistics(config, validation.dataset, f"{config.data_path} (val)")
     config = replace(config, nb_classes=num_classes)
     model = build_classifier(config, num_classes).to(launch.device)

@@ -103,6 +103,7 @@ def test_a_list_of_images(tmp_path):
         ("a.png one\n", "line 1: expected an image file"),
         ("$(touch hacked).sh\n", "line 1: expected an image file"),
         ("gone.png\n", "gone.png.*No such file"),
+        ("a.png 1\nb.png 0\na.png 0\n", "line 3: a.png has another label, 1, in a line before"),
     ],
 )
 def test_bad_lists(tmp_path, content, message):
@@ -187,6 +188,32 @@ def test_tars(tmp_path):
     assert len(pickle.loads(pickle.dumps(dataset.source))) == 6
 
 
+def test_what_a_tar_holds_besides_its_images(tmp_path, caplog):
+    """timm took PNG and JPEG only, without a word, and hidden files for images; and '.thumbs' was a class."""
+    make_tar(tmp_path / "train.tar", "./", ["ant/1.png", "ant/._1.png", ".thumbs/1.png", "bee/1.webp", "bee/3.jxl"])
+    source = plain(data_args(tmp_path)).source
+    assert [source.path(i) for i in range(len(source))] == ["./ant/1.png", "./bee/1.webp"]
+    assert source.classes == ["ant", "bee"] and source.targets.tolist() == [0, 1]
+    assert [source.read(i)[1] for i in range(2)] == [0, 1]
+    assert "left out are 1 .jxl" in caplog.text
+    before = plain(data_args(tmp_path)).fingerprint()
+    make_tar(tmp_path / "train.tar", "./", ["ant/2.png", "ant/._1.png", ".thumbs/1.png", "bee/1.webp", "bee/3.jxl"])
+    assert plain(data_args(tmp_path)).fingerprint()["names"] != before["names"]  # though the tar is as large
+    make_tar(tmp_path / "train.tar", "", ["ant/1.png", "0.png"])
+    assert plain(data_args(tmp_path)).classes is None
+    for names in ([], ["ant/1.jxl"], [".x/1.png"]):
+        make_tar(tmp_path / "train.tar", "", names)
+        with pytest.raises(UserError, match=r"^no images found in .*train\.tar \(looked for \.jpg"):
+            plain(data_args(tmp_path))
+
+
+def test_a_tar_of_arrays(tmp_path):
+    np.save(tmp_path / "0.npy", np.ones((9, 8, 2), np.float32))
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(tmp_path / "0.npy", "a/0.npy")
+    assert plain(data_args(tmp_path, in_chans=2))[(0, 0)][0].shape[0] == 2
+
+
 def test_torchvision_sets_by_timms_name(tmp_path):
     root = tmp_path / "FashionMNIST" / "raw"
     root.mkdir(parents=True)
@@ -242,6 +269,9 @@ def test_streamed_sets_train_without_an_order_of_their_own(tmp_path, monkeypatch
     seen = [set(map(tuple, images[:, :2, 0, 0].tolist())) for images, _ in build_loader(dataset, batches, args, CPU)]
     assert seen[0] | seen[1] == {(i, 0) for i in range(6)}
     assert seen[2] | seen[3] == {(i, 1) for i in range(6)}  # the next epoch of the stream
+    assert {int(image[0, 0, 0]) for image in dataset.sample()} == set(range(6))
+    first = [dataset.source.read(99)[0][:2, 0, 0].tolist() for _ in range(2)]
+    assert first == [[0, 0], [1, 0]]  # as if nobody had looked
     with pytest.raises(UserError, match="can only be streamed"):
         plain(args, "val")
     monkeypatch.setattr(timm_source, "create_dataset", lambda *args, **kwargs: Stream(0))

@@ -231,6 +231,7 @@ def test_the_index_is_a_few_flat_arrays():
 
 
 LEFT_OUT = [".thumbs/a.jpg", "b/.thumbs/x/c.jpg", "b/._2.jpg", "b/.DS_Store", "b/1.JXL", "a/2.jxl", "a/3.psd"]
+LEFT_OUT += ["a/README", "a/scan.0001", "a/scan.0002"]
 
 
 def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
@@ -238,17 +239,33 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
     root = tree(tmp_path / "data", NAMES)
     expected = paths(load_index(root)), load_index(root).classes
     tree(root, LEFT_OUT)
+    (root / "b" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     for _ in range(2):
         caplog.clear()
         with caplog.at_level(logging.INFO):
             index = load_index(root)
         assert (paths(index), index.classes) == expected
         assert class_folders(root) == expected[1]
-        assert index.unreadable == {".jxl": 2, ".psd": 1} and index.hidden == 3
+        assert index.left_out == {".jxl": 2, ".psd": 1, ".txt": 1, "": 3, "broken link": 1} and index.hidden == 3
         assert f"{root}: left out are 2 .jxl, 1 .psd, which this program does not read: convert" in caplog.text
+        assert "left out are 1 links to images that are not there" in caplog.text
+        assert "left out are files that do not end like images: 3 without ending, 1 .txt" in caplog.text
         assert "left out are 3 hidden images or folders" in caplog.text
     hidden_root = tree(tmp_path / ".data", ["a/1.jpg"])
     assert len(load_index(hidden_root)) == 1  # what was asked for is not left out
+
+
+def test_a_run_scans_once_where_the_index_cannot_be_cached(tmp_path, monkeypatch):
+    """It looks at its images twice: to choose settings, and to train."""
+    root, scans, scan = tree(tmp_path / "data", NAMES), [], image_index.scan
+    monkeypatch.setattr(image_index, "scan", lambda *args: scans.append(args) or scan(*args))
+    monkeypatch.setenv("MIXMAE_CACHE", str(root / "b" / "notes.txt"))  # a file
+    monkeypatch.setattr(image_index, "TICK_NS", -(10**12))
+    first, second = load_index(root), load_index(root)
+    assert paths(first) == paths(second) and len(scans) == 1
+    tree(root, ["c/1.jpg"])
+    os.utime(root, (0, 0))
+    assert "c/1.jpg" in "".join(paths(load_index(root))) and len(scans) == 2
 
 
 def test_a_folder_of_formats_that_are_not_read(tmp_path, caplog):

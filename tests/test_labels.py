@@ -1,6 +1,7 @@
 """Labels from lists, and a part of one folder set aside for validation: as from class folders, to the last number."""
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import util.knn
 from util.data.datasets import build_dataset
 from util.data.image_index import ImageIndex, StringTable
 from util.errors import UserError
+from util.run.checks import check_overlap
 from util.weights.file import read_checkpoint
 
 CLASSES = ("ant", "bee", "cow")
@@ -94,6 +96,44 @@ def test_folders_win_over_lists_of_their_name(folders, caplog):
     for path, numbers in ((folders, (30, 12)), (folders / "train.txt", (1, 1))):
         args = data_args(path, in_chans=1)
         assert tuple(len(build_dataset(args, split, lambda image: image)) for split in ("train", "val")) == numbers
+
+
+def test_lists_that_repeat_images_skip_classes_or_share_images(folders, tmp_path, capfd):
+    place = lists(folders, tmp_path / "lists")
+    train, val = (place / f"{split}.txt" for split in ("train", "val"))
+    train.write_text(re.sub(" ([012])\n", lambda match: f" {2 * int(match[1]) + 1}\n", train.read_text()))
+    val.write_text("".join(train.read_text().splitlines(True)[:4] * 2))
+    run(main_finetune, *TRAIN, "--data_path", place, "--output_dir", tmp_path / "out")
+    said = capfd.readouterr().out
+    assert "3 of 6 classes have no training image: ['0', '2', '4']" in said
+    assert f"{val}: 4 lines repeat images of other lines" in said
+    assert "8 of 8 validation images are training images too" in said
+
+
+@pytest.mark.parametrize("how", ["the same folder", "a copy", "apart"])
+def test_validation_images_that_were_trained_on_are_told(folders, tmp_path, caplog, how):
+    """kNN said 100%, with exit code 0."""
+    if how != "apart":
+        shutil.rmtree(folders / "val")
+    if how == "the same folder":
+        (folders / "val").symlink_to("train")
+    if how == "a copy":
+        shutil.copytree(folders / "train", folders / "val")
+        (folders / "val" / "ant" / "0000.png").unlink()
+        make_images(folders / "val" / "bee", 1, (16, 16), seed=99)
+    train, val = (
+        build_dataset(data_args(folders, in_chans=1), split, lambda image: image) for split in ("train", "val")
+    )
+    check_overlap(train, val)
+    expected = {"the same folder": "30 of 30", "a copy": "28 of 29"}
+    assert (f"{expected.get(how)} validation images are training images too" in caplog.text) == (how != "apart")
+
+
+def test_classes_that_are_spelt_alike_are_told(folders, tmp_path, capfd):
+    for split in ("train", "val"):
+        (folders / split / "cow").rename(folders / split / "ANT")
+    run(main_finetune, *TRAIN, "--data_path", folders, "--output_dir", tmp_path / "out")
+    assert "classes of their own, though their names are spelt alike: ['ANT', 'ant']" in capfd.readouterr().out
 
 
 def test_more_classes_than_a_list_shows(folders, tmp_path):

@@ -3,6 +3,7 @@
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ import main_finetune
 import main_pretrain
 import util.knn
 import util.predict
-from util.data.datasets import build_dataset
-from util.data.decoding import decode
-from util.data.statistics import check_images, measure
+from util.data.datasets import NumberedImages, build_dataset
+from util.data.decoding import BadImageError, decode
+from util.data.statistics import check_images, check_units, measure
 from util.data.transforms import Normalize
+from util.run.checks import check_statistics
 from util.weights.settings import IMAGENET_MEAN, IMAGENET_STD
 
 SHAPE = ["--model", "mixmae_quickstart", "--input_size", "16", "--window_size", "4", "4", "4", "2"]
@@ -107,6 +109,65 @@ def test_a_damaged_image_among_others_decides_nothing():
     assert check_images([*images, damaged], IMAGENET_MEAN, IMAGENET_STD) == ("", "")
     assert check_images([*images, *[torch.zeros_like(images[0])] * 9], IMAGENET_MEAN, IMAGENET_STD) == ("", "")
     assert check_images([damaged] * 2 + [damaged + 1], IMAGENET_MEAN, IMAGENET_STD)[0]
+
+
+def mixed(images: list[torch.Tensor], factor: float) -> list[torch.Tensor]:
+    return [*images, *images, *(image * factor for image in images)]
+
+
+def test_images_in_units_of_each_other_s_own():
+    """40% of 0..1 among 0..10000 were trained on: pooled, their mean and deviation are ordinary."""
+    of_two = mixed(photos(10_000), 1e-4)
+    assert check_images(of_two, (4000,) * 3, (3000,) * 3) == ("", "")
+    error, warning = check_units(of_two)
+    assert f"in {len(PHOTOS)} of {len(of_two)} images, and at least" in error and not warning
+    for images in (mixed(photos(1 + 1e-9), 1 / 16), [*photos(), *photos(), *(image // 128 for image in photos())]):
+        error, warning = check_units(images)  # 12 bits among 16; 0 and 1 in files of bytes
+        assert not error and "as if they were in different units" in warning
+    dark = [*photos(), *(image // 6 for image in photos())]
+    blank = [*photos(7.0), *[torch.zeros(3, 4, 4)] * 9]
+    for images in (photos(), dark, blank, [*photos(7.0) * 2, photos(7e30)[0]], grey(0, 256), photos()[:1]):
+        assert check_units(images) == ("", "")
+
+
+def test_one_channel_with_a_far_too_large_deviation_is_told():
+    """An error it cannot be: a channel that hardly says anything is usual in microscopy and satellite images."""
+    error, warning = check_images(photos(), IMAGENET_MEAN, (0.229, 58, 0.225))
+    assert not error and "--std 0.229 58 0.225, these images have mean" in warning
+    weak = [torch.cat([image[:2], image[2:] // 64]) for image in photos()]
+    error, warning = check_images(weak, IMAGENET_MEAN, IMAGENET_STD)
+    assert not error and "Measured on" in warning
+
+
+def test_every_image_is_looked_at_while_it_is_read(tmp_path, caplog):
+    make_images(tmp_path, 40, (16, 16), channels=2)
+    for number, path in enumerate(sorted(tmp_path.iterdir())):
+        np.save(path, np.load(path) * (1e4 if number in (7, 9, 12) else 1.0))
+    args = data_args(tmp_path, in_chans=2)
+    for allowed, numbered in ((False, False), (False, True), (True, False)):
+        dataset = build_dataset(args, "train", lambda image: image)
+        dataset = NumberedImages(dataset.source, lambda image: image, 0, True) if numbered else dataset
+        dataset.sample = lambda: []
+        check_statistics(SimpleNamespace(mean=(128,) * 2, std=(74,) * 2, allow_odd_statistics=allowed), dataset, "x")
+        caplog.clear()
+        for index in [*range(9), 7]:
+            dataset[(0, index)]
+        assert ("0007.npy': normalised, the root mean square" in caplog.text) == (not allowed)
+        if not allowed:
+            with pytest.raises(BadImageError, match=r"0009\.npy'.*so far 2 of 40 images are like it\. Bring all"):
+                dataset[(0, 9)]
+    assert [dataset[(0, index)][0].max() > 1000 for index in (8, 9)] == [False, True]
+
+
+def test_a_run_stops_at_images_in_other_units_that_the_sample_did_not_show(tmp_path):
+    make_images(tmp_path / "data", 100, (16, 16), channels=2)
+    sampled = {i * 100 // 32 for i in range(32)}
+    for number, path in enumerate(sorted((tmp_path / "data").iterdir())):
+        np.save(path, np.load(path) * (1.0 if number in sampled else 1e4))
+    flags = [*PRETRAIN, "--in_chans", 2, "--mean", 128, 128, "--std", 74, 74, "--data_path", tmp_path / "data"]
+    said = Trial(tmp_path, *flags, "--num_workers", 2, "--output_dir", tmp_path / "out").finish(1)
+    assert said.count("far from --mean and --std is image") == 2 and "Traceback" not in said
+    assert "so far 2 of 100 images are like it" in said
 
 
 def test_a_sample_comes_from_all_over_and_draws_nothing(tmp_path):

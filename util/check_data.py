@@ -37,7 +37,7 @@ from util.data.decoding import PILLOW_FORMATS, BadImageError, PixelType, decoded
 from util.data.display import Display, shown_channels
 from util.data.image_index import abbreviate
 from util.data.sources import FileSource, open_source
-from util.data.statistics import check_images
+from util.data.statistics import check_images, check_units
 from util.data.survey import survey_images
 from util.data.transforms import Normalize, eval_transform, pretrain_transform
 from util.errors import UserError, unreadable_is_user_error
@@ -295,6 +295,9 @@ def open_splits(config: CheckDataConfig) -> list[tuple[str, FileSource]]:
     Raises:
         UserError: there are none, or they are not files.
     """
+    only_files = f"{config.data_path}: only image files are checked, in folders or lists"
+    if config.dataset:
+        raise UserError(f"{only_files}, not --dataset {config.dataset}")
     path, places = Path(config.data_path), {"train": config.data_path}
     candidates = (path / "val", path / "val.txt") if path.is_dir() else (path.with_name("val.txt"),)
     if found := [place for place in candidates if place.exists()]:
@@ -304,7 +307,7 @@ def open_splits(config: CheckDataConfig) -> list[tuple[str, FileSource]]:
         with unreadable_is_user_error(f"cannot read {place}"):
             source = open_source(replace(config, data_path=place), "train", require_labels=False)
         if not isinstance(source, FileSource):
-            raise UserError(f"{config.data_path}: only image files are checked, in folders or lists; unpack the tar")
+            raise UserError(f"{only_files}: unpack the tar")
         sources.append((split, source))
     return sources
 
@@ -326,9 +329,12 @@ def check_data(given: CheckDataConfig) -> dict[str, Any]:
     sources = [(split, FileSource(source.index, config)) for split, source in sources]
     parts = [inspect(source, split, config) for split, source in sources]
     wrong, odd = faults_of(parts, config)
-    if given.mean is not None or given.std is not None:
-        dataset = NumberedImages(sources[0][1], eval_transform(config), 0, True)
-        wrong += [doubt for doubt in check_images(dataset.sample(), config.mean, config.std)[:1] if doubt]
+    if parts[0].good:
+        sample = NumberedImages(sources[0][1], eval_transform(config), 0, True).sample()
+        error, doubt = check_units(sample)
+        wrong, odd = wrong + [error][: bool(error)], odd + [doubt][: bool(doubt)]
+        if given.mean is not None or given.std is not None:
+            wrong += [doubt for doubt in check_images(sample, config.mean, config.std)[:1] if doubt]
     report: dict[str, Any] = {"data": config.data_path, "in_chans": config.in_chans, "faults": wrong, "remarks": odd}
     report |= {part.split: describe(part) for part in parts}
     if parts[0].good:

@@ -29,7 +29,7 @@ from util.data.datasets import ImageDataset, build_dataset
 from util.data.transforms import Normalize, eval_transform
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed
-from util.run.checks import check_statistics
+from util.run.checks import check_overlap, check_statistics
 from util.run.config import CheckpointFlags, DataFlags, DeviceFlags, ProcessFlags, resolve
 from util.run.failures import user_errors
 from util.run.features import gather_all, own_features
@@ -64,6 +64,7 @@ def labelled_datasets(config: Config, neighbours: Sequence[int]) -> tuple[ImageD
         build_dataset(config, split, eval_transform(config), require_labels=True) for split in ("train", "val")
     )
     check_statistics(config, val, f"{config.data_path} (val)")
+    check_overlap(train, val)
     if min(neighbours) < 1 or max(neighbours) > len(train):
         raise UserError(f"k must lie between 1 and the {len(train)} training images, got {list(neighbours)}")
     return train, val

@@ -21,6 +21,7 @@ from util.data.decoding import BadImageError, PixelType, decoded
 from util.data.image_index import abbreviate
 from util.data.settings import DataSettings
 from util.data.sources import Source, open_source
+from util.data.statistics import MOST, deviation_of
 from util.errors import UserError, unreadable_is_user_error
 from util.seeding import derive_seed, keyed_generator, seed_all
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 REPLACEMENT_TRIES = 100
 SAMPLE = 32  # images that are looked at before a run
+MOST_ODD = 0.01  # share of images far from the mean and deviation: of these very images, it would be less
 # Forked workers share the index of a data set; Linux's own default since Python 3.14 would send each a copy.
 WORKERS = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 
@@ -58,6 +60,8 @@ class ImageDataset(Dataset):
         self._numbers: np.ndarray | None = None  # of the source's classes in `classes`, where they differ
         self._bad = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # shared with the workers
         self._bad_lock = WORKERS.Lock()
+        self._statistics: tuple[torch.Tensor, torch.Tensor] | None = None  # (C, 1, 1) each
+        self._odd = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
         self._reduced = torch.zeros(1, dtype=torch.uint8).share_memory_()  # whether an image lost bits, and it was said
         self.pixels = self._first_image_pixels()
 
@@ -108,14 +112,20 @@ class ImageDataset(Dataset):
         """How many different images could not be read so far, in all workers of this process."""
         return int(self._bad.sum())
 
+    def watch(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Compare every image of more than 8 bits that is read from now on with `mean` and `std`.
+
+        The first one far from them is a warning, more than `MOST_ODD` of all images a BadImageError. To be called
+        before other processes read the data set.
+        """
+        self._statistics = tuple(torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+
     def sample(self, most: int = SAMPLE, seconds: float = 1.0) -> list[torch.Tensor]:
         """Images from all over the data set, as they are read, without a transform: nothing random is drawn.
 
-        At most `most`, and no more after `seconds` once there are a few. Unreadable ones are left out; a set that is
-        streamed has no sample, since reading it would move it on.
+        At most `most`, and no more after `seconds` once there are a few. Unreadable ones are left out. Of a set that is
+        streamed, the first ones; it then begins again.
         """
-        if self.source.streamed:
-            return []
         evenly = [i * len(self) // min(most, len(self)) for i in range(min(most, len(self)))]
         images, start = [], time.monotonic()
         for index in (index for first in range(8) for index in evenly[first::8]):
@@ -123,6 +133,8 @@ class ImageDataset(Dataset):
                 break
             with contextlib.suppress(BadImageError):
                 images.append(self._read(index)[0])
+        if self.source.streamed:
+            self.source.rewind()
         return images
 
     def _first_image_pixels(self) -> PixelType:
@@ -169,14 +181,40 @@ class ImageDataset(Dataset):
         for attempt in range(REPLACEMENT_TRIES):
             if not self._bad[candidate]:
                 try:
-                    return self._read(candidate, self.transform, (self.seed, epoch, index))
+                    image, target = self._read(candidate, self.transform, (self.seed, epoch, index))
                 except BadImageError as error:
                     if not self.skip_bad:
                         advice = "Repair or remove it (--bad_images skip replaces training images only)"
                         raise BadImageError(f"{error}. {advice}") from None
                     self._record_bad(candidate, error)
+                else:
+                    self._compare(candidate, image)
+                    return image, target
             candidate = derive_seed("replacement", self.seed, epoch, index, attempt) % len(self)
         raise BadImageError(f"no readable image found in {REPLACEMENT_TRIES} tries to replace {self.path_of(index)!r}")
+
+    def _compare(self, index: int, image: torch.Tensor) -> None:
+        """See `watch`. Bytes are left alone: a sample says all of their units."""
+        if self._statistics is None or image.dtype == torch.uint8:
+            return
+        deviation = deviation_of(image, *self._statistics)
+        if deviation <= MOST:
+            return
+        with self._bad_lock:
+            known = bool(self._odd[index])
+            self._odd[index] = 1
+            count = int(self._odd.sum())
+        what = (
+            f"far from --mean and --std is image {self.path_of(index)!r}: normalised, the root mean square of its "
+            f"values is {deviation:.3g}, not about 1"
+        )
+        if count > max(1, MOST_ODD * len(self)):
+            raise BadImageError(
+                f"{what}; so far {count} of {len(self)} images are like it. Bring all into one unit, or give the "
+                "--mean and --std of python -m util.check_data; --allow_odd_statistics goes on all the same"
+            )
+        if not known and count == 1:
+            logger.warning("%s; of more than one image in a hundred this is an error", what)
 
     def _record_bad(self, index: int, error: BadImageError) -> None:
         with self._bad_lock:
@@ -201,11 +239,13 @@ class NumberedImages(ImageDataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         _, index = key
         try:
-            return self._read(index, self.transform)[0], index
+            image, _ = self._read(index, self.transform)
         except BadImageError:
             if not self.skip_bad:
                 raise
             return self.transform(self._blank), -1
+        self._compare(index, image)
+        return image, index
 
     def why_bad(self, index: int) -> str:
         """Why an image cannot be read; '' if it can."""

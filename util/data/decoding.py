@@ -67,7 +67,7 @@ MAX_PIXELS = 250_000_000  # 0.75 GB as RGB; a scan of A3 at 900 dpi has 160 mill
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; ours is checked before it decodes
 # Pillow reads other formats too; one of them (EPS) would start another program.
 PILLOW_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
-IMAGE_EXTENSIONS = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .npy".split())
+IMAGE_EXTENSIONS = tuple(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .npy".split())
 if features.check("avif"):
     PILLOW_FORMATS, IMAGE_EXTENSIONS = [*PILLOW_FORMATS, "AVIF"], (*IMAGE_EXTENSIONS, ".avif")
 if pillow_heif is not None:

@@ -5,7 +5,7 @@ because reading a Python object writes to its reference count. Here all names ar
 workers share.
 
 Hidden files and folders (`.thumbs/`, `._photo.jpg`) are left out, and counted; so are images that cannot be read
-(`.heic`), by their names.
+(`.heic`), links to images that are not there, and other files, by the endings of their names.
 
 The cache is in $MIXMAE_CACHE, else $XDG_CACHE_HOME/mixmae, else ~/.cache/mixmae; never in the data folder. It is valid
 as long as every directory of the tree has the modification and change times that it had when it was scanned: adding,
@@ -19,7 +19,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -35,10 +35,16 @@ logger = logging.getLogger(__name__)
 UNREADABLE_EXTENSIONS = tuple(
     ".heic .heif .avif .jxl .jp2 .j2k .svg .psd .exr .hdr .dcm .dng .raw .cr2 .cr3 .nef .arw .raf .orf .rw2".split()
 )
-CACHE_FORMAT = 3
+BROKEN_LINK = "broken link"  # counted with the endings, none of which has a space
+CACHE_FORMAT = 4
 # A directory changed this shortly before its scan may change again without its times moving (coarse clocks).
 SETTLED_AFTER_NS = 2_000_000_000
+TICK_NS = 50_000_000  # of such clocks on a local disk
 LONGEST_WAIT = 3600  # seconds for another process's scan; after that, this process scans for itself
+
+# By cache file: what was scanned, its directories and their times. A run opens its images twice, to choose settings and
+# to train.
+_not_cached: dict[Path, tuple["ImageIndex", list[str], np.ndarray]] = {}
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class ImageIndex:
     names: StringTable
     targets: np.ndarray
     classes: list[str] | None
-    unreadable: dict[str, int] = field(default_factory=dict)  # extension -> files left out, of UNREADABLE_EXTENSIONS
+    left_out: dict[str, int] = field(default_factory=dict)  # ending of a name, or BROKEN_LINK -> number of files
     hidden: int = 0  # images and folders left out, their names beginning with a dot
 
     def __len__(self) -> int:
@@ -93,14 +99,7 @@ class ImageIndex:
         return digest.hexdigest()
 
     def report_left_out(self) -> None:
-        if self.unreadable:
-            counts = ", ".join(f"{count} {extension}" for extension, count in sorted(self.unreadable.items()))
-            logger.warning(
-                "%s: left out are %s, which this program does not read: convert them to JPEG, PNG or .npy to use them",
-                self.root, counts,
-            )  # fmt: skip
-        if self.hidden:
-            logger.info("%s: left out are %d hidden images or folders (a dot begins the name)", self.root, self.hidden)
+        report_left_out(self.root, self.left_out, self.hidden)
 
     def empty_classes(self) -> list[str]:
         """Class folders without any image."""
@@ -145,6 +144,35 @@ class ImageIndex:
         return replace(self, names=names, targets=self.targets[chosen])
 
 
+def ending(name: str) -> str:
+    """The extension that files are counted by: '' also for numbers, as in IM.0001, IM.0002, ..."""
+    extension = os.path.splitext(name.lower())[1]
+    return "" if extension[1:].isdigit() else extension
+
+
+def report_left_out(place: str, left_out: Mapping[str, int], hidden: int) -> None:
+    """Log what of a folder or tar is no image that can be used: what looks like one as a warning."""
+    images = {name: count for name, count in left_out.items() if name in UNREADABLE_EXTENSIONS}
+    others = {name or "without ending": count for name, count in left_out.items() if name not in images}
+    if broken := others.pop(BROKEN_LINK, 0):
+        logger.warning("%s: left out are %d links to images that are not there", place, broken)
+    if images:
+        logger.warning(
+            "%s: left out are %s, which this program does not read: convert them to JPEG, PNG or .npy to use them",
+            place, _counts(images),
+        )  # fmt: skip
+    if others:
+        logger.info("%s: left out are files that do not end like images: %s", place, _counts(others))
+    if hidden:
+        logger.info("%s: left out are %d hidden images or folders (a dot begins the name)", place, hidden)
+
+
+def _counts(files: Mapping[str, int], shown: int = 5) -> str:
+    listed = sorted(files.items(), key=lambda item: (-item[1], item[0]))
+    more = [f"{sum(count for _, count in listed[shown:])} others"] if len(listed) > shown else []
+    return ", ".join([*(f"{count} {name}" for name, count in listed[:shown]), *more])
+
+
 def abbreviate(names: list[str], shown: int = 5) -> str:
     """The first few names, for a message."""
     return f"{names[:shown]}" + (f" and {len(names) - shown} more" if len(names) > shown else "")
@@ -168,7 +196,9 @@ def load_index(root: str | os.PathLike, extensions: Sequence[str] = IMAGE_EXTENS
     root = os.path.realpath(root)
     extensions = tuple(extensions)
     cache = _cache_file(root, extensions)
-    index = _read_cache(cache, root)
+    index = _scanned_before(cache, root)
+    if index is None:
+        index = _read_cache(cache, root)
     if index is None:
         logger.info("looking for images under %s", root)
         with _lock(cache.with_suffix(".lock")):
@@ -188,7 +218,7 @@ def scan(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> tuple[Ima
     UserError when a directory cannot be listed.
     """
     directories, times, files = [], [], []  # files: (class, directory, sorted names)
-    unreadable, hidden = Counter(), 0
+    left_out, hidden = Counter(), 0
     waiting = [("", ())]  # relative directory, identities of its ancestors
     while waiting:
         directory, ancestors = waiting.pop()
@@ -210,8 +240,10 @@ def scan(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> tuple[Ima
                     elif lower.endswith(extensions):
                         if entry.is_file():
                             names.append(name)
-                    elif lower.endswith(UNREADABLE_EXTENSIONS):
-                        unreadable[os.path.splitext(lower)[1]] += 1
+                        else:
+                            left_out[BROKEN_LINK] += 1
+                    else:
+                        left_out[ending(name)] += 1
         directories.append(directory)
         times.append((status.st_mtime_ns, status.st_ctime_ns))
         if names:
@@ -226,7 +258,7 @@ def scan(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> tuple[Ima
         position = {name: i for i, name in enumerate(classes)}
         per_folder = [position[top] for top, _, _ in files]
     targets = np.repeat(np.array(per_folder, dtype=np.int32), [len(names) for _, _, names in files])
-    index = ImageIndex(root, StringTable.of(paths), targets, classes, dict(unreadable), hidden)
+    index = ImageIndex(root, StringTable.of(paths), targets, classes, dict(left_out), hidden)
     return index, directories, np.array(times, dtype=np.int64)
 
 
@@ -235,17 +267,22 @@ def _scan_and_cache(cache: Path, root: str, extensions: tuple[str, ...]) -> Imag
     index, directories, times = scan(root, extensions)
     seconds = (time.time_ns() - start) / 1e9
     logger.info("scanned %d images in %d folders under %s in %.1f s", len(index), len(directories), root, seconds)
-    if times[:, 0].max() > start - SETTLED_AFTER_NS:
+    _not_cached.pop(cache, None)
+    newest = times[:, 0].max()
+    if newest < start - TICK_NS:
+        _not_cached[cache] = index, directories, times
+    if newest > start - SETTLED_AFTER_NS:
         logger.info("%s changed a moment ago; its index is not cached this time", root)
         return index
     table = {"names": index.names.blob, "name_ends": index.names.ends, "targets": index.targets, "times": times}
     table |= {"classes": _pack(index.classes or []), "directories": _pack(directories), "hidden": index.hidden}
-    table |= {"unreadable": _pack(list(index.unreadable)), "counts": np.array([*index.unreadable.values()], np.int64)}
+    table |= {"left_out": _pack(list(index.left_out)), "counts": np.array([*index.left_out.values()], np.int64)}
     temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             np.savez(file, **table)
         os.replace(temporary, cache)
+        _not_cached.pop(cache, None)
     except OSError as error:
         logger.warning("the index of %s is not cached: %s", root, error)
         with contextlib.suppress(OSError):
@@ -266,19 +303,37 @@ def _read_cache(cache: Path, root: str) -> ImageIndex | None:
     try:
         with np.load(cache, allow_pickle=False) as arrays:  # zipfile checks every array's CRC
             table = {name: arrays[name] for name in arrays.files}
-        for directory, (mtime, ctime) in zip(_unpack(table["directories"]), table["times"].tolist(), strict=True):
-            status = os.stat(os.path.join(root, directory))
-            if (status.st_mtime_ns, status.st_ctime_ns) != (mtime, ctime):
-                return None
+        if _changed(root, _unpack(table["directories"]), table["times"]):
+            return None
         names = StringTable(table["names"], table["name_ends"])
-        unreadable = dict(zip(_unpack(table["unreadable"]), table["counts"].tolist(), strict=True))
+        left_out = dict(zip(_unpack(table["left_out"]), table["counts"].tolist(), strict=True))
         classes = _unpack(table["classes"]) or None
-        return ImageIndex(root, names, table["targets"], classes, unreadable, int(table["hidden"]))
+        return ImageIndex(root, names, table["targets"], classes, left_out, int(table["hidden"]))
     except FileNotFoundError:  # no cache yet, or a directory is gone
         return None
     except Exception as error:  # a damaged file makes zipfile and numpy raise nearly anything
         logger.warning("the index cache %s is unusable (%s); scanning again", cache, error)
         return None
+
+
+def _changed(root: str, directories: list[str], times: np.ndarray) -> bool:
+    """Whether a directory has other times than when it was scanned. Raises FileNotFoundError for one that is gone."""
+    for directory, (mtime, ctime) in zip(directories, times.tolist(), strict=True):
+        status = os.stat(os.path.join(root, directory))
+        if (status.st_mtime_ns, status.st_ctime_ns) != (mtime, ctime):
+            return True
+    return False
+
+
+def _scanned_before(cache: Path, root: str) -> ImageIndex | None:
+    """What this process has scanned already and could not cache, unless something has changed."""
+    if cache not in _not_cached:
+        return None
+    index, directories, times = _not_cached[cache]
+    with contextlib.suppress(FileNotFoundError):
+        if not _changed(root, directories, times):
+            return index
+    return None
 
 
 def _pack(names: list[str]) -> np.ndarray:

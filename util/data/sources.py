@@ -47,7 +47,7 @@ class Source(Protocol):
 
     classes: names of the classes; None without labels.
     numbered: the data tell numbers of classes, not names: `classes` are '0', '1', ... as far as labels occur.
-    streamed: images cannot be read by number.
+    streamed: images cannot be read by number; such a source has a method `rewind`.
     targets: labels (number of images,) where they are known without reading the images, else None.
     fingerprint: changes when images are added, removed or renamed, as far as that is seen at once; else ''.
     sizes: changes when files of a sample have other sizes; '' where there are no files.
@@ -307,7 +307,7 @@ def _read_list(path: Path, extensions: Sequence[str]) -> ImageIndex:
     list_line = re.compile(pattern, re.IGNORECASE)
     with unreadable_is_user_error(f"cannot read the image list {path}"):
         lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    names, labels = [], []
+    names, labels, known = [], [], {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -319,10 +319,18 @@ def _read_list(path: Path, extensions: Sequence[str]) -> ImageIndex:
             )
         names.append(os.fsencode(match[1]))
         labels.append(-1 if match[2] is None else int(match[2]))
+        if known.setdefault(names[-1], labels[-1]) != labels[-1]:
+            before = known[names[-1]]
+            raise UserError(f"{path}, line {number}: {match[1]} has another label, {before}, in a line before")
         if labels[-1] >= MAX_CLASSES:
             raise UserError(f"{path}, line {number}: a label is a class from 0 to {MAX_CLASSES - 1}, got {match[2]}")
     if not names:
         raise UserError(f"the image list {path} is empty; write one image file per line")
+    if len(known) < len(names):
+        logger.warning(
+            "%s: %d lines repeat images of other lines, which count as often as they are listed",
+            path, len(names) - len(known),
+        )  # fmt: skip
     if min(labels) < 0 <= max(labels):
         raise UserError(
             f"{path}: line {labels.index(-1) + 1} has no label, but others have; give all lines one, or none"

@@ -12,6 +12,9 @@ OUTLIER = 1000  # times the others' largest value
 MOST = 10.0  # distance of a channel's mean from 0, and its standard deviation
 LEAST = 0.02  # standard deviation of all channels; values of another unit are hundreds of times too small
 SUSPECT = 0.1  # likewise for images of more than 8 bits (12 bits in files of 16 give about 0.06), else for a warning
+# Between the largest values of images: for a warning (12 bits among 16), and for an error where values have no bounds.
+GAP, WIDE_GAP = 10.0, 50.0
+SHARE = 0.05  # of a sample at least, that is of another kind than the rest
 
 
 def measure(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -33,6 +36,34 @@ def measure(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, (torch.stack(squares)[ordinary].mean(dim=0) - mean.square()).clamp(min=0).sqrt()
 
 
+def deviation_of(image: Tensor, mean: Tensor, std: Tensor) -> float:
+    """The root mean square of a float image (C, h, w) normalised by `mean` and `std` (C, 1, 1), of its worst channel.
+
+    1 for most, and by these very numbers above `MOST` for less than a hundredth of the images.
+    """
+    step = max(1, min(image.shape[1:]) // PIXELS)
+    values = (image[:, ::step, ::step] - mean) / std
+    return float(values.square().mean(dim=(1, 2)).max().sqrt())
+
+
+def check_units(images: Sequence[Tensor]) -> tuple[str, str]:
+    """Whether a sample of a data set is of two kinds, with values of which one kind is far below the other.
+
+    Returns an error and a warning, '' for none, as `check_images`. Images of one colour do not count.
+    """
+    peaks = sorted(float(image.double().abs().max()) for image in images if image.min() != image.max())
+    fewest = max(2, SHARE * len(images))
+    gaps = [(peaks[i] / peaks[i - 1], i) for i in range(1, len(peaks)) if fewest <= i <= len(peaks) - fewest]
+    factor, below = max(gaps, default=(1.0, 0))
+    if factor < GAP:
+        return "", ""
+    message = (
+        f"values reach at most {peaks[below - 1]:.4g} in {below} of {len(images)} images, and at least "
+        f"{peaks[below]:.4g} in {len(peaks) - below} others, as if they were in different units"
+    )
+    return (message, "") if factor >= WIDE_GAP and images[0].dtype != torch.uint8 else ("", message)
+
+
 def check_images(images: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> tuple[str, str]:
     """What is wrong with a sample of a data set, normalised with `mean` and `std`: an error and a warning, '' for none.
 
@@ -45,7 +76,8 @@ def check_images(images: Sequence[Tensor], mean: Sequence[float], std: Sequence[
     measured, deviation = measure(images)
     given_std = torch.tensor(std, dtype=torch.float64)
     offset, scale = (measured - torch.tensor(mean, dtype=torch.float64)) / given_std, deviation / given_std
-    if offset.abs().max() <= MOST and SUSPECT <= scale.max() <= MOST:
+    unseen = (deviation > 0) & (scale < LEAST)
+    if offset.abs().max() <= MOST and SUSPECT <= scale.max() <= MOST and not unseen.any():
         return "", ""
     deviation[deviation == 0] = 1.0  # a channel that is constant may have any
     flags = f"--mean {_listed(measured)} --std {_listed(deviation)}"

@@ -4,17 +4,23 @@ Sets that can only be streamed (`hfids/`, `tfds/`, `wds/`) serve for training on
 images itself: a resumed run is then not identical to an uninterrupted one, and the number of workers matters.
 """
 
+import hashlib
 import importlib.util
 import logging
 import os
 import tarfile
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from timm.data import create_dataset
+from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import IterableDataset
 
-from util.data.decoding import BadImageError, EncodedJpeg, from_pillow, open_image
+from util.data.decoding import IMAGE_EXTENSIONS, BadImageError, EncodedJpeg, from_pillow, open_image
+from util.data.image_index import UNREADABLE_EXTENSIONS, ending, report_left_out
 from util.data.settings import DataSettings
 from util.errors import UserError
 
@@ -32,22 +38,14 @@ SPLITS = {"train": "train", "val": "validation"}
 
 
 class ReaderSource:
-    """Encoded images from one of timm's readers: tar, folder, Hugging Face.
-
-    With `sort_classes`, targets number the classes in alphabetical order, as those of folders do; timm numbers class2
-    before class10.
-    """
+    """Encoded images from one of timm's readers: tar, folder, Hugging Face."""
 
     targets, fingerprint, sizes = None, "", ""
     numbered = streamed = False
 
-    def __init__(self, reader, in_chans: int, ignore_exif: bool, max_pixels: int, sort_classes: bool):
+    def __init__(self, reader, in_chans: int, ignore_exif: bool, max_pixels: int):
         self.reader, self.in_chans, self.ignore_exif, self.max_pixels = reader, in_chans, ignore_exif, max_pixels
         self.classes = _class_names(getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None))
-        self.renumber = None
-        if sort_classes and self.classes:
-            theirs, self.classes = self.classes, sorted(self.classes)
-            self.renumber = [self.classes.index(name) for name in theirs]
         self.process = os.getpid()
 
     def __len__(self) -> int:
@@ -66,8 +64,6 @@ class ReaderSource:
                 data = file.read()
         except tarfile.TarError as error:
             raise BadImageError(f"the tar is damaged: {error}") from error
-        if target is not None and self.renumber is not None:
-            target = self.renumber[target]
         image = open_image(data, self.in_chans, self.ignore_exif, self.max_pixels)
         return image, -1 if target is None else int(target)
 
@@ -82,6 +78,43 @@ class ReaderSource:
             state = waiting.pop()
             state.reset()
             waiting.extend(state.children.values())
+
+
+class TarSource(ReaderSource):
+    """Images in a tar. Its innermost folders are the classes, in alphabetical order as those of a folder; timm numbers
+    class2 before class10. Without classes when an image lies outside any folder.
+
+    Hidden images and those that this program does not read are left out and counted, as in folders.
+    Raises UserError when none is left.
+    """
+
+    def __init__(self, path: Path, in_chans: int, ignore_exif: bool, max_pixels: int):
+        timms = get_img_extensions()
+        set_img_extensions([*IMAGE_EXTENSIONS, *UNREADABLE_EXTENSIONS])
+        try:
+            # timm would keep the index of a large tar beside it, and trust it whatever becomes of the tar.
+            reader = ReaderImageInTar(str(path), cache_tarinfo=False)
+        except ValueError:  # what timm makes of no image at all
+            raise UserError(f"no images found in {path} (looked for {', '.join(IMAGE_EXTENSIONS)})") from None
+        finally:
+            set_img_extensions(timms)
+        names = [member.name for member, _, _ in reader.samples]
+        hidden = np.array([any(part[0] == "." for part in Path(name).parts if part != "..") for name in names])
+        readable = np.array([name.lower().endswith(IMAGE_EXTENSIONS) for name in names])
+        report_left_out(str(path), Counter(ending(names[i]) for i in np.flatnonzero(~hidden & ~readable)), hidden.sum())
+        chosen = np.flatnonzero(~hidden & readable)
+        if len(chosen) == 0:
+            raise UserError(f"no images found in {path} (looked for {', '.join(IMAGE_EXTENSIONS)})")
+        reader.samples, reader.targets = reader.samples[chosen], reader.targets[chosen]
+        super().__init__(reader, in_chans, ignore_exif, max_pixels)
+        theirs = np.array(self.classes)[reader.targets]
+        self.classes, self.targets = np.unique(theirs, return_inverse=True)
+        self.classes, self.targets = self.classes.tolist(), self.targets.astype(np.int32)
+        if "" in self.classes:
+            self.classes, self.targets = None, np.full(len(chosen), -1, np.int32)
+        reader.targets = self.targets
+        self.fingerprint = _digest("\n".join(names[i] for i in chosen).encode("utf-8", "surrogateescape"))
+        self.sizes = _digest(np.array([member.size for member, _, _ in reader.samples], "<i8").tobytes())
 
 
 class PillowSource:
@@ -139,6 +172,13 @@ class StreamSource(PillowSource):
             target
         )
 
+    def rewind(self) -> None:
+        """Begin again with the first image, in this process."""
+        self.process, self.stream = None, None
+        if self.epoch:
+            self.epoch = 0
+            self.dataset.set_epoch(0)
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "process": None, "stream": None}
 
@@ -151,8 +191,8 @@ def open_timm_source(
     Raises UserError with what timm or a missing package says.
     """
     in_chans, ignore_exif, max_pixels = config.in_chans, config.ignore_exif, config.max_pixels
-    if in_chans not in (1, 3):
-        raise UserError(f"--dataset {name or path} holds pictures, --in_chans must be 1 or 3, got {in_chans}")
+    if name and in_chans not in (1, 3):
+        raise UserError(f"--dataset {name} holds pictures, --in_chans must be 1 or 3, got {in_chans}")
     prefix = name.partition("/")[0].lower()
     if name and prefix not in PREFIXES:
         raise UserError(
@@ -166,6 +206,8 @@ def open_timm_source(
         advice = f"give the folder that --dataset {name} is in" if name else "give a tar of images"
         raise UserError(f"--data_path {path} does not exist: {advice}")
     try:
+        if not name:
+            return TarSource(path, in_chans, ignore_exif, max_pixels)
         dataset = create_dataset(
             name,
             root=str(path),
@@ -173,9 +215,9 @@ def open_timm_source(
             is_training=split == "train",
             seed=config.seed,
             input_img_mode="RGB" if in_chans == 3 else "L",
-            # timm would keep the index of a large tar beside it, and trust it whatever becomes of the tar.
-            **({} if name else {"cache_tarinfo": False}),
         )
+    except UserError:
+        raise
     except (
         AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError, tarfile.TarError
     ) as error:  # fmt: skip
@@ -186,10 +228,12 @@ def open_timm_source(
         logger.warning("%s is streamed: a resumed run will not see the same images as an uninterrupted one", name)
         return StreamSource(dataset, name, in_chans, ignore_exif, max_pixels)
     if hasattr(dataset, "reader"):
-        source = ReaderSource(dataset.reader, in_chans, ignore_exif, max_pixels, sort_classes=not name)
-        source.fingerprint = "" if name else f"{path.stat().st_size} bytes"
-        return source
+        return ReaderSource(dataset.reader, in_chans, ignore_exif, max_pixels)
     return PillowSource(dataset, name, in_chans, ignore_exif, max_pixels)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _class_names(class_to_idx: dict | None) -> list[str] | None:

@@ -4,13 +4,18 @@ import logging
 from typing import Any
 
 from util.data.datasets import ImageDataset
-from util.data.statistics import check_images
+from util.data.overlap import shared_with_training
+from util.data.statistics import check_images, check_units
 from util.errors import UserError
 from util.run import distributed
 from util.run.config import Config, TrainingConfig, compare_recipes
 from util.weights.file import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+GIVE_FLAGS = (
+    "Give these flags (or for weights that are trained already, bring the images into the units of their training)"
+)
 
 
 def check_recipe(checkpoint: dict[str, Any], config: TrainingConfig) -> None:
@@ -66,24 +71,39 @@ def check_data(checkpoint: dict[str, Any], data: dict[str, dict]) -> None:
         logger.warning("the %s images are not those of the checkpoint: %s; %s", split, change, meaning)
 
 
+def check_overlap(train: ImageDataset, val: ImageDataset) -> None:
+    """Warn where images to evaluate on are training images too."""
+    if distributed.is_main_process():
+        shared, looked_at = shared_with_training(train.source, val.source)
+        if shared:
+            logger.warning(
+                "%d of %d validation images%s are training images too: their accuracy says nothing of other images. "
+                "python -m util.check_data names them, and copies under other names",
+                shared, looked_at, "" if looked_at == len(val) else " that were looked at",
+            )  # fmt: skip
+
+
 def check_statistics(config: Config, dataset: ImageDataset, what: str) -> None:
-    """Look at a sample of the images, on rank 0 for all, before anything is made of them.
+    """Look at a sample of the images, on rank 0 for all, before anything is made of them; and let all be watched.
 
     Args:
         config: `mean`, `std`, `allow_odd_statistics`.
         what: which images these are, for messages.
 
     Raises:
-        UserError: they are not in the units of `config.mean` and `config.std`, and no `config.allow_odd_statistics`.
+        UserError: they are not in the units of `config.mean` and `config.std`, or of each other, and no
+            `config.allow_odd_statistics`.
     """
-    found = None
+    found = ("", "")
     if distributed.is_main_process() and (images := dataset.sample()):
-        found = check_images(images, config.mean, config.std)
-    error, warning = distributed.gather_objects(found)[0] or ("", "")
+        found = check_units(images)
+        if not found[0]:
+            error, warning = check_images(images, config.mean, config.std)
+            found = (error and f"{error}. {GIVE_FLAGS}", "; ".join(filter(None, (found[1], warning))))
+    error, warning = distributed.gather_objects(found)[0]
     if error and not config.allow_odd_statistics:
-        raise UserError(
-            f"{what}: {error}. Give these flags (or for weights that are trained already, bring the images into the "
-            "units of their training); --allow_odd_statistics goes on all the same"
-        )
+        raise UserError(f"{what}: {error}; --allow_odd_statistics goes on all the same")
     if error or warning:
         logger.warning("%s: %s", what, error or warning)
+    if not config.allow_odd_statistics:
+        dataset.watch(config.mean, config.std)

@@ -6,6 +6,8 @@ has to be reordered, nor what the optimizer knows of it.
 
 import logging
 import os
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -49,6 +51,8 @@ def number_classes(config: Config, dataset: ImageDataset, start: Start) -> int:
         UserError: the head's classes are not those of the data.
     """
     number = count_classes(config, dataset)
+    name_twins(dataset.classes or [])
+    name_classes_without_images(dataset, "training")
     if start.checkpoint is not None:
         classes, owner = recorded_classes(start.checkpoint, "the checkpoint to resume"), "the checkpoint to resume"
     elif start.weights is not None and not config.reset_head and len(start.weights[0].get("head.weight", ())) == number:
@@ -99,13 +103,24 @@ def classes_to_evaluate(config: Config, dataset: ImageDataset, weights: dict[str
     return number
 
 
-def name_classes_without_images(dataset: ImageDataset) -> None:
-    """Warn of classes that no accuracy on the validation images says anything about."""
+def name_twins(classes: list[str]) -> None:
+    """Warn of classes that are one to most people, and to the file systems of macOS and Windows."""
+    numbers = Counter(map(_spelt_alike, classes))
+    if twins := [name for name in classes if numbers[_spelt_alike(name)] > 1]:
+        logger.warning("classes of their own, though their names are spelt alike: %s", abbreviate(twins))
+
+
+def _spelt_alike(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold().strip()
+
+
+def name_classes_without_images(dataset: ImageDataset, what: str = "validation") -> None:
+    """Warn of classes that are not learned; or of which no accuracy on the validation images says anything."""
     used = set(() if dataset.targets is None else dataset.targets.tolist())
     unused = [name for i, name in enumerate(dataset.classes or ()) if i not in used]
     if used and unused:
         logger.warning(
-            "%d of %d classes have no validation image: %s", len(unused), len(dataset.classes), abbreviate(unused)
+            "%d of %d classes have no %s image: %s", len(unused), len(dataset.classes), what, abbreviate(unused)
         )
 
 
