@@ -111,7 +111,7 @@ def test_mistakes_are_explained(capfd, flags, message):
     fails(cost, capfd, message, *flags)
 
 
-def test_the_readmes_example_is_what_it_prints(capsys):
-    readme = (ROOT / "README.md").read_text()
-    [(flags, printed)] = re.findall(r"\$ python -m util\.cost (.*)\n((?:.*\n)*?)```", readme)
+def test_the_pages_example_is_what_it_prints(capsys):
+    page = (ROOT / "exp" / "README.md").read_text()
+    [(flags, printed)] = re.findall(r"\$ python -m util\.cost (.*)\n((?:.*\n)*?)```", page)
     assert output(capsys, *flags.split()) == printed

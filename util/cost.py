@@ -26,7 +26,7 @@ ASSUMED_UTILISATION = 0.3
 IMAGENET = 1_281_167  # training images
 FINETUNING_EPOCHS = {"mixmae_large": 50, "mixmae_huge": 50}  # of our recipes; for other models
 USUAL_FINETUNING_EPOCHS = 100
-# Photographs of about 110 KB that one core decodes and augments in a second, see the README's performance.
+# Photographs of about 110 KB that one core decodes and augments in a second, see tests/README.md.
 PRETRAINING_IMAGES_PER_CORE, FINETUNING_IMAGES_PER_CORE = 450, 300
 SHARE: Check = (lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 
