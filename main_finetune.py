@@ -38,16 +38,8 @@ from util.data.datasets import ImageDataset, build_dataset, build_loader
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import BatchAugmentation, Normalize, eval_transform, train_transform, uses_mixup
 from util.errors import UserError, unreadable_is_user_error
-from util.run import advice, distributed
+from util.run import advice, classes, distributed
 from util.run.checks import check_overlap, check_statistics
-from util.run.classes import (
-    check_division,
-    classes_to_evaluate,
-    count_classes,
-    name_classes_without_images,
-    number_classes,
-    write_division,
-)
 from util.run.config import ImageTrainingConfig, resolve
 from util.run.defaults import EVALUATION_BATCH, FINETUNING_MODEL, finetuning_defaults
 from util.run.failures import user_errors
@@ -220,7 +212,7 @@ def prepare(config: FinetuneConfig, start: Start) -> tuple[Run, DataLoader]:
     check_statistics(config, dataset, config.data_path)
     if dataset.pixels.dtype != torch.uint8 and config.in_chans == 3 and (config.aa or config.color_jitter):
         logger.warning("auto-augment and colour jitter need 8-bit images; on these, of more bits, they are off")
-    num_classes = number_classes(config, dataset, start)
+    num_classes = classes.number_classes(config, dataset, start)
     sampler = TrainBatchSampler(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
     )
@@ -228,8 +220,8 @@ def prepare(config: FinetuneConfig, start: Start) -> tuple[Run, DataLoader]:
     validation = build_validation(config, launch)
     if dataset.classes:
         validation.dataset.number_labels_as(dataset.classes, "the training images")
-    count_classes(config, validation.dataset)
-    name_classes_without_images(validation.dataset)
+    classes.count_classes(config, validation.dataset)
+    classes.name_classes_without_images(validation.dataset)
     check_overlap(dataset, validation.dataset)
     check_statistics(config, validation.dataset, f"{config.data_path} (val)")
     config = replace(config, nb_classes=num_classes)
@@ -246,7 +238,7 @@ def prepare(config: FinetuneConfig, start: Start) -> tuple[Run, DataLoader]:
         config, start, model, optimizer, loader, data, load_weights, operations, model_ema, dataset.classes
     )  # fmt: skip
     if config.val_share > 0 and run.state.progress.step == 0 and launch.rank == 0:
-        write_division(config, validation.dataset)
+        classes.write_division(config, validation.dataset)
     return run, validation
 
 
@@ -294,8 +286,8 @@ def evaluate_only(given: FinetuneConfig, launch: Launch) -> None:
     validation = build_validation(config, launch)
     dataset, device = validation.dataset, launch.device
     check_statistics(config, dataset, config.data_path)
-    check_division(config, dataset, info)
-    model = build_classifier(config, classes_to_evaluate(config, dataset, weights, info))
+    classes.check_division(config, dataset, info)
+    model = build_classifier(config, classes.classes_to_evaluate(config, dataset, weights, info))
     logger.info("%s", load_classifier(model, weights, info))
     if config.predictions and launch.rank == 0:  # while an evaluation is not yet lost
         with unreadable_is_user_error(f"--predictions {config.predictions} cannot be written"):
@@ -323,9 +315,9 @@ def write_predictions(path: str, result: Evaluation, dataset: ImageDataset) -> N
     ):
         writer = csv.writer(file)
         writer.writerow(["path", "label", *(f"top{i + 1}" for i in range(top)), *(f"score{i + 1}" for i in range(top))])
-        for index, label, classes, scores in result.predictions:
-            best = [names[c] for c in classes]
-            writer.writerow([dataset.path_of(index), names[label], *best, *(f"{score:.6f}" for score in scores)])
+        for index, label, best, scores in result.predictions:
+            scores = [f"{score:.6f}" for score in scores]
+            writer.writerow([dataset.path_of(index), names[label], *(names[c] for c in best), *scores])
     logger.info("wrote the predictions of %d images to %s", result.images, path)
 
 

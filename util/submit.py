@@ -19,8 +19,8 @@ from typing import ClassVar
 
 from util.errors import UserError
 from util.run.flags import AT_LEAST_1, NOT_NEGATIVE, Config, flag, get_parser, given_flags
+from util.run.startup import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("pretrain", "finetune", "finetune_384", "linear", "eval")
 
 

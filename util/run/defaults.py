@@ -1,20 +1,6 @@
 """What a run does where no flag says: chosen once from the data and the machine, logged with the reason, and stored
 with the run, so that resuming it does not choose again. The experiment scripts give every setting, so nothing is chosen
-for them. In pretraining:
-
-    --in_chans        what the image files have; grey and colour mixed count as colour
-    --model           on a CPU, for few images or small ones, mixmae_quickstart; else mixmae_tiny, and mixmae_base from
-                      200,000 images on
-    --input_size      the model's own; for a mixmae_quickstart that was chosen, 64 with --patch_size 2 where images are
-                      larger than 40 pixels
-    --batch_size      128 per GPU as in the recipes, 32 on a CPU; less where an epoch would have fewer than 4 steps
-    --epochs          the authors' 400; on a CPU as many as make 1,000 optimizer steps
-    --warmup_epochs   the recipes' 40, at most a tenth of the run
-    --lr              2e-3 for mixmae_quickstart; for others the recipe's 1.2e-3 at 2,048 images a step, less by the
-                      square root for fewer images
-
-In fine-tuning --in_chans and --batch_size likewise, and --warmup_epochs 5, at most a tenth of the run. In every run
-anew, also of an experiment, --num_workers: see util.run.config.resolve.
+for them. The README has the rules in a table; --num_workers, which every run chooses anew, is util.run.config's.
 """
 
 import logging
@@ -27,7 +13,7 @@ import torch
 
 from util.data.sources import open_source
 from util.data.survey import Survey, survey_images
-from util.errors import UserError, unreadable_is_user_error
+from util.errors import unreadable_is_user_error
 from util.run import distributed
 from util.run.config import ImageTrainingConfig
 from util.run.launch import Launch
@@ -141,18 +127,13 @@ def _look_and_choose(
     known = {**known, "world_size": launch.world_size}
     if all(known.get(name) is not None for name in names):
         return {}
-    found, error = None, None
-    if distributed.is_main_process():
-        try:
-            with unreadable_is_user_error(f"cannot read --data_path {given.data_path}"):
-                source = open_source(replace(given, in_chans=known.get("in_chans") or 3), "train", require_labels=False)
-            found = survey_images(source, given.reader)
-        except UserError as caught:
-            error = str(caught)
-    survey, error = distributed.gather_objects((found, error))[0]
-    if error:
-        raise UserError(error)
-    choices = rules(known, survey, launch.device)
+
+    def look() -> Survey:
+        with unreadable_is_user_error(f"cannot read --data_path {given.data_path}"):
+            source = open_source(replace(given, in_chans=known.get("in_chans") or 3), "train", require_labels=False)
+        return survey_images(source, given.reader)
+
+    choices = rules(known, distributed.on_main_process(look), launch.device)
     for reason in choices.reasons:
         logger.info("not given, so chosen: %s", reason)
     return choices.chosen

@@ -12,19 +12,22 @@ import logging
 import os
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from util.errors import UserError
 from util.run.cores import fit_threads, own_cores, own_share
 from util.run.launch import Launch, LaunchError, choose_device, detect_launch
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class CollectiveError(RuntimeError):
@@ -175,6 +178,24 @@ def gather_objects(obj: Any) -> list[Any]:
     gathered: list[Any] = [None] * get_world_size()
     dist.all_gather_object(gathered, obj, group=world.control)
     return gathered
+
+
+def on_main_process(answer: Callable[[], T]) -> T:
+    """What `answer()` gives on rank 0, on every rank. It is pickled, so keep it small and our own.
+
+    Raises:
+        UserError: on every rank, where `answer` raises one.
+    """
+    found, error = None, None
+    if is_main_process():
+        try:
+            found = answer()
+        except UserError as caught:
+            error = caught
+    found, message = gather_objects((found, error and str(error)))[0]
+    if message is not None:
+        raise error or UserError(message)
+    return found
 
 
 def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:

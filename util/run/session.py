@@ -68,7 +68,7 @@ class Start:
     given: TrainingConfig
     launch: Launch
     preemption: Preemption
-    folder: CheckpointFolder | None  # rank 0 alone
+    folder: CheckpointFolder | None = None  # rank 0 alone
     checkpoint: dict[str, Any] | None = None
     weights: tuple[dict[str, Tensor], WeightsInfo] | None = None
 
@@ -120,21 +120,17 @@ def find_start(given: TrainingConfig, launch: Launch) -> Start:
     preemption = Preemption()
     preemption.install()
     log_environment(launch.device)
-    folder, found, error = None, None, None
-    if distributed.is_main_process():
-        try:
-            take_folder(given.output_dir)
-            folder = CheckpointFolder(given.output_dir, given.keep_checkpoints)
-            refuse_to_replace_a_run(folder, given.resume)
-            found = folder.resume(given.resume)
-        except UserError as caught:
-            error = str(caught)
-    path, error = distributed.gather_objects((found and os.fspath(found[0]), error))[0]
-    if error:
-        raise UserError(error)
-    start = Start(given, launch, preemption, folder)
-    if path is not None:
-        start.checkpoint = read_checkpoint_together(path, found and found[1])
+    start = Start(given, launch, preemption)
+
+    def open_folder() -> str | None:
+        take_folder(given.output_dir)
+        start.folder = CheckpointFolder(given.output_dir, given.keep_checkpoints)
+        refuse_to_replace_a_run(start.folder, given.resume)
+        path, start.checkpoint = start.folder.resume(given.resume) or (None, None)
+        return path and os.fspath(path)
+
+    if path := distributed.on_main_process(open_folder):
+        start.checkpoint = read_checkpoint_together(path, known=start.checkpoint)
         refuse_another_programs_run(start.checkpoint, given)
     elif given.finetune:
         start.weights = read_weights_together(given.finetune)
