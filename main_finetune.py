@@ -334,7 +334,7 @@ def main(flags: argparse.Namespace) -> None:
     with orderly_end(run):
         train(run, validation)
     if launch.rank == 0:  # the ranks no longer know each other
-        logger.info(advice.describe(advice.after_fine_tuning(config)))
+        logger.info(advice.at_the_end("fine-tuning", config.output_dir, advice.after_fine_tuning(config)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from engine_pretrain import train_one_epoch
 from models_mixmae import MixMAE
 from util.data.datasets import ImageDataset, build_dataset, build_loader
 from util.data.samplers import TrainBatchSampler
-from util.data.transforms import eval_transform, pretrain_transform
+from util.data.transforms import pretrain_transform
 from util.errors import UserError
 from util.knn import NEIGHBOURS, knn_accuracy, labelled_datasets
 from util.run import advice, distributed
@@ -37,7 +37,14 @@ from util.run.checks import check_statistics
 from util.run.config import ImageTrainingConfig
 from util.run.defaults import pretraining_defaults
 from util.run.failures import user_errors
-from util.run.features import check_sample, own_features, probe_accuracy, rank_of_sample
+from util.run.features import (
+    check_sample,
+    held_out_images,
+    own_features,
+    probe_accuracy,
+    rank_of_features,
+    rank_of_images,
+)
 from util.run.flags import BELOW_1, FREE, NOT_NEGATIVE, flag, get_parser
 from util.run.metrics import training_operations
 from util.run.optim import autocast
@@ -68,12 +75,15 @@ class PretrainConfig(ImageTrainingConfig):
         0.0, "add a random amount from 0 to this to each step's mask ratio", "FRACTION", BELOW_1
     )
     norm_pix_loss: bool = flag(True, "predict pixels normalised by their cell's mean and variance")
-    vis_every: int = flag(20, "draw a picture every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
+    vis_every: int = flag(
+        20, "draw a picture at the start, after the first epoch and every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE,
+        on_resume=FREE,
+    )  # fmt: skip
     knn_every: int = flag(0, "test by kNN every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
     probe_every: int = flag(0, "fit a linear probe every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
     rank_every: int = flag(
         0,
-        "measure RankMe of training images, without labels, every N epochs (0: never)",
+        "measure RankMe, of validation images if there are any, without labels, every N epochs (0: never)",
         "EPOCHS",
         NOT_NEGATIVE,
         on_resume=FREE,
@@ -126,9 +136,9 @@ def prepare(config: PretrainConfig, start: Start) -> tuple[Run, list[ImageDatase
     if config.knn_every or config.probe_every:
         evaluated = list(labelled_datasets(config, NEIGHBOURS if config.knn_every else (1,)))
     elif config.rank_every:
-        evaluated = [build_dataset(config, "train", eval_transform(config))]
+        evaluated = [held_out_images(config)]
     if config.rank_every:
-        check_sample(evaluated[0], model.num_features)
+        check_sample(evaluated[-1], model.num_features)
     operations = training_operations(log_model(config, model, batch_size=2, mask_ratio=config.mask_ratio))
     groups = param_groups_weight_decay(model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
@@ -143,8 +153,9 @@ def due(every: int, run: Run) -> bool:
     return every > 0 and (finished % every == 0 or finished == run.config.epochs)
 
 
-def save_picture(run: Run) -> None:
-    """Write reconstructions of training images from all over the data set to the output folder and TensorBoard."""
+def save_picture(run: Run, epochs: int) -> None:
+    """Write reconstructions of training images from all over the data set, after `epochs` epochs, to the output folder
+    and TensorBoard."""
     if not distributed.is_main_process():
         return
     config, model = run.config, run.state.model
@@ -155,8 +166,7 @@ def save_picture(run: Run) -> None:
     # A few images at a time are not worth compiling for.
     with torch.compiler.set_stance("force_eager"), autocast(config.precision, run.device):
         picture = reconstruction_figure(model, run.normalize(imgs.to(run.device)), mask, config.mean, config.std)
-    name = f"epoch{run.state.progress.epoch + 1:04d}.png"
-    run.log.picture("reconstructions", picture, name, run.epoch_1000x)
+    run.log.picture("reconstructions", picture, f"epoch{epochs:04d}.png", run.epoch_1000x)
 
 
 def measure(run: Run, evaluated: list[ImageDataset]) -> dict[str, float]:
@@ -171,7 +181,10 @@ def measure(run: Run, evaluated: list[ImageDataset]) -> dict[str, float]:
         if probe:
             found["probe_acc1"] = probe_accuracy(train, val, len(evaluated[0].classes))
     if due(config.rank_every, run):
-        found["rankme"] = rank_of_sample(model, evaluated[0], run.normalize, config)
+        if knn or probe:
+            found["rankme"] = rank_of_features(val[0], len(evaluated[-1]))
+        else:
+            found["rankme"] = rank_of_images(model, evaluated[-1], run.normalize, config)
     return found
 
 
@@ -180,11 +193,14 @@ def train(run: Run, evaluated: list[ImageDataset]) -> None:
     config, progress = run.config, run.state.progress
     if progress.epoch >= config.epochs:
         logger.info("all %d epochs were done already", config.epochs)
+    if config.vis_every and progress.step == 0:
+        save_picture(run, epochs=0)
+        logger.info("first picture, before training: %s/reconstructions/epoch0000.png", config.output_dir)
     while progress.epoch < config.epochs:
         epoch_start = time.time()
         lr = train_one_epoch(run)
-        if due(config.vis_every, run):
-            save_picture(run)
+        if due(config.vis_every, run) or (config.vis_every and progress.epoch == 0):
+            save_picture(run, progress.epoch + 1)
         record = {"train_lr": lr, **measure(run, evaluated)}
         run.finish_epoch({**record, "seconds": time.time() - epoch_start})
 
@@ -195,13 +211,11 @@ def main(flags: argparse.Namespace) -> None:
         start = find_start(given, launch)
         config = start.resolve(pretraining_defaults)
         run, evaluated = prepare(config, start)
-    began = time.time()
     with orderly_end(run):
         train(run, evaluated)
     if launch.rank == 0:  # the ranks no longer know each other
-        minutes = (time.time() - began) / 60
-        logger.info("pretraining took %.1f minutes; checkpoint: %s/checkpoint.pth", minutes, config.output_dir)
-        logger.info(advice.describe(advice.after_pretraining(config, run.loader.dataset.classes is not None)))
+        steps = advice.after_pretraining(config, run.loader.dataset.classes is not None)
+        logger.info(advice.at_the_end("pretraining", config.output_dir, steps))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_after_a_kill_each_epoch_and_step_stands_there_once(place, tmp_path, sav
     assert [line["step"] for line in steps_of(out)] == list(range(1, STEPS + 1))
     assert [line["epoch"] for line in epochs_of(out)] == [0, 1, 2]
     assert [x for x, _ in events_of(out)] == [1000 * step // 6 for step in range(1, STEPS + 1)]
-    assert len(list((out / "reconstructions").iterdir())) == 3
+    assert len(list((out / "reconstructions").iterdir())) == 4  # before training, and after each epoch
 
 
 def test_a_checkpoint_is_never_ahead_of_the_logs(place, tmp_path):
@@ -80,11 +80,11 @@ def test_lines_after_the_point_of_resuming_and_broken_ones_are_dropped(tmp_path)
     steps = [json.dumps({"step": step}) for step in range(1, 6)]
     (tmp_path / "steps.jsonl").write_text("\n".join([*steps[:2], '"no record"', "\0\0\0", "", *steps[2:4], '{"ste']))
     log = RunLog(tmp_path, tmp_path, resume_step=3, resume_epoch=1, resume_x=1500)
-    log.steps([{"step": 4, "loss": 1.0}], 2000, {"train/loss": 1.0})
-    log.epoch({"epoch": 1}, 2000)
+    log.steps([{"step": 4, "loss": 1.0}], 2000, SCALARS)
+    log.epoch({"epoch": 1, "step": 4}, 2000)
     log.close()
     assert read_lines(tmp_path / "steps.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "loss": 1.0}]
-    assert read_lines(tmp_path / "log.txt") == [{"epoch": 0}, {"epoch": 1}]
+    assert read_lines(tmp_path / "log.txt") == [{"epoch": 0}, {"epoch": 1, "step": 4}]
 
 
 def test_numbers_that_json_does_not_know_become_null(tmp_path):
@@ -92,23 +92,26 @@ def test_numbers_that_json_does_not_know_become_null(tmp_path):
     assert (tmp_path / "steps.jsonl").read_text() == '{"step": 1, "grad_norm": null}\n'
 
 
+SCALARS = dict(loss=1.0, lr=0.1, grad_norm=1.0, images_per_second=1.0, data_wait_share=0.0, memory_mb=1.0)
+SCALARS["seconds_per_step"] = 10.0
+
+
 def test_the_time_left_follows_from_the_epochs_left():
     """Also after a resume with another batch size, whose steps do not add up with those before."""
     meter = StepMeter(8, 10, 5, 4, torch.device("cpu"), deque())
-    scalars = dict(loss=1.0, lr=0.1, grad_norm=1.0, images_per_second=1.0, data_wait_share=0.0, memory_mb=1.0)
-    assert meter.line(2, scalars | {"seconds_per_step": 10.0}).endswith("ETA 0:01:20")
+    assert meter.line(2, SCALARS).endswith("ETA 0:01:20")
 
 
 def test_slow_steps_are_shown_before_a_line_is_due(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     meter = StepMeter(0, 1, 40, 8, torch.device("cpu"), deque(maxlen=SPIKE_HISTORY))
-    assert meter.line_meanwhile(0) == ""
+    assert not meter.meanwhile()
     lines = []
     for step in range(1, 7):
         now[0] += 4
         meter.add(step, 0.1, torch.tensor(float(step)), torch.tensor(1.0))
-        lines.append(meter.line_meanwhile(step))
+        lines.append((scalars := meter.meanwhile()) and meter.line(step, scalars))
     assert [bool(line) for line in lines] == [False, False, True, False, False, True]  # 12 s after the one before
     assert "step 3/40  loss 2.0000" in lines[2] and "2 images/s" in lines[2]
     records, _ = meter.flush()

@@ -59,8 +59,10 @@ def test_a_run_trains_and_leaves_its_records(images, tmp_path, capfd):
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [int(1000 * (i + 1) / 3) for i in range(36)]
     assert {"train/lr", "train/grad_norm", "speed/images_per_second"} <= set(events.Tags()["scalars"])
-    assert len(events.Images("reconstructions")) == 2
-    assert (out / "reconstructions" / "epoch0012.png").exists()
+    assert len(events.Images("reconstructions")) == 4
+    pictures = sorted(path.stem for path in (out / "reconstructions").iterdir())
+    assert pictures == ["epoch0000", "epoch0001", "epoch0006", "epoch0012"]  # before training and after its first epoch
+    assert "  12 epochs, 36 steps\n" in said and "goodput" in said and "training loss: best" in said
 
     checkpoint = torch.load(out / "checkpoint.pth", weights_only=True)
     assert checkpoint["epoch"] == 11 and checkpoint["step"] == 36

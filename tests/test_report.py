@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from running import fails, make_images, run
 from trials import TINY, Trial
 
 import util.report
-from util.report import RULES, RunData, read_run
+from util.report import RULES
+from util.run.history import RunHistory, in_words, read_history, summarise
+from util.run.logger import RunLog
 from util.run.metrics import SPIKE_HISTORY, StepMeter
 
 RECIPE = (*TINY, "--epochs", "3", "--vis_every", "1", "--save_steps", "2")
@@ -44,10 +47,15 @@ def page(runs) -> Path:
 
 
 def test_a_killed_and_resumed_run_is_one_curve(runs):
-    data = read_run(str(runs[0]))
+    data = read_history(runs[0])
     epochs, losses = data.per_step("loss")
     assert len(losses) == 18 and np.allclose(epochs, np.arange(1, 19) / 6)
-    assert data.starts == 2 and read_run(str(runs[1])).starts == 1
+    [resumed] = data.resumed_at
+    assert 0 < resumed < 3 and read_history(runs[1]).resumed_at == []
+    x, speed = data.images_per_second()
+    assert len(x) >= 18 and sorted(x) == list(x) and min(speed) > 0  # what was done twice counts once
+    spent = data.time_spent
+    assert 0 < spent.steps < spent.total and spent.starting > 0 and 0 < spent.goodput < 1
 
 
 def test_the_page_needs_nothing_else_and_names_what_differs(page):
@@ -55,8 +63,10 @@ def test_the_page_needs_nothing_else_and_names_what_differs(page):
     assert not re.search(r'(src|href)="(?!data:|#)|@import|url\((?!#)', text)
     differ = text.partition("Where the runs differ")[2].partition("</table>")[0]
     assert set(re.findall(r"<td>(\w+)</td><td>[^<]*</td><td>", differ)) == {"lr", "seed"}
-    assert text.count("<img") == 6 and text.count("data:image/jpeg") == 6  # three reconstructions of each
+    assert text.count("<img") == text.count("data:image/jpeg") == 8  # the start, and three epochs, of each
     assert text.count("<svg") == 5 and len(text) < 2e6
+    for run_name in ("killed", "other"):
+        assert re.search(rf"<b>{run_name}</b>: goodput \d+%: .* in steps", text)
 
 
 def test_the_page_opens_in_a_browser(page):
@@ -71,7 +81,13 @@ def test_the_page_opens_in_a_browser(page):
     assert "mixmae: how it went" in done.stdout and done.stdout.count("<svg") == 5 and "</html>" in done.stdout
 
 
-def made_up(losses: list[float], epochs: int = 50, accuracies: list[float] = (), wait: float = 0.0) -> RunData:
+def made_up(
+    losses: list[float],
+    epochs: int = 50,
+    accuracies: list[float] = (),
+    wait: float = 0.0,
+    ranks: list[float] = (),
+) -> RunHistory:
     per_epoch = len(losses) // epochs
     steps = [{"step": i + 1, "epoch": i // per_epoch, "loss": loss, "lr": 0.1} for i, loss in enumerate(losses)]
     lines = [
@@ -79,8 +95,17 @@ def made_up(losses: list[float], epochs: int = 50, accuracies: list[float] = (),
     ]
     for line, accuracy in zip(lines, accuracies):
         line["test_acc1"] = accuracy
-    speed = {"speed/data_wait_share": (np.arange(3), np.full(3, wait))}
-    return RunData("made up", Path("."), {"epochs": 50}, {}, lines, steps, speed)
+    for line, rank in zip(lines, ranks):
+        line["rankme"] = rank
+    count = len(losses)
+    times = [clock(0.0, 0, start=True), clock(count + 1.0, count, steps=count, data_wait=count * wait)]
+    return RunHistory("made up", Path("."), {"epochs": 50}, {}, lines, steps, times)
+
+
+def clock(time: float, step: int, steps: int = 0, **others: object) -> dict:
+    """A record of times.jsonl, of an epoch of ten steps of a second."""
+    speed = {"steps": steps, "seconds": float(steps), "images": 8 * steps, "data_wait": 0.0} if steps else {}
+    return {"time": time, "epoch": step / 10, "step": step, **speed, **others}
 
 
 FALLING = [1 / (1 + i / 50) for i in range(500)]
@@ -94,6 +119,59 @@ def test_a_curve_goes_forward_in_an_epoch_that_is_not_complete():
     data.steps[4]["loss"] = None  # not finite
     epochs, losses = data.per_step("loss")
     assert len(epochs) == len(losses) == 22 and 0.5 not in epochs.round(6)
+
+
+def test_time_is_divided_among_what_it_was_spent_on():
+    """Of a run that is killed in its 26th step with 20 saved, and goes on a minute later."""
+    data = made_up(FALLING[:40], epochs=4)
+    data.times = [
+        clock(1000, 0, start=True), clock(1015, 10, steps=10), clock(1018, 10), clock(1028, 20, steps=10),
+        clock(1033, 25, steps=5), clock(1093, 20, start=True), clock(1105, 30, steps=10), clock(1115, 40, steps=10),
+    ]  # fmt: skip
+    spent = data.time_spent
+    assert (spent.total, spent.steps, spent.again, spent.starting, spent.stopped) == (115, 40, 5, 5 + 2, 60)
+    assert str(spent) == (
+        "goodput 35%: 40 s of 1 min 55 s in steps "
+        "(3.0 s evaluation, pictures and saving, 7.0 s starting, 5.0 s steps done again, 1 min stopped)"
+    )
+    x, speed = data.images_per_second()
+    assert x.tolist() == [1, 2, 3, 4] and speed.tolist() == [8] * 4 and data.resumed_at == [2]
+    anew = replace(data, times=[*data.times[:5], clock(1093, 0, start=True), *data.times[6:]])  # nothing was saved
+    assert anew.time_spent.again == 25
+
+
+def test_a_clock_that_is_set_back_gives_no_nonsense():
+    data = made_up(FALLING[:40], epochs=4)
+    data.times = [clock(1000, 0, start=True), clock(400, 20, steps=20), clock(300, 20, start=True), clock(310, 40, 20)]
+    assert 0 < data.time_spent.goodput <= 1 and data.time_spent.stopped == 0
+
+
+@pytest.mark.parametrize(
+    "seconds, words",
+    [(0.26, "0.3 s"), (45.4, "45 s"), (60, "1 min"), (299.7, "5 min"), (3_725, "1 h 2 min"), (200_000, "2 d 8 h")],
+)
+def test_durations(seconds, words):
+    assert in_words(seconds) == words
+
+
+def test_a_summary_names_the_best_and_never_fails(tmp_path):
+    assert "no summary: " in summarise(str(tmp_path))
+    said = str(made_up(FALLING, accuracies=[*range(30), *range(49, 29, -1)]))
+    assert said.startswith("50 epochs, 500 steps\n") and "images/s in steps (median); goodput" in said
+    assert "validation top-1: best 49% (epoch 30), last 30%" in said
+    assert f"training loss: best {np.mean(FALLING[-10:]):.4g} (epoch 49)" in said
+
+
+def test_bad_images_are_listed_once(tmp_path):
+    for found in (["a.png", "b c.png"], ["b c.png", "d\udce9.png"]):
+        log = RunLog(tmp_path, tmp_path, 0, 0, 0)
+        log.bad_images(found)
+        log.close()
+    (tmp_path / "config.json").write_text('{"config": {"epochs": 1}, "environment": {}}')
+    (tmp_path / "steps.jsonl").write_text('{"step": 1, "epoch": 0, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0}\n')
+    run = read_history(tmp_path)
+    assert run.bad_images == ["a.png", "b c.png", "d\udce9.png"] and len(run.resumed_at) == 1
+    util.report.page([run], [])
 
 
 def test_a_run_that_started_later_is_finished():
@@ -119,6 +197,9 @@ def test_spikes_are_those_that_training_warns_of(caplog):
         (made_up([9.0 if i > 150 and i % 60 == 0 else loss for i, loss in enumerate(FALLING)]), "deviations above"),
         (made_up(FALLING[:400], epochs=40), "fewer epochs than"),
         (made_up(FALLING, accuracies=[*range(30), *range(49, 29, -1)]), "a point below the best"),
+        (replace(made_up(FALLING), bad_images=["a.png"]), "could not be read"),
+        (replace(made_up(FALLING), times=[clock(0, 0, start=True), clock(1000, 50, 50)]), "less than 70% of the time"),
+        (made_up(FALLING, ranks=[20, 40, 30, 19]), "RankMe is below half"),
     ],
 )
 def test_verdicts_have_rules(data, rule):
@@ -168,5 +249,5 @@ def test_the_quickstarts_curve_comes_with_the_program(runs, tmp_path):
 
 def test_a_long_run_stays_small(tmp_path):
     steps = [{"step": i, "epoch": i // 5000, "loss": 1 / (1 + i), "lr": 0.1, "grad_norm": 1.0} for i in range(200_000)]
-    data = RunData("long", tmp_path, {"epochs": 40, "input_size": [32, 32]}, {}, [], steps)
+    data = RunHistory("long", tmp_path, {"epochs": 40, "input_size": [32, 32]}, {}, [], steps)
     assert len(util.report.page([data], [])) < 300_000

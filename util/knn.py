@@ -32,11 +32,12 @@ from util.run import distributed
 from util.run.checks import check_overlap, check_statistics
 from util.run.config import CheckpointFlags, DataFlags, DeviceFlags, ProcessFlags, resolve
 from util.run.failures import user_errors
-from util.run.features import gather_all, own_features
+from util.run.features import gather_all, own_features, rank_of_features
 from util.run.flags import AT_LEAST_1, POSITIVE, Config, flag, get_parser, given_flags
 from util.run.launch import Launch
 from util.run.logger import setup_logging
 from util.run.once_per_node import read_weights_together
+from util.run.progress import with_progress
 from util.seeding import seed_all
 from util.weights.layouts import load_encoder
 from util.weights.settings import model_arguments, weight_settings
@@ -93,7 +94,8 @@ def knn_accuracy(
     num_classes = 1 + int(max(gather_all(labels, totals[0]).max(), targets.max()))
     correct = dict.fromkeys(neighbours, 0)
     chunk = max(1, CHUNK_ELEMENTS * distributed.get_world_size() // totals[0])
-    for query, target in zip(queries.split(chunk), targets.split(chunk)):
+    chunks = zip(queries.split(chunk), targets.split(chunk))
+    for query, target in with_progress(chunks, totals[1], "nearest neighbours", lambda part: len(part[0])):
         similarity, label = nearest(query, features, labels, max(neighbours))
         weight = ((similarity - similarity[:, :1]).double() / temperature).exp()  # relative to the nearest one's
         for k in correct:
@@ -177,6 +179,7 @@ def evaluate(given: KnnConfig, launch: Launch) -> dict:
     accuracy = knn_accuracy(*features, (len(train), len(val)), config.k, config.temperature)
     return config.as_dict() | {
         "accuracy": {str(k): value for k, value in accuracy.items()},  # k -> top-1 in percent
+        "rankme": rank_of_features(features[1][0], len(val)),
         "epoch": info.epoch,
         "features": f"mean of the last stage, {model.num_features} channels",
         "train_images": len(train),
@@ -196,7 +199,8 @@ def describe(result: dict) -> str:
     return (
         f"kNN top-1: {accuracy} of {weights} ({result['model']} at {height}x{width}, {result['features']}, temperature "
         f"{result['temperature']:g}, {result['precision']}) on {result['val_images']} images of "
-        f"{result['data_path']}, by {result['train_images']} training images"
+        f"{result['data_path']}, by {result['train_images']} training images; RankMe of the features "
+        f"{result['rankme']:.1f}"
     )
 
 

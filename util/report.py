@@ -3,7 +3,7 @@
     python -m util.report output_dir --out report.html
     python -m util.report run_a run_b --out report.html --reference quickstart
 
-It reads what runs leave in their folders: config.json, log.txt, steps.jsonl, TensorBoard's files and reconstructions.
+It reads what runs leave in their folders: config.json, log.txt, steps.jsonl, times.jsonl and reconstructions.
 """
 
 import util.run.startup  # noqa: F401 - before PyTorch
@@ -15,20 +15,20 @@ import html
 import io
 import json
 import logging
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from util.errors import UserError, unreadable_is_user_error
 from util.run.failures import user_errors
 from util.run.flags import Config, flag, get_parser, given_flags
+from util.run.history import MEASURES, RunHistory, Series, in_words, read_history, read_json
 from util.run.logger import setup_logging
 from util.run.metrics import MOST_DATA_WAIT, SPIKE_HISTORY, SPIKE_SIGMAS, data_wait_advice
 
@@ -36,9 +36,11 @@ logger = logging.getLogger(__name__)
 
 REFERENCES = Path(__file__).resolve().parent.parent / "figures" / "reference"
 POINTS = 600  # of a curve; longer ones are drawn as the mean and the extremes of as many bins
-PICTURES, PICTURE_WIDTH = 4, 800  # reconstructions shown of each run, and their width in pixels
+PICTURES, PICTURE_WIDTH = 4, 800  # reconstructions shown of each run, and their width in pixels, as in STYLE
 COLOURS = ("#2f7fe8", "#f0821e", "#3a9d5d", "#b04fc4", "#c23b4b", "#0f9aa8")
 GREY = "#7a7f87"
+USUAL_GOODPUT = 0.7
+SHORT_RUN = 60.0  # seconds, of which starting is much
 NOT_COMPARED = ("output_dir", "log_dir", "resume", "resume_force")  # where things are, which all runs differ in
 
 
@@ -57,90 +59,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# --- What a run left ---
-
-
-@dataclass
-class RunData:
-    """What is known of a run; lists are empty where it recorded nothing."""
-
-    name: str
-    folder: Path
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    epochs: list[dict[str, Any]]
-    steps: list[dict[str, Any]]
-    speed: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # tag -> (epochs, values)
-    starts: int = 1
-
-    def per_step(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Fractional epochs (n,) and values (n,) of the optimizer steps; what was not finite is left out."""
-        epochs = np.array([step["epoch"] for step in self.steps], dtype=int)
-        lengths = np.bincount(epochs)
-        number = 1 + np.arange(len(epochs)) - (np.cumsum(lengths) - lengths)[epochs]  # of the step in its epoch
-        if not self.epochs or self.epochs[-1]["epoch"] < epochs[-1]:  # the last epoch is not complete
-            lengths[-1] = lengths.max()
-        values = np.array([step.get(name) for step in self.steps], dtype=float)  # None becomes NaN
-        known = np.isfinite(values)
-        return (epochs + number / lengths[epochs])[known], values[known]
-
-    def per_epoch(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        found = [(line["epoch"] + 1, line[name]) for line in self.epochs if line.get(name) is not None]
-        return tuple(np.array(found, dtype=float).reshape(-1, 2).T)
-
-
-def read_run(folder: str) -> RunData:
-    """Raises UserError for what is not the output folder of a run."""
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise UserError(f"{folder} is not the output folder of a run: there is no config.json in it")
-    content = read_json(path / "config.json", ("config", "environment"))
-    with unreadable_is_user_error(f"{folder} cannot be read"):
-        epochs, steps = (list(read_lines(path / name, key)) for name, key in LINES)
-    if not steps:
-        raise UserError(f"{folder} holds a run that has made no step yet")
-    log_dir = Path(content["config"].get("log_dir") or path)
-    log_dir = log_dir if log_dir.is_dir() else path  # the folder was moved
-    events = EventAccumulator(str(log_dir), size_guidance={"scalars": 10_000})
-    logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it tells of every file
-    events.Reload()
-    speed = {}
-    for tag in ("speed/images_per_second", "speed/data_wait_share", "speed/memory_mb"):
-        if tag in events.Tags()["scalars"]:
-            found = np.array([(event.step / 1000, event.value) for event in events.Scalars(tag)])
-            speed[tag] = (found[:, 0], found[:, 1])
-    starts = len(list(log_dir.glob("events.out.tfevents.*")))
-    return RunData(
-        path.name or str(path), path, content["config"], content["environment"], epochs, steps, speed, starts
-    )
-
-
-LINES = (("log.txt", "train_loss"), ("steps.jsonl", "step"))  # what every record of a file has, beside its epoch
-
-
-def read_lines(path: Path, key: str) -> Iterator[dict[str, Any]]:
-    """The records of a file of JSON lines; what is no record (a line that is being written) is left out."""
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and {"epoch", key} <= record.keys():
-                yield record
-
-
-def read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Raises UserError for a file that cannot be read, or has not all of `keys`."""
-    with unreadable_is_user_error(f"{path} cannot be read"):
-        text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        content = json.loads(text)
-        return {key: content[key] for key in keys}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged, or another program's: it must have {', '.join(keys)} in JSON") from error
-
-
 def smoothed(values: np.ndarray) -> np.ndarray:
     """The running mean of a fiftieth of the run."""
     width = max(1, len(values) // 50)
@@ -151,25 +69,41 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 # --- Verdicts ---
 
-Verdict = Callable[[RunData], str]  # a sentence, or '' where there is nothing to say
+Verdict = Callable[[RunHistory], str]  # a sentence, or '' where there is nothing to say
 
 
-def data_wait(run: RunData) -> str:
-    _, values = run.speed.get("speed/data_wait_share", (None, np.zeros(0)))
+def data_wait(run: RunHistory) -> str:
+    _, values = run.data_wait()
     if len(values) and np.median(values) > MOST_DATA_WAIT:
         advice = data_wait_advice(np.median(values))
         return f"{advice[0].upper()}{advice[1:]}."
     return ""
 
 
-def still_loss(run: RunData) -> str:
+def little_goodput(run: RunHistory) -> str:
+    spent = run.time_spent
+    if spent is None or spent.goodput >= USUAL_GOODPUT or spent.total < SHORT_RUN:
+        return ""
+    reasons = {
+        "it was stopped: --resume auto in a requeued job continues by itself": spent.stopped,
+        "steps were done again after a kill: a smaller --save_steps loses fewer": spent.again,
+        "it was starting": spent.starting,
+        "it was evaluating, drawing or saving: larger --knn_every, --probe_every, --vis_every and --save_every": (
+            spent.total - spent.steps - spent.stopped - spent.again - spent.starting
+        ),
+    }
+    reason = max(reasons, key=reasons.get)
+    return f"{str(spent).capitalize()}. Of the rest, most went where {reason}."
+
+
+def still_loss(run: RunHistory) -> str:
     _, losses = run.per_epoch("train_loss")
     if len(losses) >= 40 and losses[-20:].min() > 0.999 * losses[:-20].min():
         return "The loss has not moved for 20 epochs: training longer in this way will change little."
     return ""
 
 
-def no_progress(run: RunData) -> str:
+def no_progress(run: RunHistory) -> str:
     _, losses = run.per_step("loss")
     tenth = max(1, len(losses) // 10)
     if len(losses) >= 50 and losses[-tenth:].mean() > 0.98 * losses[:tenth].mean():
@@ -180,25 +114,36 @@ def no_progress(run: RunData) -> str:
     return ""
 
 
-def spikes(run: RunData) -> str:
-    _, losses = run.per_step("loss")
-    sums, squares = (np.cumsum(np.concatenate([np.zeros(1), values])) for values in (losses, losses**2))
-    # Of the SPIKE_HISTORY losses before each one.
-    total, square = (series[SPIKE_HISTORY:-1] - series[: -SPIKE_HISTORY - 1] for series in (sums, squares))
-    mean, variance = total / SPIKE_HISTORY, np.maximum(square - total**2 / SPIKE_HISTORY, 0) / (SPIKE_HISTORY - 1)
-    limit = mean + SPIKE_SIGMAS * np.sqrt(variance) + 1e-9 * abs(mean)  # the last for rounding
-    count = int((losses[SPIKE_HISTORY:] > limit).sum())
-    if count > max(3, len(losses) // 1000):
+def spikes(run: RunHistory) -> str:
+    count = len(run.spikes[0])
+    if count > max(3, len(run.steps) // 1000):
         return f"{count} loss spikes: a smaller learning rate, or --clip_grad, makes them rarer."
     return ""
 
 
-def unfinished(run: RunData) -> str:
+def bad_images(run: RunHistory) -> str:
+    if not run.bad_images:
+        return ""
+    names = ", ".join(run.bad_images[:3]) + (", ..." if len(run.bad_images) > 3 else "")
+    return f"{len(run.bad_images)} unreadable images were replaced by others: {names} (all in bad_images.txt)."
+
+
+def collapse(run: RunHistory) -> str:
+    _, ranks = run.per_epoch("rankme")
+    if len(ranks) > 2 and ranks[-1] < ranks.max() / 2:
+        return (
+            f"RankMe fell from {ranks.max():.1f} to {ranks[-1]:.1f}: the features use fewer and fewer directions, as "
+            "where an encoder collapses; compare kNN or a probe before training on."
+        )
+    return ""
+
+
+def unfinished(run: RunHistory) -> str:
     done, total = 1 + run.epochs[-1]["epoch"] if run.epochs else 0, run.config.get("epochs")
     return f"{done} of {total} epochs are done: --resume auto continues." if total and done < total else ""
 
 
-def past_its_best(run: RunData) -> str:
+def past_its_best(run: RunHistory) -> str:
     _, accuracies = run.per_epoch("test_acc1")
     if len(accuracies) > 5 and accuracies[-1] < accuracies.max() - 1:
         return (
@@ -210,9 +155,12 @@ def past_its_best(run: RunData) -> str:
 
 RULES: dict[str, Verdict] = {  # the rule in words -> what it says of a run
     f"the median data wait is above {MOST_DATA_WAIT:.0%}": data_wait,
+    f"less than {USUAL_GOODPUT:.0%} of the time since the first start (if above a minute) were steps": little_goodput,
     "the lowest loss of the last 20 epochs is within 0.1% of the lowest before": still_loss,
     "the loss of the last tenth of the steps is above 98% of the first tenth's": no_progress,
     f"more than one step in 1,000 is {SPIKE_SIGMAS:g} deviations above the {SPIKE_HISTORY} before it": spikes,
+    "RankMe is below half of its highest value": collapse,
+    "images could not be read": bad_images,
     "fewer epochs than --epochs": unfinished,
     "the last accuracy is a point below the best": past_its_best,
 }
@@ -221,34 +169,56 @@ RULES: dict[str, Verdict] = {  # the rule in words -> what it says of a run
 # --- Plots ---
 
 
-def plot(
-    title: str, curves: list[tuple[str, str, np.ndarray, np.ndarray]], smooth: bool = False, log: bool = False
-) -> str:
-    """An SVG of curves, each (label, colour, x, y); with `smooth`, raw values are drawn faintly behind."""
+@dataclass
+class Curve:
+    """Of one run in one plot.
+
+    Args:
+        x, y: fractional epochs and values (n,).
+        marks: points to mark, (epochs, values).
+        lines: epochs to mark by vertical lines.
+    """
+
+    label: str
+    colour: str
+    x: np.ndarray
+    y: np.ndarray
+    marks: tuple[np.ndarray, np.ndarray] | None = None
+    lines: Sequence[float] = ()
+
+
+def plot(title: str, curves: list[Curve], smooth: bool = False, log: bool = False, share: bool = False) -> str:
+    """An SVG of curves; with `smooth`, the values (of many, their range) are drawn faintly behind a running mean."""
     figure = Figure(figsize=(6.2, 3.4), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot(xlabel="epochs", title=title)
     axes.patch.set_alpha(0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
-    for label, colour, x, y in curves:
+    for curve in curves:
+        x, y = curve.x, curve.y
+        for epoch in curve.lines:
+            axes.axvline(epoch, color=curve.colour, linestyle=":", linewidth=1)
+        if curve.marks is not None:
+            axes.plot(*curve.marks, color=curve.colour, linestyle="", marker="v", markersize=5)
         if smooth:
-            low, high, middle = binned(x, y)
-            axes.fill_between(middle, low, high, color=colour, alpha=0.18, linewidth=0)
+            if len(y) > POINTS:
+                low, high, middle = binned(x, y)
+                axes.fill_between(middle, low, high, color=curve.colour, alpha=0.2, linewidth=0)
+            else:
+                axes.plot(x, y, color=curve.colour, alpha=0.3, linewidth=0.8)
             y = smoothed(y)
         every = max(1, len(x) // POINTS)
+        shown = slice((len(x) - 1) % every, None, every)  # the last one included
         marker = "o" if len(x) < 30 else None
         axes.plot(
-            x[::-1][::every][::-1],
-            y[::-1][::every][::-1],
-            color=colour,
-            label=label,
-            linewidth=1.4,
-            marker=marker,
-            markersize=3,
-        )
+            x[shown], y[shown], color=curve.colour, label=curve.label, linewidth=1.4, marker=marker, markersize=3
+        )  # fmt: skip
     if log:
         axes.set_yscale("log")
+    if share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_ylim(0, 1)
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=GREY)
     axes.title.set_color(GREY)  # which can be read on light and on dark
@@ -266,28 +236,28 @@ def binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     return np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts), x[starts]
 
 
-def plots(runs: list[RunData], references: list[dict[str, Any]]) -> Iterator[str]:
-    colour = {run.name: COLOURS[number % len(COLOURS)] for number, run in enumerate(runs)}
-    losses = [(run.name, colour[run.name], *run.per_step("loss")) for run in runs]
+def plots(runs: list[RunHistory], references: list[dict[str, Any]]) -> Iterator[str]:
+    colours = [COLOURS[number % len(COLOURS)] for number in range(len(runs))]
+
+    def curves(series: Callable[..., Series], *names: str) -> list[Curve]:
+        found = [Curve(run.name, colour, *series(run, *names)) for run, colour in zip(runs, colours)]
+        return [curve for curve in found if len(curve.x)]
+
+    losses = [
+        Curve(run.name, colour, *run.per_step("loss"), run.spikes, run.resumed_at) for run, colour in zip(runs, colours)
+    ]
     for reference in references:
         x = np.array(reference["epochs"]) / reference["config"]["epochs"] * max(run.config["epochs"] for run in runs)
-        losses.append((f"{reference['name']} (reference, stretched)", GREY, x, np.array(reference["loss"])))
-    yield plot("loss: running mean, and range", losses, smooth=True)
-    for name, title in (("lr", "learning rate"), ("grad_norm", "gradient norm")):
-        curves = [(run.name, colour[run.name], *run.per_step(name)) for run in runs]
-        yield plot(title, curves, smooth=name == "grad_norm", log=name == "grad_norm")
-    recorded = sorted({name for run in runs for line in run.epochs for name in line})
-    scores = [name for name in recorded if name.startswith(("knn_", "test_", "probe_", "rankme"))]
-    for name in scores:
-        curves = [(run.name, colour[run.name], *run.per_epoch(name)) for run in runs if len(run.per_epoch(name)[0])]
-        yield plot(name, curves)
-    for tag, title in (
-        ("speed/images_per_second", "images per second"),
-        ("speed/data_wait_share", "share of time spent waiting for data"),
-    ):
-        curves = [(run.name, colour[run.name], *run.speed[tag]) for run in runs if tag in run.speed]
-        if curves:
-            yield plot(title, curves)
+        losses.append(Curve(f"{reference['name']} (reference, stretched)", GREY, x, np.array(reference["loss"])))
+    yield plot("training loss", losses, smooth=True)
+    for name, measure in MEASURES.items():
+        if name != "train_loss" and (found := curves(RunHistory.per_epoch, name)):
+            yield plot(f"{measure.title}{measure.unit and ' (' + measure.unit + ')'}", found)
+    yield plot("learning rate", curves(RunHistory.per_step, "lr"))
+    yield plot("gradient norm", curves(RunHistory.per_step, "grad_norm"), smooth=True, log=True)
+    if speeds := curves(RunHistory.images_per_second):
+        yield plot("images per second", speeds)
+        yield plot("share of the time spent waiting for images", curves(RunHistory.data_wait), share=True)
 
 
 # --- The page ---
@@ -302,6 +272,7 @@ td, th { text-align: left; padding: .25em 1.2em .25em 0; border-bottom: 1px soli
 th { font-weight: 500; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1em; }
 svg, img { width: 100%; height: auto; }
+img { max-width: 800px; }
 th, .rule, summary { color: var(--muted); }
 summary { cursor: pointer; }
 """
@@ -314,24 +285,29 @@ def table(header: list[str], rows: list[list[object]]) -> str:
     return f"<table>{row(header, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
 
 
-def summary(run: RunData) -> list[object]:
+def summary(run: RunHistory) -> list[object]:
     _, losses = run.per_step("loss")
-    seconds = sum(line.get("seconds") or 0 for line in run.epochs)
+    _, speed = run.images_per_second()
+    spent, size = run.time_spent, "x".join(map(str, run.config.get("input_size") or ()))
     best = [
-        f"{name} {max(values):.2f}" for name in ("knn_acc1_k20", "test_acc1") if len(values := run.per_epoch(name)[1])
+        f"{best[0]:.2f}{measure.unit} {measure.title}"
+        for name, measure in MEASURES.items()
+        if measure.unit and not name.endswith(("acc5", "k10")) and (best := run.best(name))
     ]
-    _, rate = run.speed.get("speed/images_per_second", (None, np.array([math.nan])))
-    size = "x".join(map(str, run.config.get("input_size") or ()))
     return [
         run.name, f"{run.config.get('model')} at {size}", f"{len(run.epochs)} of {run.config.get('epochs')}",
-        len(run.steps), f"{smoothed(losses)[-1]:.4f}", ", ".join(best) or "-", f"{np.median(rate):.0f}",
-        f"{seconds / 60:.1f} min", run.starts - 1,
+        f"{len(run.steps):,}", f"{smoothed(losses)[-1]:.4f}", ", ".join(best) or "-",
+        f"{np.median(speed):.0f}" if len(speed) else "-", in_words(spent.total) if spent else "-",
+        f"{spent.goodput:.0%}" if spent else "-", len(run.resumed_at), len(run.spikes[0]), len(run.bad_images),
     ]  # fmt: skip
 
 
-def page(runs: list[RunData], references: list[dict[str, Any]]) -> str:
+def page(runs: list[RunHistory], references: list[dict[str, Any]]) -> str:
     parts = ["<h1>mixmae: how it went</h1>"]
-    header = ["run", "model", "epochs", "steps", "loss now", "best", "images/s", "time in epochs", "resumed"]
+    header = [
+        "run", "model", "epochs", "steps", "loss", "best", "images/s", "time", "goodput", "resumed", "spikes",
+        "bad images",
+    ]  # fmt: skip
     parts.append(table(header, [summary(run) for run in runs]))
     parts.append("<h2>Verdicts</h2>")
     said = [(run, rule, sentence) for run in runs for rule, verdict in RULES.items() if (sentence := verdict(run))]
@@ -342,7 +318,15 @@ def page(runs: list[RunData], references: list[dict[str, Any]]) -> str:
         parts.append("<p>Nothing unusual.</p>")
     rules = "".join(f"<li>{html.escape(rule)}" for rule in RULES)
     parts.append(f"<details><summary>the rules</summary><ul>{rules}</ul></details>")
-    parts.append(f"<h2>Curves</h2><div class=plots>{''.join(plots(runs, references))}</div>")
+    explained = (
+        "Loss and gradient norm: running means, and behind them the values of single steps, or their range. Dotted "
+        "lines: the run was resumed. Triangles: loss spikes."
+    )
+    parts.append(f"<h2>Curves</h2><p class=rule>{explained}</p>")
+    parts.append(f"<div class=plots>{''.join(plots(runs, references))}</div>")
+    if any(run.time_spent for run in runs):
+        parts.append("<h2>Where the time went</h2>")
+        parts += [f"<p><b>{html.escape(run.name)}</b>: {run.time_spent}.</p>" for run in runs if run.time_spent]
     names = sorted({name for run in runs for name in run.config})
     values = {name: [json.dumps(run.config.get(name)) for run in runs] for name in names}
     if len(runs) > 1:
@@ -382,7 +366,7 @@ def embedded(path: Path) -> str:
 # --- Reference curves ---
 
 
-def as_reference(run: RunData, name: str) -> dict[str, Any]:
+def as_reference(run: RunHistory, name: str) -> dict[str, Any]:
     """The curve of a run at about 100 points, and what it was made with, but for where things were."""
     epochs, losses = run.per_step("loss")
     every = max(1, len(losses) // 100)
@@ -412,9 +396,9 @@ def main(flags: argparse.Namespace) -> None:
     with user_errors():
         setup_logging()
         config = given_flags(ReportConfig, flags)
-        runs = [read_run(folder) for folder in flags.runs]
+        runs = [read_history(folder) for folder in flags.runs]
         if len({run.name for run in runs}) < len(runs):
-            runs = [RunData(**{**vars(run), "name": str(run.folder)}) for run in runs]
+            runs = [replace(run, name=str(run.folder)) for run in runs]
         references = [read_reference(config.reference)] if config.reference else []
         text = page(runs, references)
         with unreadable_is_user_error(f"--out {config.out} cannot be written"):

@@ -108,8 +108,12 @@ class ImageDataset(Dataset):
             self._numbers = match_classes(self.source.classes, classes, owner, exactly)
         self.classes = list(classes)
 
+    def bad_images(self) -> list[int]:
+        """The images that could not be read so far, in all workers of this process."""
+        return self._bad.nonzero().flatten().tolist()
+
     def bad_count(self) -> int:
-        """How many different images could not be read so far, in all workers of this process."""
+        """How many these are."""
         return int(self._bad.sum())
 
     def watch(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -285,15 +289,17 @@ def check_targets(targets: torch.Tensor, nb_classes: int) -> None:
         )
 
 
-def build_dataset(config: DataSettings, split: str, transform: Callable, require_labels: bool = False) -> ImageDataset:
+def build_dataset(
+    config: DataSettings, split: str, transform: Callable, require_labels: bool | None = None
+) -> ImageDataset:
     """The data set of `split` ('train' or 'val') that `config` names (see util.data.sources).
 
-    `require_labels`: unlabelled images and empty class folders are errors; always so for 'val', whose classes are those
-    of the training folder. Evaluation never skips an image: a bad one in 'val' is an error. Raises UserError (a missing
+    `require_labels`: unlabelled images and empty class folders are errors (default: of 'val'). 'val' has the classes of
+    the training folder. Evaluation never skips an image: a bad one in 'val' is an error. Raises UserError (a missing
     path, no images, other channels than config.in_chans, ...).
     """
     with unreadable_is_user_error(f"cannot read --data_path {config.data_path}"):
-        source = open_source(config, split, require_labels or split == "val")
+        source = open_source(config, split, split == "val" if require_labels is None else require_labels)
     skip_bad = config.bad_images == "skip" and split == "train"
     dataset = ImageDataset(source, transform, config.seed, skip_bad, config.max_bad_images)
     kinds = f"{len(source.classes)} classes" if source.classes else "no labels"

@@ -255,12 +255,15 @@ def _refuse_to_divide(path: Path, config: DataSettings, source: Source) -> None:
     """Raise a UserError where --val_share cannot divide the images, or there are validation images already."""
     if not isinstance(source, FileSource):
         raise UserError(f"--val_share divides folders and lists of images, not --dataset {config.dataset or 'tar'}")
-    folder = path.parent if path.is_file() else path
-    own = [folder / name for name in ("val.txt", "val", "val.tar") if path.is_dir() or name == "val.txt"]
-    if found := [file for file in own if file.exists()]:
-        raise UserError(
-            f"--val_share {config.val_share:g} divides the images, but {found[0]} is there: use one of both"
-        )
+    if (found := find_validation(path)) is not None:
+        raise UserError(f"--val_share {config.val_share:g} divides the images, but {found} is there: use one of both")
+
+
+def find_validation(data_path: str | Path) -> Path | None:
+    """The folder, list or tar of validation images that comes with the folder or list `data_path`; None without."""
+    path = Path(data_path)
+    places = [path / name for name in ("val.txt", "val", "val.tar")] if path.is_dir() else [path.with_name("val.txt")]
+    return next((place for place in places if place.exists()), None)
 
 
 def _index(data_path: Path, split: str, require_labels: bool, config: DataSettings) -> tuple[ImageIndex, bool]:

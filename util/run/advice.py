@@ -8,7 +8,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from util.data.sources import find_validation
 from util.run.config import DecodingFlags, TrainingConfig
+from util.run.history import summarise
 
 
 def command(*words: object) -> str:
@@ -37,9 +39,7 @@ def data_flags(config: TrainingConfig, divided: bool = True) -> list[object]:
     elif divided and config.val_share:
         flags += ["--val_share", config.val_share]
     elif divided:
-        folder = Path(config.data_path) if Path(config.data_path).is_dir() else Path(config.data_path).parent
-        validation = any((folder / name).exists() for name in ("val", "val.txt", "val.tar"))
-        flags += [] if validation else ["--val_share", 0.1]
+        flags += [] if find_validation(config.data_path) else ["--val_share", 0.1]
     return flags + decoding_flags(config)
 
 
@@ -84,9 +84,10 @@ def after_fine_tuning(config: TrainingConfig) -> list[tuple[str, str]]:
     return [*steps, ("use the classifier elsewhere", command("-m", "util.export", *exported))]
 
 
-def describe(steps: list[tuple[str, str]]) -> str:
-    """The commands, one per line, each below what it does."""
-    return "\n".join(["what can be done next:", *(f"  # {purpose}\n  {line}" for purpose, line in steps)])
+def at_the_end(what: str, output_dir: str, steps: list[tuple[str, str]]) -> str:
+    """What a finished run has done, and the commands of `after_...`, one per line, each below what it does."""
+    done = f"{what} is done: {Path(output_dir) / 'checkpoint.pth'}\n{summarise(output_dir)}"
+    return "\n".join([done, "what can be done next:", *(f"  # {purpose}\n  {line}" for purpose, line in steps)])
 
 
 def to_continue() -> str:

@@ -80,7 +80,7 @@ def is_first_to_say(message: str) -> bool:
     They may not have met yet, so they tell each other through a file of the user's in the temporary folder. What was
     said before this process was started belongs to an earlier run. In doubt, say it: twice is better than never.
     """
-    now, age = time.time(), _age()  # together: the file may have to be waited for
+    now, age = time.time(), process_age()  # together: the file may have to be waited for
     key = hashlib.sha256(f"{socket.gethostname()} {os.getppid()} {message}".encode()).hexdigest()
     path = Path(tempfile.gettempdir()) / f"mixmae-errors-{os.getuid()}.json"
     try:
@@ -96,7 +96,7 @@ def is_first_to_say(message: str) -> bool:
         return True
 
 
-def _age() -> float:
+def process_age() -> float:
     """Seconds since this process was started; 0 where the system does not tell."""
     try:
         started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]  # in ticks after booting

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models_swin import SwinTransformer
-from util.data.datasets import ImageDataset, build_loader
+from util.data.datasets import ImageDataset, build_dataset, build_loader
 from util.data.samplers import Key
-from util.data.transforms import Normalize
+from util.data.sources import find_validation
+from util.data.transforms import Normalize, eval_transform
 from util.errors import UserError
 from util.run import distributed
+from util.run.checks import check_statistics
 from util.run.config import Config
 from util.run.optim import autocast
 from util.run.progress import with_progress
@@ -77,8 +79,19 @@ def rankme(features: Tensor) -> float:
     return float((-shares * shares.log()).sum().exp())
 
 
+def held_out_images(config: Config) -> ImageDataset:
+    """Validation images, which need no labels; training images where there are no others. As evaluation sees them."""
+    held_out = bool(config.val_share) or (not config.dataset and find_validation(config.data_path) is not None)
+    if not held_out:
+        logger.info("RankMe is of training images: there are no others (val/, or --val_share 0.1)")
+    split = "val" if held_out else "train"
+    dataset = build_dataset(config, split, eval_transform(config), require_labels=False)
+    check_statistics(config, dataset, f"{config.data_path} ({split})")
+    return dataset
+
+
 def check_sample(dataset: ImageDataset, num_features: int) -> None:
-    """Warn where `dataset` has too few images for `rank_of_sample` to tell much.
+    """Warn where `dataset` has too few images for RankMe to tell much.
 
     Raises:
         UserError: the images are streamed, so that no sample is the same twice.
@@ -89,12 +102,23 @@ def check_sample(dataset: ImageDataset, num_features: int) -> None:
         logger.warning("RankMe of %d images is at most that, whatever the %d features are", len(dataset), num_features)
 
 
-def rank_of_sample(model: SwinTransformer, dataset: ImageDataset, normalize: Normalize, config: Config) -> float:
-    """RankMe of a sample of images from all over `dataset`; the same on all ranks, which call this together."""
-    count = min(max(RANK_IMAGES, 2 * model.num_features), len(dataset))
-    chosen = [position * len(dataset) // count for position in range(count)]
+def rank_sample(images: int, num_features: int) -> list[int]:
+    """The images whose features' rank is measured: numbers from all over a data set."""
+    count = min(max(RANK_IMAGES, 2 * num_features), images)
+    return [position * images // count for position in range(count)]
+
+
+def rank_of_images(model: SwinTransformer, dataset: ImageDataset, normalize: Normalize, config: Config) -> float:
+    """RankMe of a sample of `dataset`; the same on all ranks, which call this together."""
+    chosen = rank_sample(len(dataset), model.num_features)
     features, _ = own_features(model, dataset, normalize, config, chosen)
-    return rankme(gather_all(features, count))
+    return rankme(gather_all(features, len(chosen)))
+
+
+def rank_of_features(own: Tensor, images: int) -> float:
+    """The same, of the features (n, D) of this rank's images where `images` of all ranks have theirs already."""
+    features = gather_all(own, images)
+    return rankme(features[rank_sample(images, features.shape[1])])
 
 
 def probe_accuracy(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], num_classes: int) -> float:

@@ -1,8 +1,10 @@
-"""What a run says and writes: console lines, log.txt, steps.jsonl and TensorBoard.
+"""What a run says and writes: console lines, log.txt, steps.jsonl, times.jsonl and TensorBoard.
 
 `log.txt` has one JSON line per epoch (as the authors' script writes it), `steps.jsonl` one per optimizer step, both
 written by rank 0 alone. A resumed run first drops what lies after the point where it resumes, so that every epoch and
-step stands there once.
+step stands there once. `times.jsonl` has what depends on the clock, and of which nothing is dropped: one line for each
+start of the run, for the steps of each log line, and for each epoch's end, all with their time, epoch and step.
+`bad_images.txt` lists unreadable images. `util.run.history` reads it all.
 """
 
 import contextlib
@@ -14,7 +16,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +29,18 @@ from torch.utils.tensorboard import SummaryWriter
 
 from util.errors import UserError
 from util.run import distributed
+from util.run.failures import process_age
+from util.run.progress import Bar
 
 logger = logging.getLogger(__name__)
+
+
+class LinesAboveBars(logging.StreamHandler):
+    """Writes to a terminal, on which progress bars may be."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with Bar.external_write_mode(self.stream):
+            super().emit(record)
 
 
 def setup_logging() -> None:
@@ -40,7 +53,7 @@ def setup_logging() -> None:
 
     if hasattr(sys.stdout, "reconfigure"):  # names of files may be bytes that no encoding has
         sys.stdout.reconfigure(errors="backslashreplace")
-    handler = logging.StreamHandler(sys.stdout)
+    handler = (LinesAboveBars if sys.stderr.isatty() else logging.StreamHandler)(sys.stdout)
     handler.addFilter(from_this_rank)
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(rank)s%(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
@@ -90,7 +103,7 @@ class RunLog:
     """Files of a run's progress; does nothing on ranks other than 0. Files that cannot be written end no run.
 
     Args:
-        output_dir: folder of log.txt, steps.jsonl and pictures.
+        output_dir: folder of all but TensorBoard's files.
         log_dir: folder of TensorBoard's files.
         resume_step: optimizer steps done so far; what the files say of later ones is dropped.
         resume_epoch: epochs complete so far, likewise.
@@ -107,14 +120,30 @@ class RunLog:
         self.output_dir = Path(output_dir)
         self.epochs_file = LinesFile(self.output_dir / "log.txt", lambda line: line.get("epoch", -1) < resume_epoch)
         self.steps_file = LinesFile(self.output_dir / "steps.jsonl", lambda line: line.get("step", 0) <= resume_step)
+        self.times_file = LinesFile(self.output_dir / "times.jsonl", lambda line: True)
+        self._note_time({"start": True, "epoch": resume_x / 1000, "step": resume_step}, process_age())
         # +1: the values of the last finished step itself stay; without one, those of an earlier run go too.
         self.tensorboard = EventsFile(log_dir, resume_x + 1 if resume_step else 0)
 
-    def steps(self, records: list[dict], epoch_1000x: int, tags: dict[str, float]) -> None:
-        """Append optimizer steps to steps.jsonl and the last values to TensorBoard."""
+    def steps(self, records: list[dict], epoch_1000x: int, scalars: dict[str, float]) -> None:
+        """Append optimizer steps to steps.jsonl, and what `StepMeter.flush` says of them to the other files."""
         if not self.enabled:
             return
         self.steps_file.append(records)
+        seconds = scalars["seconds_per_step"] * len(records)
+        self._note_time(
+            {
+                "epoch": epoch_1000x / 1000,
+                "step": records[-1]["step"],
+                "steps": len(records),
+                "images": round(scalars["images_per_second"] * seconds),
+                "seconds": round(seconds, 3),
+                "data_wait": round(scalars["data_wait_share"] * seconds, 3),
+            }
+        )
+        tags = {f"train/{name}": scalars[name] for name in ("loss", "lr", "grad_norm")}
+        speeds = ("images_per_second", "data_wait_share", "memory_mb", "mfu")
+        tags |= {f"speed/{name}": scalars[name] for name in speeds if name in scalars}
         if not self.steps_file.waiting:  # else the disk is full
             self.tensorboard.scalars(tags, epoch_1000x)
 
@@ -123,6 +152,7 @@ class RunLog:
         if not self.enabled:
             return
         self.epochs_file.append([record])
+        self._note_time({"epoch": record["epoch"] + 1, "step": record["step"]})
         results = {
             f"perf/{tag}": value
             for tag, value in record.items()
@@ -141,12 +171,32 @@ class RunLog:
             image.save(path)
         self.tensorboard.picture(tag, image, epoch_1000x)
 
+    def bad_images(self, paths: Sequence[str]) -> None:
+        """Add unreadable images to bad_images.txt, each once."""
+        if not self.enabled or not paths:
+            return
+        path = self.output_dir / "bad_images.txt"
+        with going_on_without(f"{path} could not be written"):
+            listed = read_list(path)
+            if new := [name for name in paths if name not in listed]:
+                with open(path, "a", encoding="utf-8", errors="surrogateescape") as file:  # names as on the disk
+                    file.writelines(f"{name}\n" for name in new)
+
     def close(self) -> None:
         """Write what is left."""
         if self.enabled:
-            self.epochs_file.append([])
-            self.steps_file.append([])
+            for file in (self.epochs_file, self.steps_file, self.times_file):
+                file.append([])
             self.tensorboard.close()
+
+    def _note_time(self, record: dict, ago: float = 0.0) -> None:
+        """Append to times.jsonl what happens now, or happened some seconds ago."""
+        self.times_file.append([{"time": round(time.time() - ago, 3), **record}])
+
+
+def read_list(path: Path) -> list[str]:
+    """The lines of a file; none where there is no file."""
+    return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.exists() else []
 
 
 @contextlib.contextmanager

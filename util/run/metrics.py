@@ -121,12 +121,12 @@ class StepMeter:
             self.data_wait_said = True
             logger.warning("%s", data_wait_advice(share))
 
-    def line_meanwhile(self, step_in_epoch: int) -> str:
-        """A console line of this rank's own numbers where none has been due for long; else ''."""
+    def meanwhile(self) -> dict[str, float]:
+        """The scalars of this rank where no log line has been due for long; else none."""
         if not self.pending or time.perf_counter() - self.last_line < SECONDS_BETWEEN_LINES:
-            return ""
+            return {}
         _, _, losses, norms = zip(*self.pending)
-        return self.line(step_in_epoch, self._scalars(torch.stack(losses).tolist(), torch.stack(norms).tolist()))
+        return self._scalars(torch.stack(losses).tolist(), torch.stack(norms).tolist())
 
     def line(self, step_in_epoch: int, scalars: dict[str, float]) -> str:
         """The console line of a flush."""

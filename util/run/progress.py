@@ -1,9 +1,13 @@
-"""How far long work has come: a bar on a terminal, elsewhere a line from time to time; rank 0 speaks for all."""
+"""How far long work has come: a bar on a terminal, elsewhere a line from time to time; rank 0 speaks for all.
+
+Bars are drawn on stderr, log lines go to stdout: where both are one terminal, lines appear above the bars
+(`util.run.logger`), and those that a bar makes superfluous are left out.
+"""
 
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -17,9 +21,25 @@ SECONDS_PER_LINE = 10.0
 T = TypeVar("T")
 
 
+class Bar(tqdm):
+    """A bar without a thread of its own, which data-loading processes forked from this one could not take along."""
+
+    monitor_interval = 0
+
+
+def has_bars() -> bool:
+    """Whether this process draws bars."""
+    return distributed.is_main_process() and sys.stderr.isatty()
+
+
+def needs_lines() -> bool:
+    """Whether this process tells in lines how far it is: its log goes where no bar is seen."""
+    return distributed.is_main_process() and not (sys.stderr.isatty() and sys.stdout.isatty())
+
+
 def images_of(batch: Any) -> int:
-    """The images of a batch (imgs, targets)."""
-    return len(batch[1])
+    """The images of all ranks, if each has such a batch (imgs, targets)."""
+    return len(batch[1]) * distributed.get_world_size()
 
 
 def with_progress(batches: Iterable[T], total: int, what: str, count: Callable[[T], int] = images_of) -> Iterator[T]:
@@ -29,21 +49,49 @@ def with_progress(batches: Iterable[T], total: int, what: str, count: Callable[[
         batches: of this rank; all ranks have about as many.
         total: images of all ranks.
         what: the work, for lines such as 'evaluation: 300 of 1000 images, ...'.
-        count: the images in a batch.
+        count: the images of all ranks that are done with a batch.
     """
     if not distributed.is_main_process():
         yield from batches
         return
-    ranks, done, first = distributed.get_world_size(), 0, time.monotonic()
+    done, first = 0, time.monotonic()
     spoken = first
-    with tqdm(total=total, unit=" images", desc=what, leave=False, disable=not sys.stderr.isatty()) as bar:
+    with Bar(total=total, unit=" images", desc=what, leave=False, dynamic_ncols=True, disable=not has_bars()) as bar:
         for batch in batches:
             yield batch
-            step = min(total - done, count(batch) * ranks)
+            step = min(total - done, count(batch))
             done += step
             bar.update(step)
             now = time.monotonic()
-            if bar.disable and now > spoken + SECONDS_PER_LINE and done < total:
+            if needs_lines() and now > spoken + SECONDS_PER_LINE and done < total:
                 spoken, rate = now, done / (now - first)
                 left = (total - done) / rate
                 logger.info("%s: %d of %d images, %.0f images/s, %.0f s left", what, done, total, rate, left)
+
+
+class TrainingBar:
+    """The bar of a training run, for its whole length.
+
+    Args:
+        done, total: optimizer steps, so far and of the whole run.
+    """
+
+    def __init__(self, done: int, total: int):
+        self.bar = Bar(
+            total=total, initial=done, unit=" steps", desc="training", dynamic_ncols=True, disable=not has_bars()
+        )
+
+    def step(self) -> None:
+        """One more optimizer step is done."""
+        self.bar.update()
+
+    def tell(self, epoch: int, scalars: Mapping[str, float], line: str) -> None:
+        """Show the most important of the `scalars` of a log line beside the bar; where no bar is seen, log `line`."""
+        self.bar.set_description_str(f"epoch {epoch}", refresh=False)
+        self.bar.set_postfix_str(f"loss {scalars['loss']:.4f}, {scalars['images_per_second']:.0f} images/s")
+        if needs_lines():
+            logger.info("%s", line)
+
+    def close(self) -> None:
+        """Leave the bar as it is; what is printed next stands below it."""
+        self.bar.close()

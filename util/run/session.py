@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from util.data.datasets import ImageDataset
 from util.data.decoding import BadImageError
 from util.data.transforms import Normalize
 from util.errors import UserError, unreadable_is_user_error
@@ -46,6 +47,7 @@ from util.run.nonfinite import NonFiniteError, NonFiniteGuard
 from util.run.once_per_node import read_checkpoint_together, read_weights_together
 from util.run.optim import make_scaler, resolve_precision, whether_to_compile
 from util.run.preemption import Preemption
+from util.run.progress import TrainingBar
 from util.run.state import Progress, TrainingState, program_of
 from util.weights.file import CheckpointError
 from util.weights.settings import WeightSettings, weight_settings
@@ -182,6 +184,10 @@ class Run:
     operations: float = 0.0  # of training on one image; known to rank 0, which logs
     usual_losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_HISTORY))
 
+    def __post_init__(self) -> None:
+        steps = self.steps_per_epoch
+        self.bar = TrainingBar(int(self.state.progress.fraction(steps) * steps), self.config.epochs * steps)
+
     @property
     def steps_per_epoch(self) -> int:
         return self.loader.batch_sampler.steps_per_epoch
@@ -236,14 +242,15 @@ class Run:
         this_step = f"epoch {progress.epoch} step {progress.step_in_epoch + 1} (optimizer step {progress.step + 1})"
         self.guard.watch(this_step, loss, grad_norm, batch if config.nan_dump else [])
         progress.next_step()
+        self.bar.step()
         meter.add(progress.step, lr, loss, grad_norm)
         stop = self.preemption.requested_on_any_rank()
         last = progress.step_in_epoch == self.steps_per_epoch
         save = stop or (self.saves_at_this_step and not last)  # after the last step, the epoch's end saves
         if save or last or progress.step % config.print_freq == 0:
             self.report(meter)
-        elif distributed.is_main_process() and (line := meter.line_meanwhile(progress.step_in_epoch)):
-            logger.info(line)
+        elif distributed.is_main_process() and (scalars := meter.meanwhile()):
+            self.tell(meter, scalars)
         if save:
             self.save()
         if stop:
@@ -257,17 +264,27 @@ class Run:
             return
         for record in records:  # one by one: the same sum, to the bit, however the steps fall into reports
             progress.epoch_loss += record["loss"]
-        tags = {f"train/{name}": scalars[name] for name in ("loss", "lr", "grad_norm")}
-        speeds = ("images_per_second", "data_wait_share", "memory_mb", "mfu")
-        tags |= {f"speed/{name}": scalars[name] for name in speeds if name in scalars}
-        self.log.steps(records, self.epoch_1000x, tags)
-        logger.info(meter.line(progress.step_in_epoch, scalars))
+        self.log.steps(records, self.epoch_1000x, scalars)
+        self.tell(meter, scalars)
+
+    def tell(self, meter: StepMeter, scalars: dict[str, float]) -> None:
+        """Show on the console what `meter` says of the last steps."""
+        progress = self.state.progress
+        self.bar.tell(progress.epoch, scalars, meter.line(progress.step_in_epoch, scalars))
 
     def save(self, milestone: bool = False, best: bool = False) -> None:
         """Write a checkpoint (rank 0), once the last step is known to be good (all ranks)."""
         self.guard.check()
+        self.note_bad_images()
         if self.folder is not None:
             self.folder.save(self.state.checkpoint(), milestone=milestone, best=best)
+
+    def note_bad_images(self) -> None:
+        """List in the run's folder the images that any rank could not read so far."""
+        dataset = self.loader.dataset
+        if isinstance(dataset, ImageDataset) and dataset.skip_bad:
+            found = {number for numbers in distributed.gather_objects(dataset.bad_images()) for number in numbers}
+            self.log.bad_images([dataset.path_of(number) for number in sorted(found)])
 
     def finish_epoch(self, record: dict, best: bool = False) -> None:
         """Move to the next epoch, save when due, and write the epoch's line of log.txt with `record` in it.
@@ -408,7 +425,7 @@ def orderly_end(run: Run) -> Iterator[None]:
     """
     try:
         try:
-            with explain_collective_failures(), explain_worker_failures():
+            with explain_collective_failures(), explain_worker_failures(), contextlib.closing(run.bar):
                 yield
                 run.close()
         except Preempted as stopped:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,7 @@ def locate_link(link: str, verify: bool = True) -> Path:
     path = cache_folder() / f"{expected[:8]}-{re.sub(r'[^A-Za-z0-9._-]', '_', file_name) or 'weights.pth'}"
 
     def download(target: Path) -> None:
-        torch.hub.download_url_to_file(address, str(target), hash_prefix=expected, progress=False)
+        torch.hub.download_url_to_file(address, str(target), hash_prefix=expected, progress=sys.stderr.isatty())
 
     try:
         _downloaded_once(path, download)

@@ -1,0 +1,258 @@
+"""What a run has written down (`util.run.logger`), read back: its curves, its restarts, and where its time went."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from util.errors import UserError, unreadable_is_user_error
+from util.run.logger import read_list
+from util.run.metrics import SPIKE_HISTORY, SPIKE_SIGMAS
+
+Series = tuple[np.ndarray, np.ndarray]  # fractional epochs (n,) and values (n,)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A value in log.txt that says how good a run is."""
+
+    title: str
+    unit: str = "%"
+    best: Callable[[np.ndarray], np.intp] = np.argmax
+
+
+MEASURES = {
+    "train_loss": Measure("training loss", "", np.argmin),
+    "knn_acc1_k10": Measure("kNN top-1, k = 10"),
+    "knn_acc1_k20": Measure("kNN top-1, k = 20"),
+    "probe_acc1": Measure("linear probe top-1"),
+    "rankme": Measure("RankMe (effective rank of the features)", ""),
+    "test_loss": Measure("validation loss", "", np.argmin),
+    "test_acc1": Measure("validation top-1"),
+    "test_acc5": Measure("validation top-5"),
+    "test_ema_loss": Measure("validation loss, averaged weights", "", np.argmin),
+    "test_ema_acc1": Measure("validation top-1, averaged weights"),
+    "test_ema_acc5": Measure("validation top-5, averaged weights"),
+}
+
+
+@dataclass(frozen=True)
+class TimeSpent:
+    """Seconds of wall time, from the first start of a run to the last thing that it wrote."""
+
+    total: float
+    steps: float  # in optimizer steps that count, the wait for their images included
+    again: float  # in steps that a run which was killed had to do again
+    starting: float  # from the start of a process to its first step
+    stopped: float  # while no process ran
+
+    @property
+    def goodput(self) -> float:
+        """The share of the wall time that was spent in steps that count."""
+        return self.steps / self.total
+
+    def __str__(self) -> str:
+        other = max(0.0, self.total - self.steps - self.again - self.starting - self.stopped)
+        parts = {
+            "evaluation, pictures and saving": other,
+            "starting": self.starting,
+            "steps done again": self.again,
+            "stopped": self.stopped,
+        }
+        words = [f"{in_words(seconds)} {what}" for what, seconds in parts.items() if seconds >= 0.01 * self.total]
+        after = f" ({', '.join(words)})" if words else ""
+        return f"goodput {self.goodput:.0%}: {in_words(self.steps)} of {in_words(self.total)} in steps{after}"
+
+
+@dataclass
+class RunHistory:
+    """What is known of a run; lists are empty where it recorded nothing.
+
+    Args:
+        name: of its folder.
+        config, environment: as in config.json.
+        epochs, steps, times: the records of log.txt, steps.jsonl and times.jsonl.
+        bad_images: paths of unreadable images.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    times: list[dict[str, Any]] = field(default_factory=list)
+    bad_images: list[str] = field(default_factory=list)
+
+    def per_step(self, name: str) -> Series:
+        """Of the optimizer steps; what was not finite is left out."""
+        epochs = np.array([step["epoch"] for step in self.steps], dtype=int)
+        lengths = np.bincount(epochs)
+        number = 1 + np.arange(len(epochs)) - (np.cumsum(lengths) - lengths)[epochs]  # of the step in its epoch
+        if not self.epochs or self.epochs[-1]["epoch"] < epochs[-1]:  # the last epoch is not complete
+            lengths[-1] = lengths.max()
+        values = np.array([step.get(name) for step in self.steps], dtype=float)  # None becomes NaN
+        known = np.isfinite(values)
+        return (epochs + number / lengths[epochs])[known], values[known]
+
+    def per_epoch(self, name: str) -> Series:
+        found = [(line["epoch"] + 1, line[name]) for line in self.epochs if line.get(name) is not None]
+        return tuple(np.array(found, dtype=float).reshape(-1, 2).T)
+
+    def best(self, name: str) -> tuple[float, int] | None:
+        """The best value of one of `MEASURES` and the number of its epoch, from 0; None where it was not measured."""
+        epochs, values = self.per_epoch(name)
+        if not len(values):
+            return None
+        place = MEASURES[name].best(values)
+        return float(values[place]), int(epochs[place]) - 1
+
+    @cached_property
+    def windows(self) -> list[tuple[dict[str, Any], float]]:
+        """The records of steps in times.jsonl, each with the share of its steps that a restart did not undo."""
+        found, resumed = [], math.inf
+        for line in reversed(self.times):
+            if "start" in line:
+                resumed = min(resumed, line["step"])
+            elif line.get("steps"):
+                undone = min(line["steps"], max(0, line["step"] - resumed))
+                found.append((line, 1 - undone / line["steps"]))
+        return found[::-1]
+
+    def _of_windows(self, value: Callable[[dict[str, Any]], float]) -> Series:
+        found = [(line["epoch"], value(line)) for line, kept in self.windows if kept and line["seconds"] > 0]
+        return tuple(np.array(found, dtype=float).reshape(-1, 2).T)
+
+    def images_per_second(self) -> Series:
+        return self._of_windows(lambda line: line["images"] / line["seconds"])
+
+    def data_wait(self) -> Series:
+        """The share of the time of steps that was spent waiting for images."""
+        return self._of_windows(lambda line: line["data_wait"] / line["seconds"])
+
+    @property
+    def resumed_at(self) -> list[float]:
+        """The fractional epochs at which the run was started again."""
+        return [line["epoch"] for line in self.times if "start" in line][1:]
+
+    @property
+    def time_spent(self) -> TimeSpent | None:
+        """None where nothing was recorded."""
+        starting = stopped = 0.0
+        started = previous = None
+        for line in self.times:
+            if "start" in line:
+                stopped += max(0.0, line["time"] - previous) if previous is not None else 0.0
+                started = line["time"]
+            elif line.get("steps") and started is not None:
+                starting, started = starting + max(0.0, line["time"] - line["seconds"] - started), None
+            previous = line["time"]
+        if not self.windows:
+            return None
+        steps = sum(line["seconds"] * kept for line, kept in self.windows)
+        again = sum(line["seconds"] * (1 - kept) for line, kept in self.windows)
+        total = max(self.times[-1]["time"] - self.times[0]["time"], steps + again)  # clocks may be set
+        return TimeSpent(total, steps, again, starting, stopped)
+
+    @cached_property
+    def spikes(self) -> Series:
+        """The losses far above those before them, by the rule of `StepMeter.warn_of_spikes`."""
+        epochs, losses = self.per_step("loss")
+        sums, squares = (np.cumsum(np.concatenate([np.zeros(1), values])) for values in (losses, losses**2))
+        # Of the SPIKE_HISTORY losses before each one.
+        total, square = (series[SPIKE_HISTORY:-1] - series[: -SPIKE_HISTORY - 1] for series in (sums, squares))
+        mean, variance = total / SPIKE_HISTORY, np.maximum(square - total**2 / SPIKE_HISTORY, 0) / (SPIKE_HISTORY - 1)
+        limit = mean + SPIKE_SIGMAS * np.sqrt(variance) + 1e-9 * abs(mean)  # the last for rounding
+        above = losses[SPIKE_HISTORY:] > limit
+        return epochs[SPIKE_HISTORY:][above], losses[SPIKE_HISTORY:][above]
+
+    def __str__(self) -> str:
+        """What was done, how fast, and how well: a few lines."""
+        starts = 1 + len(self.resumed_at)
+        lines = [f"{len(self.epochs)} epochs, {len(self.steps):,} steps" + (f", {starts} starts" if starts > 1 else "")]
+        _, speed = self.images_per_second()
+        if (spent := self.time_spent) is not None:
+            lines += [f"{np.median(speed):.0f} images/s in steps (median); {spent}"]
+        if self.bad_images:
+            lines.append(f"{len(self.bad_images)} unreadable images were replaced: {self.folder / 'bad_images.txt'}")
+        for name, measure in MEASURES.items():
+            if (best := self.best(name)) is not None:
+                (value, epoch), last = best, self.per_epoch(name)[1][-1]
+                lines.append(
+                    f"{measure.title}: best {value:.4g}{measure.unit} (epoch {epoch}), last {last:.4g}{measure.unit}"
+                )
+        return "\n".join(lines)
+
+
+def in_words(seconds: float) -> str:
+    """A duration, such as '4 min 7 s'."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+    large = next(i for i, (_, length) in enumerate(units) if seconds >= length)
+    unit, length = units[large]
+    if unit == "s":
+        return f"{seconds:.0f} s"
+    smaller, part = units[large + 1]
+    whole, rest = divmod(round(seconds / part), length // part)
+    return f"{whole} {unit} {rest} {smaller}" if rest else f"{whole} {unit}"
+
+
+def summarise(folder: str) -> str:
+    """What the run in `folder` did, how fast and how well; where its files cannot be read, why."""
+    try:
+        return "\n".join(f"  {line}" for line in str(read_history(folder)).splitlines())
+    except UserError as error:
+        return f"  no summary: {error}"
+
+
+# --- Reading files ---
+
+LINES = {  # what every record of a file has
+    "log.txt": {"epoch", "train_loss"},
+    "steps.jsonl": {"epoch", "step"},
+    "times.jsonl": {"epoch", "step", "time"},
+}
+
+
+def read_history(folder: str | Path) -> RunHistory:
+    """Raises UserError for what is not the output folder of a run."""
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{folder} is not the output folder of a run: there is no config.json in it")
+    content = read_json(path / "config.json", ("config", "environment"))
+    with unreadable_is_user_error(f"{folder} cannot be read"):
+        epochs, steps, times = (list(read_records(path / name, keys)) for name, keys in LINES.items())
+        bad_images = read_list(path / "bad_images.txt")
+    if not steps:
+        raise UserError(f"{folder} holds a run that has made no step yet")
+    name = path.resolve().name
+    return RunHistory(name, path, content["config"], content["environment"], epochs, steps, times, bad_images)
+
+
+def read_records(path: Path, keys: set[str]) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines; what is no record (a line that is being written) is left out."""
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and keys <= record.keys():
+                yield record
+
+
+def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Raises UserError for a file that cannot be read, or has not all of `keys`."""
+    with unreadable_is_user_error(f"{path} cannot be read"):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        content = json.loads(text)
+        return {key: content[key] for key in keys}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged, or another program's: it must have {', '.join(keys)} in JSON") from error
