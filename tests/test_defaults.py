@@ -117,6 +117,17 @@ def test_too_few_images(tmp_path, capfd, main):
         fails(main, capfd, "1 training images do not fill one effective batch of 2", *flags)
 
 
+def test_arrays_with_their_channels_first_are_not_taken_for_images_of_many(tmp_path, capfd):
+    """Arrays (3, 24, 24) trained as images of 3 x 24 pixels and 24 channels."""
+    (tmp_path / "data").mkdir()
+    for number in range(4):
+        np.save(tmp_path / "data" / f"{number}.npy", np.random.rand(3, 24, 24).astype(np.float32))
+    flags = [*QUIET, "--epochs", "1", "--data_path", tmp_path / "data", "--output_dir", tmp_path / "out"]
+    message = r"look like arrays \(channels, H, W\) = \(3, 24, 24\).*if they are 24 channels of 3 x 24 .*--in_chans 24"
+    fails(main_pretrain, capfd, message, *flags)
+    run(main_pretrain, *flags, "--in_chans", "24")
+
+
 def test_arrays_of_several_channels(tmp_path, capfd):
     make_images(tmp_path / "data", 6, (16, 16), channels=5)
     make_images(tmp_path / "data" / "other", 2, (16, 16), channels=4)

@@ -129,6 +129,19 @@ def test_validation_images_that_were_trained_on_are_told(folders, tmp_path, capl
     assert (f"{expected.get(how)} validation images are training images too" in caplog.text) == (how != "apart")
 
 
+def test_an_evaluation_of_the_training_images_says_so(folders, tmp_path, capfd):
+    run(main_finetune, *TRAIN, "--data_path", folders, "--output_dir", tmp_path / "out")
+    shutil.rmtree(folders / "val")
+    evaluate = ["--eval", "--finetune", tmp_path / "out" / "checkpoint.pth", "--data_path", folders]
+    for rename in (False, True):
+        (folders / "train").rename(folders / "val")
+        capfd.readouterr()
+        run(main_finetune, *CPU, *evaluate)
+        assert ("these are the 30 images that" in capfd.readouterr().out) != rename
+        (folders / "val").rename(folders / "train")
+        (folders / "train" / "ant" / "0000.png").rename(folders / "train" / "ant" / "other.png")
+
+
 def test_classes_that_are_spelt_alike_are_told(folders, tmp_path, capfd):
     for split in ("train", "val"):
         (folders / split / "cow").rename(folders / split / "ANT")

@@ -59,7 +59,7 @@ def check_units(images: Sequence[Tensor]) -> tuple[str, str]:
         return "", ""
     message = (
         f"values reach at most {peaks[below - 1]:.4g} in {below} of {len(images)} images, and at least "
-        f"{peaks[below]:.4g} in {len(peaks) - below} others, as if they were in different units"
+        f"{peaks[below]:.4g} in {len(peaks) - below} others, as if they were in different units: bring all into one"
     )
     return (message, "") if factor >= WIDE_GAP and images[0].dtype != torch.uint8 else ("", message)
 

@@ -32,7 +32,7 @@ class Survey:
 def survey_images(source: Source, reader: str = "") -> Survey:
     """Look at images from all over `source`; those that cannot be read are left for others to report.
 
-    Raises UserError where arrays have different numbers of channels.
+    Raises UserError where arrays have different numbers of channels, or seem to have them first.
     """
     count = len(source)
     shapes = []
@@ -50,6 +50,12 @@ def survey_images(source: Source, reader: str = "") -> Survey:
             f"the images have different numbers of channels: of {len(shapes)} that were looked at, {found}; keep one "
             "kind, or say with --in_chans which"
         )
+    if shapes and all(channels_come_first(shape) for shape in shapes):
+        height, width, number = shapes[0]
+        raise UserError(
+            f"the images look like arrays (channels, H, W) = {shapes[0]}, and (H, W, channels) is needed: transpose "
+            f"them; or if they are {number} channels of {height} x {width} pixels, say --in_chans {number}"
+        )
     sizes = {shape[:2] for shape in shapes}
     return Survey(
         images=count,
@@ -57,6 +63,11 @@ def survey_images(source: Source, reader: str = "") -> Survey:
         size=sizes.pop() if len(sizes) == 1 else None,
         longest_side=max((max(shape[:2]) for shape in shapes), default=None),
     )
+
+
+def channels_come_first(shape: tuple[int, int, int]) -> bool:
+    """Whether an array (height, width, channels) would be a flat strip of many channels."""
+    return shape[0] < shape[1] and 2 * shape[0] <= shape[2]
 
 
 def shape_in_header(path: str) -> tuple[int, int, int]:

@@ -125,7 +125,7 @@ def name_classes_without_images(dataset: ImageDataset, what: str = "validation")
 
 
 def check_division(config: Config, dataset: ImageDataset, info: WeightsInfo) -> None:
-    """With --val_share: the images to evaluate must not have been trained on.
+    """The images to evaluate must not have been trained on, as far as the weights say.
 
     Raises:
         UserError: the weights were trained with another --val_share.
@@ -137,6 +137,9 @@ def check_division(config: Config, dataset: ImageDataset, info: WeightsInfo) -> 
             "images were trained on"
         )
     before, now = info.data.get("val"), dataset.fingerprint()
+    trained_on = info.data.get("train")
+    if isinstance(trained_on, dict) and now["names"] and all(now[name] == trained_on.get(name) for name in now):
+        logger.warning("these are the %d images that %s was trained on", len(dataset), info)
     if config.val_share and isinstance(before, dict) and before.get("names") != now["names"]:
         logger.warning(
             "the %d images set aside by --val_share are not the %s of the training of %s, since images were added, "
