@@ -23,20 +23,12 @@ from util.data.datasets import ImageDataset
 from util.data.decoding import BadImageError
 from util.data.transforms import Normalize
 from util.errors import UserError, unreadable_is_user_error
-from util.run import distributed
+from util.run import distributed, failures
 from util.run.advice import to_continue
 from util.run.allocator import keep_freed_memory
 from util.run.checkpoint_folder import CheckpointFolder, SaveError
 from util.run.checks import check_data, check_recipe
 from util.run.config import TrainingConfig, resolve
-from util.run.failures import (
-    CollectiveError,
-    WorkerError,
-    explain_collective_failures,
-    explain_worker_failures,
-    in_one_line,
-    is_first_to_say,
-)
 from util.run.flags import given_flags
 from util.run.folder_lock import release_folder, take_folder
 from util.run.gpu_memory import explain_out_of_memory
@@ -56,6 +48,9 @@ from util.weights.source import WeightsInfo
 logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=TrainingConfig)
+
+# What ends a run with a message for its user.
+EXPLAINED = (NonFiniteError, BadImageError, distributed.CollectiveError, failures.WorkerError, SaveError)
 
 # --- What a run goes on from ---
 
@@ -425,7 +420,11 @@ def orderly_end(run: Run) -> Iterator[None]:
     """
     try:
         try:
-            with explain_collective_failures(), explain_worker_failures(), contextlib.closing(run.bar):
+            with (
+                failures.explain_collective_failures(),
+                failures.explain_worker_failures(),
+                contextlib.closing(run.bar),
+            ):
                 yield
                 run.close()
         except Preempted as stopped:
@@ -436,13 +435,13 @@ def orderly_end(run: Run) -> Iterator[None]:
                 run.folder.wait(final=True)
             release_folder()  # a requeued job may start elsewhere before this process has ended
             run.preemption.exit_for_requeue()
-    except (torch.OutOfMemoryError, NonFiniteError, BadImageError, CollectiveError, WorkerError, SaveError) as error:
+    except (torch.OutOfMemoryError, *EXPLAINED) as error:
         if isinstance(error, torch.OutOfMemoryError):
             message = explain_out_of_memory(error, run.state, run.config)
-            if is_first_to_say(message):
+            if failures.is_first_to_say(message):
                 logger.error("%s", message)
         elif distributed.is_main_process() or not isinstance(error, NonFiniteError):
-            logger.error("%s", in_one_line(error))
+            logger.error("%s", failures.in_one_line(error))
         if run.folder is not None:
             with contextlib.suppress(SaveError):  # of the checkpoint under way, after the error that ends the run
                 run.folder.wait()

@@ -33,7 +33,10 @@ class Published:
         return self.url or f"https://drive.google.com/file/d/{self.drive_id}/view"
 
 
-MMSELFSUP = "https://download.openmmlab.com/mmselfsup/1.x/mixmim/mixmim-base-p16_16xb128-coslr-300e_in1k/"
+MMSELFSUP = "https://download.openmmlab.com/mmselfsup/1.x/mixmim/mixmim-base-p16_16xb128-coslr-300e_in1k"
+MIXMIM_BASE = f"{MMSELFSUP}/mixmim-base-p16_16xb128-coslr-300e_in1k_20221208-44fe8d2c.pth"
+MIXMIM_BASE_FT = "mixmim-base-p16_ft-8xb128-coslr-100e_in1k"
+MIXMIM_BASE_FT = f"{MMSELFSUP}/{MIXMIM_BASE_FT}/{MIXMIM_BASE_FT}_20221208-41ecada9.pth"
 PUBLISHED = {
     "base_600ep": Published("1pZYmTv08xK_kOe2kk6ahuvgJVkHm-ZIa", "swin_base_w14", False),
     "base_600ep_ft": Published("1zkOyh8jnFW7iYG3sOfp6LLG5wu4VbiXb", "swin_base_w14", True),
@@ -42,16 +45,8 @@ PUBLISHED = {
     "large_600ep_ft": Published("1b1BxGAewK1ICxxCEwF24YEDSjlQ9Ts9n", "swin_large_w14", True),
     "large_600ep_ft_384x384": Published("1_IfqoQvAe2Z2jC7HBKi3umKD6c8qOu0P", "swin_large_w16_384", True),
     # Trained by mmpretrain: 300 epochs, and 100 of fine-tuning, which by its own account give 84.63 top-1.
-    "mixmim_base_300ep": Published(
-        "", "swin_base_w14", False, f"{MMSELFSUP}mixmim-base-p16_16xb128-coslr-300e_in1k_20221208-44fe8d2c.pth"
-    ),
-    "mixmim_base_300ep_ft": Published(
-        "",
-        "swin_base_w14",
-        True,
-        f"{MMSELFSUP}mixmim-base-p16_ft-8xb128-coslr-100e_in1k/"
-        "mixmim-base-p16_ft-8xb128-coslr-100e_in1k_20221208-41ecada9.pth",
-    ),
+    "mixmim_base_300ep": Published("", "swin_base_w14", False, MIXMIM_BASE),
+    "mixmim_base_300ep_ft": Published("", "swin_base_w14", True, MIXMIM_BASE_FT),
 }
 
 

@@ -15,7 +15,7 @@ from util.weights.source import WeightsInfo
 Runner = Callable[[Tensor], list[Tensor]]  # (B, C, H, W) -> the outputs of a part
 
 
-def open_onnx(path: Path, source: object = None) -> tuple[Runner, dict[str, Any], WeightsInfo]:
+def open_onnx(path: Path) -> tuple[Runner, dict[str, Any], WeightsInfo]:
     """An exported ONNX file in onnxruntime, on a GPU where that package has one; its record; where it came from.
 
     Raises:
@@ -35,7 +35,7 @@ def open_onnx(path: Path, source: object = None) -> tuple[Runner, dict[str, Any]
         session = onnxruntime.InferenceSession(str(path), options, providers)
     except Exception as error:  # onnxruntime's exceptions have no common class of their own
         raise CheckpointError(f"{path} is damaged or not an ONNX file: {str(error).splitlines()[0]}") from error
-    record, info = parse_record(session.get_modelmeta().custom_metadata_map.get(RECORD, ""), source or path)
+    record, info = parse_record(session.get_modelmeta().custom_metadata_map.get(RECORD, ""), path)
     name = session.get_inputs()[0].name
 
     def run(imgs: Tensor) -> list[Tensor]:
