@@ -1,5 +1,6 @@
 """The commands that the end of a run prints work as they stand."""
 
+import re
 import shlex
 import signal
 import subprocess
@@ -19,15 +20,14 @@ SHAPE = ["--model", "mixmae_quickstart", "--input_size", "16", "--window_size", 
 TRAIN = [*SHAPE, *QUICK, "--batch_size", "4", "--epochs", "1"]
 
 
-def shell(command: str) -> str:
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+def shell(command: str, folder: Path = ROOT) -> str:
+    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     return done.stdout
 
 
-def python(*words: object) -> str:
-
-    return shell(shlex.join([sys.executable, *map(str, words)]))
+def python(*words: object, folder: Path = ROOT) -> str:
+    return shell(shlex.join([sys.executable, *map(str, words)]), folder)
 
 
 def commands_in(said: str) -> dict[str, str]:
@@ -37,43 +37,50 @@ def commands_in(said: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("labelled, divided", [(True, False), (False, False)])
-def test_every_command_at_the_end_of_a_run_works(tmp_path, labelled, divided):
-    """In a folder whose name has a space."""
-    data, out = tmp_path / "my data", tmp_path / "my run"
-    for split in ("train", "val") if divided else ("train",):
-        for name in ("a", "b") if labelled else (".",):
-            make_images(data / split / name, 20, (16, 16), seed=len(name + split))
-    commands = commands_in(python("main_pretrain.py", *TRAIN, "--data_path", data, "--output_dir", out))
-    expected = {"see reconstructions", "use the encoder elsewhere", "pretrain further"}
+@pytest.mark.parametrize("labelled", [True, False])
+def test_every_command_at_the_end_of_a_run_works(tmp_path, labelled):
+    """In a folder whose name has a space; from another folder than this repository, as well."""
+    data, out, folder = tmp_path / "my data", tmp_path / "my run", ROOT if labelled else tmp_path
+    for name in ("a", "b") if labelled else (".",):
+        make_images(data / "train" / name, 20, (16, 16), seed=len(name))
+    flags = [*TRAIN, "--data_path", data, "--output_dir", out]
+    said = python(ROOT / "main_pretrain.py", *flags, folder=folder)
+    assert re.search(
+        r"pretraining is done: .*/my run/checkpoint.pth\n  epochs 1, steps \d+, starts 1\n.*goodput \d+%", said
+    )
+    commands = commands_in(said)
+    expected = {"see how it went, in a browser", "see reconstructions", "use the encoder elsewhere", "pretrain further"}
     expected |= {"measure the features", "fine-tune with labels"} if labelled else {"embed the images"}
     assert commands.keys() == expected
     for purpose, command in commands.items():
         if purpose in ("fine-tune with labels", "pretrain further"):  # as they stand, but for the time they take
             command += " --epochs 1 --batch_size 4 --num_workers 0 --device cpu"
-        said = shell(command)
+        said = shell(command, folder)
         if purpose == "fine-tune with labels":
+            assert "fine-tuning is done: " in said and "validation top-1: best " in said
             then = commands_in(said)
-            assert len(then) == 3
+            assert len(then) == 4
             for command in then.values():
                 shell(command)
-    assert {"reconstructions.png", "encoder.safetensors"} <= {path.name for path in out.iterdir()}
+    assert {"report.html", "reconstructions.png", "encoder.safetensors"} <= {path.name for path in out.iterdir()}
 
 
 @pytest.mark.slow
-def test_a_stopped_run_says_how_to_go_on(tmp_path):
-
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stopped_run_says_how_to_go_on(tmp_path, ranks):
+    """Also under torchrun, which has an exit code of its own."""
     data, out = tmp_path / "data", tmp_path / "out"
     make_images(data, 40, (16, 16))
-    words = [sys.executable, "main_pretrain.py", *TRAIN, "--epochs", "500", "--save_steps", "5", "--print_freq", "1"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks > 1 else []
+    words = [sys.executable, *launcher, "main_pretrain.py", *TRAIN, "--epochs", "500", "--save_steps", "5"]
     words += ["--data_path", data, "--output_dir", out]
     run = subprocess.Popen([*map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (out / "steps.jsonl").exists():
         time.sleep(0.05)
         assert run.poll() is None
     run.send_signal(signal.SIGINT)
-    said = run.communicate(timeout=60)[0]
-    assert run.returncode == 75, said
+    said = run.communicate(timeout=120)[0]
+    assert run.returncode == 75 or ranks > 1, said
     command = said.partition("to go on: ")[2].partition("\n")[0]
     assert command.endswith("--resume auto")
     assert "resumed at" in shell(command.replace("--epochs 500", "--epochs 500 --resume_force --epochs 1"))
@@ -85,7 +92,7 @@ def test_commands_read_images_as_the_run_did(tmp_path):
     config = given_flags(main_pretrain.PretrainConfig, parsed)
     for labelled in (True, False):
         for purpose, line in advice.after_pretraining(config, labelled):
-            reads = purpose != "use the encoder elsewhere"
+            reads = purpose not in ("use the encoder elsewhere", "see how it went, in a browser")
             for flags in ("--reader dicom:read", "--ignore_exif", "--max_pixels 99"):
                 assert (flags in line) == reads
 
@@ -96,3 +103,18 @@ def test_going_on_is_from_the_runs_own_checkpoint(monkeypatch, given):
     monkeypatch.setattr(sys, "argv", ["main_pretrain.py", "--data_path", "my data", *given])
     words = shlex.split(advice.to_continue())
     assert words[-2:] == ["--resume", "auto"] and "my data" in words and words.count("auto") == 1
+
+
+def test_going_on_with_several_ranks(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main_pretrain.py", "--data_path", "d"])
+    ours = ["main_pretrain.py", "--data_path", "d", "--resume", "auto"]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert advice.to_continue().startswith("start all processes again")  # who has started them is not known
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    assert shlex.split(advice.to_continue())[1:] == launcher + ours
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # on two machines
+    assert advice.to_continue().startswith("start all processes again")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert advice.to_continue() == ""

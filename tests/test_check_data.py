@@ -109,6 +109,24 @@ def test_statistics_of_values_far_from_zero(tmp_path):
     np.testing.assert_allclose(check(tmp_path)["std"], [pixels.std()], rtol=1e-9)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_sheet_shows_what_the_model_sees(tmp_path, bits):
+    """After the crop of evaluation, in the images' own brightness: of a long picture the middle."""
+    (tmp_path / "data").mkdir()
+    values = [10, 120, 240]
+    for i, value in enumerate(values):
+        pixels = np.full((40, 100), value, np.uint8)
+        pixels[:, :25] = pixels[:, 75:] = 77
+        Image.fromarray(pixels if bits == 8 else pixels.astype(np.uint16) * 257).save(tmp_path / "data" / f"{i}.png")
+    check(tmp_path / "data", "--input_size", "32", "--out", tmp_path / "out")
+    sheet = np.asarray(Image.open(tmp_path / "out" / "check_data.png"))
+    assert sheet.shape[:2] == (32 + 8, 3 * (32 + 4) + 4)
+    tiles = [sheet[4:-4, 4 + 36 * i : 36 + 36 * i] for i in range(3)]
+    assert all(np.ptp(tile) == 0 for tile in tiles)  # nothing of the sides
+    brightness = [int(tile.max()) for tile in tiles]
+    assert brightness == sorted(brightness) and (bits == 16 or np.allclose(brightness, values, atol=1))
+
+
 def test_flags_that_would_stop_training_are_a_fault(tmp_path):
     make_images(tmp_path, 6)
     assert not check(tmp_path, "--mean", "0.5", "--std", "0.25")["faults"]

@@ -1,20 +1,27 @@
 """What is not given is chosen by rules from the data and the machine, said with the reason, and stored with the run."""
 
 import json
+import os
+import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from photos import PHOTOS
 from PIL import Image
 from running import fails, make_images, run
+from trials import Trial
 
 import main_finetune
 import main_pretrain
 from util.data.survey import Survey, shape_in_header
 from util.run.defaults import choose_for_finetuning, choose_for_pretraining
 from util.run.flags import given_flags
+from util.run.preemption import EXIT_REQUEUE
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -105,6 +112,29 @@ def test_a_folder_and_nothing_else(tmp_path, capfd):
     assert "chosen" not in said and "10 -> 100 images" in said and "with another setting" not in said
     again = json.loads((out / "config.json").read_text())["config"]
     assert {**again, "epochs": stored["epochs"]} == stored
+
+
+@pytest.mark.parametrize(
+    "count", [pytest.param(6, marks=pytest.mark.slow), 60, pytest.param(600, marks=pytest.mark.slow)]
+)
+def test_photographs_and_nothing_else(tmp_path, count):
+    """On a CPU a folder is enough, and pictures are there within a minute; every choice is said with its reason."""
+    for i in range(count):
+        with Image.open(PHOTOS[i % len(PHOTOS)]) as photo:
+            photo.convert("RGB").resize((120 + i % 7, 90)).save(tmp_path / f"{i}.jpg")
+    trial = Trial(tmp_path / "log", "--data_path", tmp_path, sabotage=lambda rank: os.chdir(tmp_path / "log"))
+    pictures = tmp_path / "log" / "output_dir" / "reconstructions"
+    while not (pictures / "epoch0001.png").exists() and time.monotonic() < trial.started + 120:
+        assert not trial.poll(), trial.output
+        time.sleep(0.05)
+    started = (pictures.parent / "config.json").stat().st_mtime  # a moment after the start
+    assert (pictures / "epoch0000.png").stat().st_mtime - started < 60
+    trial.kill(signal.SIGINT)
+    said = trial.finish(EXIT_REQUEUE)
+    for name in ("in_chans 3", "model mixmae_quickstart", "input_size 64 64", "patch_size 2", "batch_size", "epochs",
+                 "warmup_epochs", "lr 0.002", "num_workers"):  # fmt: skip
+        assert re.search(rf"not given, so chosen: --{name}[ \d.]*: \w+", said)
+    assert "to go on: " in said and "--resume auto" in said
 
 
 @pytest.mark.parametrize("main", [main_pretrain, main_finetune])

@@ -1,5 +1,7 @@
 """What features are worth: their effective rank, and a linear probe in closed form."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from trials import Trial
 from util.data.datasets import build_dataset
 from util.errors import UserError
 from util.run import features
-from util.run.features import RIDGE, probe_accuracy, rankme
+from util.run.features import RIDGE, held_out_images, probe_accuracy, rankme
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5, 16])
@@ -68,6 +70,25 @@ def test_a_sample_that_tells_little_or_nothing(tmp_path, caplog):
     dataset.source.streamed = True
     with pytest.raises(UserError, match="--rank_every needs images that can be read again"):
         features.check_sample(dataset, 12)
+
+
+def test_the_rank_is_of_the_same_images_however_it_is_measured(monkeypatch):
+    monkeypatch.setattr(features, "RANK_IMAGES", 10)
+    everything = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    chosen = features.rank_sample(50, 3)
+    assert chosen == list(range(0, 50, 5)) and features.rank_sample(7, 3) == list(range(7))
+    assert len(features.rank_sample(50, 20)) == 40  # twice as many as there are features
+    assert features.rank_of_features(everything, 50) == rankme(everything[chosen])
+
+
+@pytest.mark.parametrize("place, share, expected", [("val", 0.0, 5), ("more", 0.0, 12), ("more", 0.25, 3)])
+def test_the_rank_is_of_held_out_images_which_need_no_labels(tmp_path, caplog, place, share, expected):
+    make_images(tmp_path / "train", 12 - (place == "more" and 4), (16, 16))
+    make_images(tmp_path / place if place == "val" else tmp_path / "train" / place, 5 - (place == "more"), (16, 16))
+    config = data_args(tmp_path, in_chans=1, mean=(0.5,), std=(0.25,), val_share=share, allow_odd_statistics=False)
+    with caplog.at_level(logging.INFO):
+        assert len(held_out_images(config)) == expected
+    assert ("RankMe is of training images" in caplog.text) == (expected == 12)
 
 
 def test_what_can_be_separated_is():

@@ -1,5 +1,6 @@
 """The index of a folder: torchvision's order, a cache that is never stale, arrays that workers share."""
 
+import itertools
 import logging
 import multiprocessing
 import os
@@ -294,3 +295,13 @@ def test_the_fingerprint_follows_names_and_order_alone(tmp_path):
         ImageIndex("/", StringTable.of(names), np.zeros(2, np.int32), None) for names in ([b"a", b"bc"], [b"ab", b"c"])
     )
     assert one.fingerprint() != other.fingerprint()
+
+
+def test_a_long_scan_says_how_far_it_is(tmp_path, caplog, monkeypatch):
+    tree(tmp_path / "data", [f"{name}/{i}.jpg" for name in "abcdef" for i in range(3)])
+    now = itertools.count(step=3.0)  # a look at the clock in each folder, and one more for a line
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    with caplog.at_level(logging.INFO):
+        image_index.scan(str(tmp_path / "data"))
+    said = [record.getMessage() for record in caplog.records if "so far" in record.getMessage()]
+    assert said == ["9 images in 4 folders so far"]

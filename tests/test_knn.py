@@ -242,6 +242,7 @@ def test_pretraining_measures_itself(images, tmp_path):
     result = measure(command(tmp_path / "measured" / "checkpoint.pth", images))
     assert records[-1]["knn_acc1_k10"] == result["accuracy"]["10"]
     assert records[-1]["knn_acc1_k20"] == result["accuracy"]["20"]
+    assert records[-1]["rankme"] == pytest.approx(result["rankme"], rel=1e-4)  # of the same validation images
     run(main_pretrain, *flags, "--output_dir", tmp_path / "plain")
     steps = [[line["loss"] for line in read_lines(tmp_path / name / "steps.jsonl")] for name in ("measured", "plain")]
     assert steps[0] == steps[1]  # measuring leaves training as it is

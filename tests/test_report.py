@@ -157,7 +157,7 @@ def test_durations(seconds, words):
 def test_a_summary_names_the_best_and_never_fails(tmp_path):
     assert "no summary: " in summarise(str(tmp_path))
     said = str(made_up(FALLING, accuracies=[*range(30), *range(49, 29, -1)]))
-    assert said.startswith("50 epochs, 500 steps\n") and "images/s in steps (median); goodput" in said
+    assert said.startswith("epochs 50, steps 500, starts 1\n") and "images/s in steps (median); goodput" in said
     assert "validation top-1: best 49% (epoch 30), last 30%" in said
     assert f"training loss: best {np.mean(FALLING[-10:]):.4g} (epoch 49)" in said
 

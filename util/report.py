@@ -85,15 +85,14 @@ def little_goodput(run: RunHistory) -> str:
     if spent is None or spent.goodput >= USUAL_GOODPUT or spent.total < SHORT_RUN:
         return ""
     reasons = {
-        "it was stopped: --resume auto in a requeued job continues by itself": spent.stopped,
-        "steps were done again after a kill: a smaller --save_steps loses fewer": spent.again,
-        "it was starting": spent.starting,
-        "it was evaluating, drawing or saving: larger --knn_every, --probe_every, --vis_every and --save_every": (
-            spent.total - spent.steps - spent.stopped - spent.again - spent.starting
-        ),
+        "passed while it was stopped: a requeued job with --resume auto continues by itself": spent.stopped,
+        "went into steps that a kill undid: with a smaller --save_steps these are fewer": spent.again,
+        "went into starting": spent.starting,
+        "went into evaluation, pictures and saving: --knn_every, --probe_every, --vis_every and --save_every say how "
+        "often": spent.other,
     }
     reason = max(reasons, key=reasons.get)
-    return f"{str(spent).capitalize()}. Of the rest, most went where {reason}."
+    return f"{str(spent).capitalize()}. Most of the rest {reason}."
 
 
 def still_loss(run: RunHistory) -> str:
@@ -125,7 +124,7 @@ def bad_images(run: RunHistory) -> str:
     if not run.bad_images:
         return ""
     names = ", ".join(run.bad_images[:3]) + (", ..." if len(run.bad_images) > 3 else "")
-    return f"{len(run.bad_images)} unreadable images were replaced by others: {names} (all in bad_images.txt)."
+    return f"Unreadable images, replaced by others: {len(run.bad_images)} ({names}), all listed in bad_images.txt."
 
 
 def collapse(run: RunHistory) -> str:

@@ -40,6 +40,7 @@ CACHE_FORMAT = 4
 # A directory changed this shortly before its scan may change again without its times moving (coarse clocks).
 SETTLED_AFTER_NS = 2_000_000_000
 TICK_NS = 50_000_000  # of such clocks on a local disk
+SECONDS_PER_LINE = 10.0  # about a long scan
 LONGEST_WAIT = 3600  # seconds for another process's scan; after that, this process scans for itself
 
 # By cache file: what was scanned, its directories and their times. A run opens its images twice, to choose settings and
@@ -220,6 +221,7 @@ def scan(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> tuple[Ima
     directories, times, files = [], [], []  # files: (class, directory, sorted names)
     left_out, hidden = Counter(), 0
     waiting = [("", ())]  # relative directory, identities of its ancestors
+    found, spoken = 0, time.monotonic()
     while waiting:
         directory, ancestors = waiting.pop()
         absolute = os.path.join(root, directory)
@@ -244,6 +246,10 @@ def scan(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> tuple[Ima
                             left_out[BROKEN_LINK] += 1
                     else:
                         left_out[ending(name)] += 1
+        found += len(names)
+        if time.monotonic() > spoken + SECONDS_PER_LINE:
+            spoken = time.monotonic()
+            logger.info("%d images in %d folders so far", found, len(directories) + 1)
         directories.append(directory)
         times.append((status.st_mtime_ns, status.st_ctime_ns))
         if names:

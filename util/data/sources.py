@@ -262,6 +262,8 @@ def _refuse_to_divide(path: Path, config: DataSettings, source: Source) -> None:
 def find_validation(data_path: str | Path) -> Path | None:
     """The folder, list or tar of validation images that comes with the folder or list `data_path`; None without."""
     path = Path(data_path)
+    if path.suffix == ".tar":
+        return None
     places = [path / name for name in ("val.txt", "val", "val.tar")] if path.is_dir() else [path.with_name("val.txt")]
     return next((place for place in places if place.exists()), None)
 

@@ -12,21 +12,29 @@ from util.data.sources import find_validation
 from util.run.config import DecodingFlags, TrainingConfig
 from util.run.history import summarise
 
+DECODING = [field.name for field in dataclasses.fields(DecodingFlags)]
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def command(*words: object) -> str:
-    """A shell command that runs in the environment of this process: `words` after the Python interpreter."""
+    """A shell command that runs in the environment and the folder of this process: `words` after the interpreter."""
     activated = shutil.which("python")
     python = "python" if activated and os.path.samefile(activated, sys.executable) else sys.executable
     if python.startswith(f"{os.getcwd()}{os.sep}"):
         python = os.path.relpath(python)
-    return shlex.join([python, *map(str, words)])
+    program, *flags = map(str, words)
+    elsewhere = Path.cwd() != ROOT
+    path = f"PYTHONPATH={shlex.quote(str(ROOT))} " if elsewhere and program == "-m" else ""
+    if elsewhere and program in ("main_pretrain.py", "main_finetune.py"):
+        program = str(ROOT / program)
+    return path + shlex.join([python, program, *flags])
 
 
-def decoding_flags(config: TrainingConfig) -> list[object]:
-    """The flags that say how image files are read, where they are not the defaults."""
+def decoding_flags(config: TrainingConfig, *others: str) -> list[object]:
+    """The flags that say how image files are read, and `others`, where they are not the defaults."""
     flags: list[object] = []
-    for field in dataclasses.fields(DecodingFlags):
-        if (value := getattr(config, field.name)) != field.default:
+    for field in dataclasses.fields(config):
+        if field.name in (*DECODING, *others) and (value := getattr(config, field.name)) != field.default:
             flags += [f"--{field.name}"] if value is True else [f"--{field.name}", value]
     return flags
 
@@ -40,7 +48,11 @@ def data_flags(config: TrainingConfig, divided: bool = True) -> list[object]:
         flags += ["--val_share", config.val_share]
     elif divided:
         flags += [] if find_validation(config.data_path) else ["--val_share", 0.1]
-    return flags + decoding_flags(config)
+    return flags + decoding_flags(config, "bad_images", "max_bad_images", "allow_odd_statistics")
+
+
+def report(folder: Path) -> tuple[str, str]:
+    return "see how it went, in a browser", command("-m", "util.report", folder, "--out", folder / "report.html")
 
 
 def after_pretraining(config: TrainingConfig, labelled: bool) -> list[tuple[str, str]]:
@@ -51,7 +63,7 @@ def after_pretraining(config: TrainingConfig, labelled: bool) -> list[tuple[str,
     """
     folder, data = Path(config.output_dir), data_flags(config)
     checkpoint = ["--checkpoint", folder / "checkpoint.pth"]
-    steps = []
+    steps = [report(folder)]
     if not config.dataset:
         drawn = ["--images", config.data_path, "--out", folder / "reconstructions.png", *decoding_flags(config)]
         steps.append(("see reconstructions", command("-m", "util.visualize", *checkpoint, *drawn)))
@@ -61,8 +73,9 @@ def after_pretraining(config: TrainingConfig, labelled: bool) -> list[tuple[str,
         flags = ["--finetune", folder / "checkpoint.pth", *data, "--output_dir", finetuned]
         steps.append(("fine-tune with labels", command("main_finetune.py", *flags)))
     elif not config.dataset:
-        embeddings = [config.data_path, "--features", "--out", folder / "embeddings.npz", *decoding_flags(config)]
-        steps.append(("embed the images", command("-m", "util.predict", *checkpoint, *embeddings)))
+        embeddings = [config.data_path, "--features", "--out", folder / "embeddings.npz"]
+        flags = decoding_flags(config, "bad_images", "allow_odd_statistics")
+        steps.append(("embed the images", command("-m", "util.predict", *checkpoint, *embeddings, *flags)))
     exported = ["--part", "encoder", "--format", "safetensors", "--out", folder / "encoder.safetensors"]
     steps.append(("use the encoder elsewhere", command("-m", "util.export", *checkpoint, *exported)))
     more = folder.with_name(f"{folder.name}_continued")
@@ -76,7 +89,8 @@ def after_fine_tuning(config: TrainingConfig) -> list[tuple[str, str]]:
     folder, data = Path(config.output_dir), data_flags(config)
     best = folder / "checkpoint-best.pth"
     predictions = ["--per_class", "--predictions", folder / "predictions.csv"]
-    steps = [("evaluate again", command("main_finetune.py", "--eval", "--finetune", best, *data, *predictions))]
+    evaluation = command("main_finetune.py", "--eval", "--finetune", best, *data, *predictions)
+    steps = [report(folder), ("evaluate again", evaluation)]
     if not config.dataset:
         classified = ["--checkpoint", best, config.data_path, "--out", folder / "classes.csv", *decoding_flags(config)]
         steps.append(("classify images", command("-m", "util.predict", *classified)))
@@ -91,6 +105,16 @@ def at_the_end(what: str, output_dir: str, steps: list[tuple[str, str]]) -> str:
 
 
 def to_continue() -> str:
-    """The command that goes on with the run of this process."""
+    """How to go on with the run of this process, as a command where there is one; '' in a Slurm job.
+
+    (Of jobs, `util.run.preemption` says whether they are queued again.)
+    """
+    if "SLURM_JOB_ID" in os.environ:
+        return ""
     words = sys.argv if ("--resume", "auto") in itertools.pairwise(sys.argv) else [*sys.argv, "--resume", "auto"]
-    return command(*words)
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks == "1":
+        return command(*words)
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_WORLD_SIZE") == ranks:
+        return command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *words)
+    return "start all processes again as before, with --resume auto"

@@ -56,10 +56,14 @@ class TimeSpent:
         """The share of the wall time that was spent in steps that count."""
         return self.steps / self.total
 
+    @property
+    def other(self) -> float:
+        """In evaluation, pictures and saving."""
+        return max(0.0, self.total - self.steps - self.again - self.starting - self.stopped)
+
     def __str__(self) -> str:
-        other = max(0.0, self.total - self.steps - self.again - self.starting - self.stopped)
         parts = {
-            "evaluation, pictures and saving": other,
+            "evaluation, pictures and saving": self.other,
             "starting": self.starting,
             "steps done again": self.again,
             "stopped": self.stopped,
@@ -174,12 +178,14 @@ class RunHistory:
     def __str__(self) -> str:
         """What was done, how fast, and how well: a few lines."""
         starts = 1 + len(self.resumed_at)
-        lines = [f"{len(self.epochs)} epochs, {len(self.steps):,} steps" + (f", {starts} starts" if starts > 1 else "")]
+        lines = [f"epochs {len(self.epochs)}, steps {len(self.steps):,}, starts {starts}"]
         _, speed = self.images_per_second()
         if (spent := self.time_spent) is not None:
             lines += [f"{np.median(speed):.0f} images/s in steps (median); {spent}"]
         if self.bad_images:
-            lines.append(f"{len(self.bad_images)} unreadable images were replaced: {self.folder / 'bad_images.txt'}")
+            lines.append(
+                f"unreadable images, replaced by others: {len(self.bad_images)} ({self.folder}/bad_images.txt)"
+            )
         for name, measure in MEASURES.items():
             if (best := self.best(name)) is not None:
                 (value, epoch), last = best, self.per_epoch(name)[1][-1]

@@ -429,8 +429,8 @@ def orderly_end(run: Run) -> Iterator[None]:
                 run.close()
         except Preempted as stopped:
             logger.warning("%s", stopped)
-            if run.config.world_size == 1 and "SLURM_JOB_ID" not in os.environ:
-                logger.warning("to go on: %s", to_continue())
+            if how := to_continue():
+                logger.warning("to go on: %s", how)
             if run.folder is not None:
                 run.folder.wait(final=True)
             release_folder()  # a requeued job may start elsewhere before this process has ended
