@@ -12,12 +12,14 @@ from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from models_swin import SHAPES, SwinTransformer, default_cfg, init_linear_and_norm
+from models_swin import SHAPES, SwinTransformer, default_cfg
 from util.errors import UserError
 from util.layers.conversion import checkpoint_filter_fn
+from util.layers.initialization import init_linear_and_norm
 from util.layers.pos_embed import get_2d_sincos_pos_embed, resize_pos_embed
+from util.layers.sizes import NUM_STAGES, to_side
 from util.layers.stage import Block, run_block
-from util.layers.windows import NUM_STAGES, to_device, to_side, upsample
+from util.layers.windows import to_device, upsample
 
 
 class MixMAE(SwinTransformer):
@@ -69,9 +71,9 @@ class MixMAE(SwinTransformer):
         return self.grid_size[0] * self.grid_size[1]
 
     @staticmethod
-    def check_input_size(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> None:
+    def check_input_size(img_size: tuple[int, int], patch_size: int) -> None:
         """Raise a UserError for sizes that cannot work: masks and predictions are made of whole cells."""
-        SwinTransformer.check_input_size(img_size, patch_size, window_size)
+        SwinTransformer.check_input_size(img_size, patch_size)
         stride = 2 ** (NUM_STAGES - 1) * patch_size
         if any(side % stride for side in img_size):
             nearest = (str(max(1, round(side / stride)) * stride) for side in img_size)
@@ -85,12 +87,14 @@ class MixMAE(SwinTransformer):
         img_size: int | Sequence[int] | None = None,
         patch_size: int | Sequence[int] | None = None,
         window_size: int | Sequence[int] | None = None,
+        window_ratio: int | Sequence[int] | None = None,
+        always_partition: bool | None = None,
     ) -> None:
         """As the encoder's; the patch must stay, since the decoder predicts cells of 8x8 patches."""
         if patch_size is not None and to_side(patch_size) != self.patch_size:
             raise UserError(f"the decoder predicts cells of patches of {self.patch_size} pixels, got {patch_size}")
         cells = self.grid_size
-        super().set_input_size(img_size, patch_size, window_size)
+        super().set_input_size(img_size, patch_size, window_size, window_ratio, always_partition)
         embedding = resize_pos_embed(self.decoder_pos_embed, cells, self.grid_size)
         self.decoder_pos_embed = nn.Parameter(embedding, requires_grad=False)
 

@@ -6,11 +6,9 @@ images needs from an encoder (`models_mixmae.py`).
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import to_ntuple
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -19,10 +17,13 @@ from torch import Tensor, nn
 from util.errors import UserError
 from util.layers.compilation import OPTIONS, compiled, prepare_compiling
 from util.layers.conversion import adapt_state_dict, checkpoint_filter_fn, update_model_input_size
+from util.layers.features import FeatureNet
+from util.layers.initialization import init_linear_and_norm
 from util.layers.patch_embed import PaddedPatchEmbed
 from util.layers.pos_embed import get_2d_sincos_pos_embed, position_of, resize_pos_embed
+from util.layers.sizes import NUM_STAGES, one_per_stage, stage_grids, stage_windows, to_2tuple, to_side
 from util.layers.stage import Block, PatchMerging, Stage
-from util.layers.windows import NUM_STAGES, WindowLayout, fit_window, grid_of, stage_grids, to_2tuple, to_side, upsample
+from util.layers.windows import WindowLayout, grid_of, upsample
 
 
 class SwinTransformer(nn.Module):
@@ -34,21 +35,24 @@ class SwinTransformer(nn.Module):
         in_chans: image channels.
         num_classes: classes of the linear head; 0 for none.
         embed_dim: channels of the first stage, doubled by every further stage.
-        depths, num_heads, window_size: blocks, heads and window side of each of the four stages.
+        depths, num_heads: blocks and heads of each of the four stages.
+        window_size: side of the windows, one for all stages or one for each; (height, width) where these are equal.
         mlp_ratio: hidden over outer width of the MLPs.
         qkv_bias: whether queries, keys and values have a bias.
-        drop_rate, attn_drop_rate: dropout of tokens and MLPs, and of attention weights.
+        drop_rate, proj_drop_rate, attn_drop_rate: dropout of the head's input, of embedded tokens and the outputs of
+            attention and MLPs, and of attention weights.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
         global_pool: 'avg', or '' to keep the map of features.
         strict_img_size: take images of `img_size` alone; False: of any size.
         always_partition: keep windows that are larger than their stage's grid; False: fit them to it.
+        output_stride: of the last stage, for tools that ask for it; nothing but `encoder_stride` works.
         device, dtype: where the weights are made, and of which type.
 
     A side that patches do not divide is padded with zeros at the right and bottom. Windows that the edge cuts are
     smaller, so that nothing padded is ever attended to. The position embedding is resized to the grid.
 
     Raises:
-        UserError: for a size below 1.
+        UserError: for a size below 1, windows that are not square, or another `output_stride`.
     """
 
     def __init__(
@@ -64,25 +68,31 @@ class SwinTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         global_pool: str = "avg",
         strict_img_size: bool = True,
         always_partition: bool = False,
+        output_stride: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.img_size = to_2tuple(img_size)
         self.patch_size = patch_size = to_side(patch_size)
-        window_size = to_ntuple(NUM_STAGES)(window_size)
-        self.check_input_size(self.img_size, patch_size, window_size)
-        for name, values in (("depths", depths), ("num_heads", num_heads), ("window_size", window_size)):
-            if len(values) != NUM_STAGES:
-                raise ValueError(f"{name} needs one value for each of the {NUM_STAGES} stages, got {tuple(values)}")
+        self.check_input_size(self.img_size, patch_size)
+        depths = one_per_stage("depths", depths, NUM_STAGES)
+        num_heads = one_per_stage("num_heads", num_heads, NUM_STAGES)
+        if output_stride not in (None, self.encoder_stride):
+            raise UserError(
+                f"the last stage's stride is {self.encoder_stride}, not output_stride={output_stride}: take the maps "
+                "of earlier stages (out_indices), or build with a smaller patch_size"
+            )
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = check_pooling(global_pool)
+        self.drop_rate = drop_rate
         self.num_features = self.head_hidden_size = embed_dim * 2 ** (NUM_STAGES - 1)
         self.output_fmt = "NHWC"
         self.one_layout_shape = False  # whether shapes of layouts are independent of the groups
@@ -90,18 +100,18 @@ class SwinTransformer(nn.Module):
         self.is_compiled = False
 
         grids = stage_grids(self.img_size, patch_size)
+        windows = stage_windows(grids, window_size, always_partition=always_partition)
         drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         with torch.device(device or torch.get_default_device()):
             self.patch_embed = PaddedPatchEmbed(self.img_size, patch_size, in_chans, embed_dim, strict_img_size)
             self.absolute_pos_embed = nn.Parameter(get_2d_sincos_pos_embed(embed_dim, grids[0]), requires_grad=False)
-            self.pos_drop = nn.Dropout(drop_rate)
+            self.pos_drop = nn.Dropout(proj_drop_rate)
             self.layers = nn.ModuleList()
             self.feature_info = []
-            for i, (grid, depth) in enumerate(zip(grids, depths)):
+            for i, (grid, window, depth) in enumerate(zip(grids, windows, depths)):
                 dim = embed_dim * 2**i
-                window = window_size[i] if always_partition else fit_window(grid, window_size[i])
-                make_block = partial(Block, dim, num_heads[i], window, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate)
-                blocks = [make_block(drop_path=next(drop_path_rates)) for _ in range(depth)]
+                shape = (dim, num_heads[i], window, mlp_ratio, qkv_bias, proj_drop_rate, attn_drop_rate)
+                blocks = [Block(*shape, next(drop_path_rates)) for _ in range(depth)]
                 downsample = PatchMerging(dim) if i < NUM_STAGES - 1 else None
                 self.layers.append(Stage(blocks, grid, window, downsample))
                 self.feature_info.append(dict(num_chs=dim, reduction=patch_size * 2**i, module=f"layers.{i}"))
@@ -124,10 +134,10 @@ class SwinTransformer(nn.Module):
         return stage_grids(self.img_size, self.patch_size)[-1]
 
     @staticmethod
-    def check_input_size(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> None:
+    def check_input_size(img_size: tuple[int, int], patch_size: int) -> None:
         """Raise a UserError for sizes that cannot work."""
-        if min([patch_size, *window_size]) < 1:
-            raise UserError(f"patch and window sizes must be at least 1, got {patch_size} and {tuple(window_size)}")
+        if patch_size < 1:
+            raise UserError(f"the side of patches must be at least 1 pixel, got {patch_size}")
         if min(img_size) < 1:
             raise UserError(f"the sides of images must be at least 1 pixel, got {img_size[0]}x{img_size[1]}")
 
@@ -136,20 +146,25 @@ class SwinTransformer(nn.Module):
         img_size: int | Sequence[int] | None = None,
         patch_size: int | Sequence[int] | None = None,
         window_size: int | Sequence[int] | None = None,
+        window_ratio: int | Sequence[int] | None = None,
+        always_partition: bool | None = None,
     ) -> None:
         """Make another size the model's own, with timm's names; what is None stays.
 
         The position embedding is resized to the new grid, and the kernel of the patch embedding to the new patch.
         Windows and their bias tables stay those that were trained, where timm's Swin would scale them with the grid.
-        With `window_size` they become those of a model that is built for the size, with resized tables.
+        With another argument they become those of a model that is built for the size, with resized tables.
+
+        `window_ratio` (one for all stages or one for each) is the shorter side of the first grid over a window's side.
         """
         img_size = self.img_size if img_size is None else to_2tuple(img_size)
         patch_size = self.patch_size if patch_size is None else to_side(patch_size)
-        windows = [None] * len(self.layers) if window_size is None else to_ntuple(len(self.layers))(window_size)
-        self.check_input_size(img_size, patch_size, [window for window in windows if window is not None])
-        if len(windows) != len(self.layers):
-            raise ValueError(f"window_size needs one value for each of {len(self.layers)} stages, got {tuple(windows)}")
-        grids = stage_grids(img_size, patch_size)
+        self.check_input_size(img_size, patch_size)
+        if window_size is None and window_ratio is None:
+            window_size = [(stage.window, stage.window) for stage in self.layers]
+            always_partition = always_partition is not False
+        grids = stage_grids(img_size, patch_size)[: len(self.layers)]
+        windows = stage_windows(grids, window_size, window_ratio, always_partition)
         self.patch_embed.set_input_size(img_size, patch_size)
         embedding = resize_pos_embed(self.absolute_pos_embed, self.layers[0].grid, grids[0])
         self.absolute_pos_embed = nn.Parameter(embedding, requires_grad=False)
@@ -157,13 +172,8 @@ class SwinTransformer(nn.Module):
             stage.set_input_size(grid, window)
             self.feature_info[i]["reduction"] = patch_size * 2**i
         self.img_size, self.patch_size = img_size, patch_size
-        update_model_input_size(  # for timm, which builds a saved model anew
-            self,
-            img_size,
-            patch_size=patch_size,
-            window_size=tuple(stage.window for stage in self.layers),
-            always_partition=True,
-        )
+        built = dict(patch_size=patch_size, window_size=tuple(windows), always_partition=True)
+        update_model_input_size(self, img_size, **built)  # for timm, which builds a saved model anew
 
     # -- What timm's tools expect of a model ---------------------------------------------------------------------
 
@@ -280,6 +290,7 @@ class SwinTransformer(nn.Module):
         """
         if self.global_pool:
             x = x.mean(dim=(1, 2))
+        x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
     def forward(self, imgs: Tensor) -> Tensor:
@@ -346,17 +357,6 @@ def classification_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.0)
     return LabelSmoothingCrossEntropy(smoothing)(logits, targets) if smoothing else F.cross_entropy(logits, targets)
 
 
-def init_linear_and_norm(module: nn.Module) -> None:
-    """Xavier-uniform linear layers with zero bias, LayerNorm at identity (MixMAE, appendix A)."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Published and small shapes
 
@@ -403,7 +403,7 @@ def build_swin(variant: str, pretrained: bool, shape: dict, kwargs: dict) -> Swi
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=tuple(range(NUM_STAGES)), feature_cls="getter"),  # what `features_only` asks for
+        feature_cfg=dict(out_indices=tuple(range(NUM_STAGES)), feature_cls=FeatureNet),
         **{**shape, **kwargs},
     )
 

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models_mixmae import mixmae_tiny
 from util.data.decoding import decode
 from util.data.transforms import ResizeAndCentreCrop
-from util.layers.windows import sort_tokens, stage_grids, upsample
+from util.layers.sizes import stage_grids
+from util.layers.windows import sort_tokens, upsample
 from util.visualize import COLOURS, HAIRLINE, INK, LIGHT, MUTED, enlarge, outline
 
 FOLDER = Path(__file__).resolve().parent

@@ -232,9 +232,36 @@ def test_sizes_below_one_are_refused(wrong):
     assert model(images(224, 224, batch=1)).shape == (1, 5)  # nothing has changed
 
 
-def test_one_window_size_holds_for_all_stages():
-    model = SwinTransformer(**SHAPE | dict(img_size=64, window_size=4))
+@pytest.mark.parametrize("window_size", [4, (4, 4), (4, 4, 4, 4), ((4, 4), 4, (4, 4), 4)])
+def test_windows_are_given_as_in_timm(window_size):
+    model = SwinTransformer(**SHAPE | dict(img_size=64, window_size=window_size))
     assert [stage.window for stage in model.layers] == [4, 4, 4, 2]  # the last grid has 2x2 tokens
+
+
+def test_set_input_size_takes_timms_arguments_for_windows():
+    """What is not a size of theirs leaves the windows alone; grids at 96x128 are 24x32, 12x16, 6x8 and 3x4."""
+    model = SwinTransformer(**SHAPE)
+
+    def windows(**arguments) -> list[int]:
+        model.set_input_size(img_size=(96, 128), **arguments)
+        assert model(images(96, 128, batch=1)).shape == (1, 5)
+        return [stage.window for stage in model.layers]
+
+    assert windows() == windows(always_partition=True) == [14, 14, 14, 7]
+    assert windows(always_partition=False) == [14, 12, 6, 3]
+    assert windows(window_ratio=4, always_partition=True) == [6, 6, 6, 6]
+    assert windows(window_ratio=4) == [6, 6, 6, 3]
+    assert windows(window_ratio=[8, 8, 4, 30]) == [3, 3, 6, 1]
+    assert windows(window_size=5, window_ratio=2) == [5, 5, 5, 3]
+    for wrong, error, message in (
+        (dict(window_size=(5, 6)), UserError, "windows are square, got 5x6"),
+        (dict(window_ratio=0), UserError, "window_ratio must be at least 1"),
+        (dict(window_ratio=(2, 4)), ValueError, "window_ratio needs one value for each of the 4 stages"),
+        (dict(window_size=(5, 5, 5)), ValueError, "window_size needs one value for each of the 4 stages"),
+    ):
+        with pytest.raises(error, match=message):
+            model.set_input_size(img_size=224, **wrong)
+        assert model.img_size == (96, 128) and [stage.window for stage in model.layers] == [5, 5, 5, 3]
 
 
 @pytest.mark.parametrize("size", [448, (96, 160), (130, 77)])
@@ -297,6 +324,7 @@ def test_features_of_another_size_can_be_taken_before_training(model):
     assert model.layers[0].blocks[0].attn.relative_position_bias_table.grad is not None
 
 
+@pytest.mark.slow
 def test_a_model_works_after_it_was_exported_at_another_size(model):
     model, imgs = copy.deepcopy(model), images(70, 90)
     exported = torch.export.export(model, (imgs,)).module()
@@ -305,10 +333,10 @@ def test_a_model_works_after_it_was_exported_at_another_size(model):
     torch.testing.assert_close(exported(imgs), logits)
 
 
-@pytest.mark.parametrize("size", [(224, 224), (70, 90)])
-def test_a_model_compiles_whole_at_any_size(model, size):
+@pytest.mark.slow
+def test_a_model_compiles_whole_at_another_size(model):
     torch._dynamo.reset()
-    imgs = images(*size)
+    imgs = images(70, 90)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(imgs), model(imgs), rtol=1e-4, atol=1e-5)
@@ -317,7 +345,7 @@ def test_a_model_compiles_whole_at_any_size(model, size):
 # --- Pretraining ---
 
 
-@pytest.mark.parametrize("size", [256, (96, 160), (288, 512)])
+@pytest.mark.parametrize("size", [256, (96, 160), pytest.param((288, 512), marks=pytest.mark.slow)])
 def test_pretraining_at_sizes_that_windows_do_not_tile(size):
     torch.manual_seed(0)
     encoder = {name: value for name, value in SHAPE.items() if name != "num_classes"}

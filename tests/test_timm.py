@@ -25,6 +25,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
 from models_swin import SwinTransformer, checkpoint_filter_fn
+from util.errors import UserError
 from util.run.optim import layer_ids
 from util.run.optim import param_groups_layer_decay as our_param_groups
 from util.weights.layouts import load_classifier
@@ -83,6 +84,25 @@ def test_unsorted_features_only_describes_its_outputs():
 def test_features_only_at_any_size():
     network = timm.create_model("swin_tiny_w14", features_only=True, strict_img_size=False, embed_dim=24)
     assert [tuple(x.shape[2:]) for x in network(images(61, 90))] == [(16, 23), (8, 12), (4, 6), (2, 3)]
+
+
+def test_features_only_takes_what_timms_swin_takes():
+    network = timm.create_model("swin_quickstart", features_only=True, proj_drop_rate=0.5, attn_drop_rate=0.5)
+    network.set_grad_checkpointing()
+    assert all(stage.grad_checkpointing for stage in network.model.layers)
+    imgs = images()
+    assert not torch.equal(network(imgs)[0], network(imgs)[0])  # dropped
+    assert torch.equal(network.eval()(imgs)[0], network(imgs)[0])
+    assert timm.create_model("swin_quickstart", features_only=True, output_stride=8).feature_info.reduction()[-1] == 8
+    with pytest.raises(UserError, match="the last stage's stride is 8, not output_stride=16: take the maps of earlier"):
+        timm.create_model("swin_quickstart", features_only=True, output_stride=16)
+
+
+def test_the_heads_input_is_dropped_in_training():
+    model, imgs = quickstart(drop_rate=0.5), images()
+    features = model.forward_features(imgs)
+    assert torch.equal(features, model.train().forward_features(imgs))
+    assert (model.forward_head(features, pre_logits=True) == 0).any()
 
 
 def test_pruned_model_takes_a_head_of_its_last_stages_width():

@@ -5,7 +5,7 @@ from timm.layers import PatchEmbed, register_notrace_module
 from torch import Tensor, nn
 
 from util.errors import UserError
-from util.layers.windows import stage_grids, to_2tuple
+from util.layers.sizes import stage_grids, to_2tuple
 
 
 @register_notrace_module

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from util.layers.attention import Attention
 from util.layers.drop_path import add_branch
 from util.layers.mlp import Mlp
-from util.layers.windows import WindowLayout, fit_window, grid_of, group_layout, window_layout
+from util.layers.windows import WindowLayout, grid_of, group_layout, window_layout
 
 
 class Block(nn.Module):
@@ -95,13 +95,13 @@ class Stage(nn.Module):
             tensor = getattr(layout, name)
             self.register_buffer(name, None if tensor is None else tensor.clone(), persistent=False)
 
-    def set_input_size(self, grid: tuple[int, int], window: int | None = None) -> None:
-        """Take another grid as the model's own, and with `window` other windows, whose bias tables are resized."""
+    def set_input_size(self, grid: tuple[int, int], window: int) -> None:
+        """Take another grid as the model's own, and other windows, whose bias tables are resized."""
         self.grid = grid
-        if window is not None:
-            self.window = fit_window(grid, window)
+        if window != self.window:
+            self.window = window
             for block in self.blocks:
-                block.attn.set_window_size(self.window)
+                block.attn.set_window_size(window)
         self.init_non_persistent_buffers()
 
     def layout(self, grid: tuple[int, int], group: Tensor | None = None, **shapes: bool) -> WindowLayout:

@@ -3,7 +3,6 @@
 Layouts are worked out on the CPU with NumPy, whatever records or transforms PyTorch's operations at the time.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple, TypeVar
@@ -12,41 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.errors import UserError
-
-NUM_STAGES = 4
-
 Segments = tuple[tuple[int, int], ...]
 Array = TypeVar("Array", np.ndarray, Tensor)
-
-
-def to_2tuple(size: int | Sequence[int]) -> tuple[int, int]:
-    """`size` as (height, width)."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
-
-
-def to_side(size: int | Sequence[int]) -> int:
-    """The side of a square, given as such or as (height, width)."""
-    height, width = to_2tuple(size)
-    if height != width:
-        raise UserError(f"patches are square, got {height}x{width}")
-    return height
 
 
 def grid_of(x: Tensor) -> tuple[int, int]:
     """(rows, columns) of a map of tokens (B, rows, columns, C), as plain numbers also where shapes are recorded."""
     return int(x.shape[1]), int(x.shape[2])
-
-
-def stage_grids(size: tuple[int, int], patch_size: int = 1) -> list[tuple[int, int]]:
-    """(rows, columns) of tokens at each of the four stages; those at the right and bottom edge may be padded."""
-    return [tuple(-(-side // (patch_size << stage)) for side in size) for stage in range(NUM_STAGES)]
-
-
-def fit_window(grid: tuple[int, int], window: int) -> int:
-    """The window's side on the grid that a model is built for: the grid's shorter side where it would not fit."""
-    return min(window, *grid)
 
 
 class WindowLayout(NamedTuple):

@@ -10,7 +10,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from util.layers.conversion import DECODER, MMPRETRAIN_DECODER, STEM, StateDict, resized, under_our_names
-from util.layers.windows import NUM_STAGES
+from util.layers.sizes import NUM_STAGES
 from util.weights.file import CheckpointError
 
 PLAIN_KEYS = ("model", "state_dict")  # where our and the authors', and timm's and mmpretrain's files keep weights
