@@ -55,10 +55,10 @@ from util.run.flags import (
     with_default,
 )
 from util.run.launch import Launch
-from util.run.metrics import training_operations
+from util.run.metrics import log_model, training_operations
 from util.run.once_per_node import read_weights_together
 from util.run.optim import param_groups_layer_decay
-from util.run.session import Run, Start, find_start, launch_run, log_model, open_run, orderly_end
+from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
 from util.seeding import seed_all
 from util.weights.layouts import LoadReport, load_classifier, load_encoder
 from util.weights.settings import model_arguments, weight_settings

@@ -46,9 +46,9 @@ from util.run.features import (
     rank_of_images,
 )
 from util.run.flags import BELOW_1, FREE, NOT_NEGATIVE, flag, get_parser
-from util.run.metrics import training_operations
+from util.run.metrics import log_model, training_operations
 from util.run.optim import autocast
-from util.run.session import Run, Start, find_start, launch_run, log_model, open_run, orderly_end
+from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
 from util.seeding import keyed_generator, seed_all
 from util.visualize import reconstruction_figure
 from util.weights.layouts import load_pretraining

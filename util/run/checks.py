@@ -1,6 +1,7 @@
 """What is checked before a run begins, or goes on from a checkpoint."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from util.data.datasets import ImageDataset
@@ -9,6 +10,7 @@ from util.data.statistics import check_images, check_units
 from util.errors import UserError
 from util.run import distributed
 from util.run.config import Config, TrainingConfig, compare_recipes
+from util.run.state import program_of
 from util.weights.file import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -16,6 +18,28 @@ logger = logging.getLogger(__name__)
 GIVE_FLAGS = (
     "Give these flags (or for weights that are trained already, bring the images into the units of their training)"
 )
+
+
+def refuse_to_replace_a_run(given: TrainingConfig) -> None:
+    """Raise a UserError where a run starts in a folder that holds another one."""
+    folder = Path(given.output_dir)
+    continues = given.resume == "auto" or (given.resume and Path(given.resume).parent.resolve() == folder.resolve())
+    if not continues and any(folder.glob("checkpoint*.pth")):
+        raise UserError(
+            f"{folder} holds a run already, which this one would replace: continue it with --resume auto, or give "
+            "another --output_dir"
+        )
+
+
+def refuse_another_programs_run(checkpoint: dict[str, Any], given: TrainingConfig) -> None:
+    """Raise a CheckpointError where, say, fine-tuning would resume a pretraining run."""
+    program = program_of(checkpoint)
+    if program not in (None, given.PROGRAM):
+        path = Path(given.output_dir) / "checkpoint.pth" if given.resume == "auto" else Path(given.resume)
+        raise CheckpointError(
+            f"--resume {given.resume}: {path.parent} holds a run of {program}, which that program continues. To start "
+            f"a run of {given.PROGRAM} from its weights, give --finetune {path} and another --output_dir"
+        )
 
 
 def check_recipe(checkpoint: dict[str, Any], config: TrainingConfig) -> None:

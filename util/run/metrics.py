@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from util.run import distributed
+from util.run.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -217,3 +218,24 @@ def count_work(model: nn.Module, batch_size: int, **forward: float) -> tuple[int
         model.one_layout_shape = one_layout_shape
     model.train(was_training)
     return parameters, counter.get_total_flops() / 2 / batch_size
+
+
+def log_model(config: TrainingConfig, model: nn.Module, batch_size: int, **forward: float) -> float:
+    """Log how large the model is (rank 0). Returns the multiply-adds of one image's forward pass; on other ranks 0.
+
+    Args:
+        config: of the run.
+        model: a `SwinTransformer` or `MixMAE`.
+        batch_size, forward: see `count_work`.
+    """
+    if not distributed.is_main_process():
+        return 0.0
+    parameters, multiply_adds = count_work(model, batch_size, **forward)
+    name = f"{config.model} at {model.img_size[0]}x{model.img_size[1]}"
+    if getattr(model, "num_classes", 0):
+        name += f", {model.num_classes} classes"
+    logger.info(
+        "%s: %.1f M parameters, %.2f G multiply-adds per image, %s",
+        name, parameters / 1e6, multiply_adds / 1e9, config.precision,
+    )  # fmt: skip
+    return multiply_adds

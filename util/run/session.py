@@ -22,26 +22,25 @@ from torch.utils.data import DataLoader
 from util.data.datasets import ImageDataset
 from util.data.decoding import BadImageError
 from util.data.transforms import Normalize
-from util.errors import UserError, unreadable_is_user_error
+from util.errors import unreadable_is_user_error
 from util.run import distributed, failures
 from util.run.advice import to_continue
 from util.run.allocator import keep_freed_memory
 from util.run.checkpoint_folder import CheckpointFolder, SaveError
-from util.run.checks import check_data, check_recipe
+from util.run.checks import check_data, check_recipe, refuse_another_programs_run, refuse_to_replace_a_run
 from util.run.config import TrainingConfig, resolve
 from util.run.flags import given_flags
 from util.run.folder_lock import release_folder, take_folder
 from util.run.gpu_memory import explain_out_of_memory
 from util.run.launch import Launch
 from util.run.logger import RunLog, describe_environment, log_environment, setup_logging
-from util.run.metrics import SPIKE_HISTORY, StepMeter, count_work
+from util.run.metrics import SPIKE_HISTORY, StepMeter
 from util.run.nonfinite import NonFiniteError, NonFiniteGuard
 from util.run.once_per_node import read_checkpoint_together, read_weights_together
 from util.run.optim import make_scaler, resolve_precision, whether_to_compile
 from util.run.preemption import Preemption
 from util.run.progress import TrainingBar
-from util.run.state import Progress, TrainingState, program_of
-from util.weights.file import CheckpointError
+from util.run.state import Progress, TrainingState
 from util.weights.settings import WeightSettings, weight_settings
 from util.weights.source import WeightsInfo
 
@@ -122,7 +121,7 @@ def find_start(given: TrainingConfig, launch: Launch) -> Start:
     def open_folder() -> str | None:
         take_folder(given.output_dir)
         start.folder = CheckpointFolder(given.output_dir, given.keep_checkpoints)
-        refuse_to_replace_a_run(start.folder, given.resume)
+        refuse_to_replace_a_run(given)
         path, start.checkpoint = start.folder.resume(given.resume) or (None, None)
         return path and os.fspath(path)
 
@@ -132,27 +131,6 @@ def find_start(given: TrainingConfig, launch: Launch) -> Start:
     elif given.finetune:
         start.weights = read_weights_together(given.finetune)
     return start
-
-
-def refuse_to_replace_a_run(folder: CheckpointFolder, resume: str) -> None:
-    """Raise a UserError where a run starts in a folder that holds another one."""
-    continues = resume == "auto" or (resume and Path(resume).parent.resolve() == folder.folder.resolve())
-    if not continues and any(folder.folder.glob("checkpoint*.pth")):
-        raise UserError(
-            f"{folder.folder} holds a run already, which this one would replace: continue it with --resume auto, or "
-            "give another --output_dir"
-        )
-
-
-def refuse_another_programs_run(checkpoint: dict[str, Any], given: TrainingConfig) -> None:
-    """Raise a CheckpointError where, say, fine-tuning would resume a pretraining run."""
-    program = program_of(checkpoint)
-    if program not in (None, given.PROGRAM):
-        path = Path(given.output_dir) / "checkpoint.pth" if given.resume == "auto" else Path(given.resume)
-        raise CheckpointError(
-            f"--resume {given.resume}: {path.parent} holds a run of {program}, which that program continues. To start "
-            f"a run of {given.PROGRAM} from its weights, give --finetune {path} and another --output_dir"
-        )
 
 
 # --- The run ---
@@ -377,27 +355,6 @@ def open_run(
     return Run(
         config, device, wrapped, state, loader, normalize, start.folder, log, guard, start.preemption, operations
     )  # fmt: skip
-
-
-def log_model(config: TrainingConfig, model: nn.Module, batch_size: int, **forward: float) -> float:
-    """Log how large the model is (rank 0). Returns the multiply-adds of one image's forward pass; on other ranks 0.
-
-    Args:
-        config: of the run.
-        model: a `SwinTransformer` or `MixMAE`.
-        batch_size, forward: see `util.run.metrics.count_work`.
-    """
-    if not distributed.is_main_process():
-        return 0.0
-    parameters, multiply_adds = count_work(model, batch_size, **forward)
-    name = f"{config.model} at {model.img_size[0]}x{model.img_size[1]}"
-    if getattr(model, "num_classes", 0):
-        name += f", {model.num_classes} classes"
-    logger.info(
-        "%s: %.1f M parameters, %.2f G multiply-adds per image, %s",
-        name, parameters / 1e6, multiply_adds / 1e9, config.precision,
-    )  # fmt: skip
-    return multiply_adds
 
 
 def write_configuration(config: TrainingConfig, state: TrainingState) -> None:
