@@ -35,7 +35,10 @@ WORKERS = multiprocessing.get_context("fork" if sys.platform == "linux" else Non
 
 
 class ImageDataset(Dataset):
-    """`dataset[(epoch, index)]` -> (image (C, H, W) after the transform, target); -1 without labels.
+    """`dataset[(epoch, index)]` -> (image (C, H, W) after the transform, target).
+
+    Targets are classes, -1 without labels; or what else the source gives, such as boxes, for a transform that says
+    `takes_target`, which then gets both and returns both.
 
     Images are uint8, or float32 where the first image has more than 8 bits (see util.data.decoding). Before a transform
     all generators are seeded with (seed, epoch, index): a sample depends on nothing else, neither on the worker that
@@ -83,7 +86,9 @@ class ImageDataset(Dataset):
     def fingerprint(self) -> dict[str, int | str]:
         """What tells this data set from what it was before a change; plain values, for a checkpoint."""
         targets = self.targets
-        labels = "" if targets is None else hashlib.blake2b(targets.astype("<i4").tobytes(), digest_size=16).hexdigest()
+        labels = self.source.labels
+        if targets is not None:
+            labels = hashlib.blake2b(targets.astype("<i4").tobytes(), digest_size=16).hexdigest()
         return {
             "images": len(self), "names": self.source.fingerprint, "labels": labels, "sizes": self.source.sizes
         }  # fmt: skip
@@ -168,7 +173,7 @@ class ImageDataset(Dataset):
                 image = decoded(image)
             if seeds:
                 seed_all(*seeds)
-            return transform(image), target
+            return transform(image, target) if getattr(transform, "takes_target", False) else (transform(image), target)
         except BadImageError as error:
             raise BadImageError(f"cannot use image {self.path_of(index)!r}: {error}") from None
 
@@ -308,9 +313,15 @@ def build_dataset(
 
 
 def build_loader(
-    dataset: Dataset, batch_sampler: Iterable[list[tuple[int, int]]], config: DataSettings, device: torch.device
+    dataset: Dataset,
+    batch_sampler: Iterable[list[tuple[int, int]]],
+    config: DataSettings,
+    device: torch.device,
+    collate_fn: Callable | None = None,
 ) -> DataLoader:
-    """A loader of (images (B, C, H, W), targets (B,) int64) for the key lists that `batch_sampler` yields.
+    """A loader of what `collate_fn` makes of the samples of each list of keys that `batch_sampler` yields.
+
+    By default these are (images (B, C, H, W), targets (B,) int64).
 
     `device` is where the batches are used. Workers ignore the signals that ask a job to stop, which reach all of its
     processes: the training process decides, and takes them along when it exits.
@@ -320,7 +331,7 @@ def build_loader(
         dataset,
         batch_sampler=batch_sampler,
         num_workers=config.num_workers,
-        collate_fn=collate,
+        collate_fn=collate_fn or collate,
         pin_memory=config.pin_mem and device.type == "cuda",
         multiprocessing_context=WORKERS if workers else None,
         persistent_workers=workers,

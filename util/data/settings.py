@@ -20,6 +20,15 @@ class DataSettings(Protocol):
     pin_mem: bool  # page-locked batches, for copies to a GPU
 
 
+class CocoSettings(DataSettings, Protocol):
+    """Of images with boxes and masks."""
+
+    train_json: str  # annotations; empty: found in data_path
+    val_json: str
+    detector: Literal["mask_rcnn", "faster_rcnn"]  # the first needs masks
+    bad_boxes: Literal["error", "clip"]  # what becomes of boxes outside their images or of no area
+
+
 class SizeSettings(Protocol):
     """Of the transforms of pretraining and evaluation."""
 

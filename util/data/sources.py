@@ -51,6 +51,7 @@ class Source(Protocol):
     targets: labels (number of images,) where they are known without reading the images, else None.
     fingerprint: changes when images are added, removed or renamed, as far as that is seen at once; else ''.
     sizes: changes when files of a sample have other sizes; '' where there are no files.
+    labels: changes when targets that are no classes do; else ''.
     """
 
     classes: list[str] | None
@@ -59,6 +60,7 @@ class Source(Protocol):
     targets: np.ndarray | None
     fingerprint: str
     sizes: str
+    labels: str
 
     def __len__(self) -> int: ...
 
@@ -72,7 +74,7 @@ class Source(Protocol):
 class FileSource:
     """Images in files: a `Source`."""
 
-    streamed = False
+    streamed, labels = False, ""
 
     def __init__(self, index: ImageIndex, config: DataSettings, numbered: bool = False):
         self.index, self.reader = index, config.reader
@@ -110,7 +112,7 @@ class FileSource:
 class JoinedSource:
     """Several sources, one after another, without labels: a `Source`."""
 
-    classes, numbered, targets, fingerprint, sizes, streamed = None, False, None, "", "", False
+    classes, numbered, targets, fingerprint, sizes, labels, streamed = None, False, None, "", "", "", False
 
     def __init__(self, sources: Sequence[Source], in_chans: int):
         self.sources, self.in_chans = sources, in_chans

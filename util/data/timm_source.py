@@ -40,7 +40,7 @@ SPLITS = {"train": "train", "val": "validation"}
 class ReaderSource:
     """Encoded images from one of timm's readers: tar, folder, Hugging Face."""
 
-    targets, fingerprint, sizes = None, "", ""
+    targets, fingerprint, sizes, labels = None, "", "", ""
     numbered = streamed = False
 
     def __init__(self, reader, in_chans: int, ignore_exif: bool, max_pixels: int):
@@ -120,7 +120,7 @@ class TarSource(ReaderSource):
 class PillowSource:
     """A torchvision data set, whose items are (Pillow image, target)."""
 
-    targets, fingerprint, sizes = None, "", ""
+    targets, fingerprint, sizes, labels = None, "", "", ""
     numbered = streamed = False
 
     def __init__(self, dataset, name: str, in_chans: int, ignore_exif: bool, max_pixels: int):

@@ -198,6 +198,15 @@ def on_main_process(answer: Callable[[], T]) -> T:
     return found
 
 
+def gather_on_main(obj: Any) -> list[Any] | None:
+    """`obj` of every rank, in the order of ranks, on rank 0; None on the others. It is pickled: our own, too."""
+    if not world:
+        return [obj]
+    gathered = [None] * get_world_size() if is_main_process() else None
+    dist.gather_object(obj, gathered, dst=0, group=world.control)
+    return gathered
+
+
 def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
     """The model as it is called: in DistributedDataParallel where there are several ranks."""
     if get_world_size() == 1:

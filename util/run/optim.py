@@ -3,7 +3,7 @@
 import logging
 import math
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -45,29 +45,35 @@ def layer_ids(model: SwinTransformer) -> dict[str, int]:
     return {name: id_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def param_groups_layer_decay(model: SwinTransformer, weight_decay: float, layer_decay: float) -> list[dict]:
+def param_groups_layer_decay(
+    encoder: SwinTransformer, weight_decay: float, layer_decay: float, model: nn.Module | None = None
+) -> list[dict]:
     """Parameter groups with `lr_scale = layer_decay ** (N + 1 - id)`, and no weight decay for vectors and biases.
 
     Args:
-        model: the classifier; frozen parameters are left out.
+        encoder: the classifier or encoder; frozen parameters are left out.
         weight_decay: for tensors of two or more dimensions that are not a bias.
         layer_decay: factor from one layer to the one below; 1 for the same rate everywhere.
+        model: of which the encoder is a part, if it is; the other parts train at the full rate.
     """
-    num_blocks = sum(len(stage.blocks) for stage in model.layers)
-    parameters = dict(model.named_parameters())
-    groups = {}
-    for name, layer_id in layer_ids(model).items():
-        decays = parameters[name].ndim > 1 and not name.endswith(".bias")
+    above = sum(len(stage.blocks) for stage in encoder.layers) + 1
+    own = {parameter: name for name, parameter in encoder.named_parameters()}
+    ids, groups = layer_ids(encoder), {}
+    for name, parameter in (model or encoder).named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer_id = ids[own[parameter]] if parameter in own else above
+        decays = parameter.ndim > 1 and not name.endswith(".bias")
         group = groups.setdefault(
             (layer_id, decays),
             {
                 "name": f"layer {layer_id}, {'weight decay' if decays else 'no weight decay'}",
                 "params": [],
-                "lr_scale": layer_decay ** (num_blocks + 1 - layer_id),
+                "lr_scale": layer_decay ** (above - layer_id),
                 "weight_decay": weight_decay if decays else 0.0,
             },
         )
-        group["params"].append(parameters[name])
+        group["params"].append(parameter)
     return list(groups.values())
 
 
@@ -75,7 +81,10 @@ def param_groups_layer_decay(model: SwinTransformer, weight_decay: float, layer_
 
 
 class Schedule(Protocol):
-    """The settings of the learning rate, as a configuration has them."""
+    """The settings of the learning rate, as a configuration has them.
+
+    Some have `lr_steps` too, the epochs of `step_learning_rate`, which replaces the cosine where it is not empty.
+    """
 
     lr: float
     min_lr: float
@@ -93,15 +102,29 @@ def learning_rate(epoch: float, lr: float, min_lr: float, warmup_epochs: float, 
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def step_learning_rate(epoch: float, lr: float, warmup_epochs: float, steps: Sequence[float]) -> float:
+    """The rate at a fractional epoch: linear warm-up, then `lr`, divided by 10 at each of the epochs in `steps`."""
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    return lr * 0.1 ** sum(epoch >= step for step in steps)
+
+
+def scheduled_learning_rate(epoch: float, config: Schedule) -> float:
+    """The rate at a fractional epoch, by the schedule that the configuration asks for."""
+    if steps := getattr(config, "lr_steps", ()):
+        return step_learning_rate(epoch, config.lr, config.warmup_epochs, steps)
+    return learning_rate(epoch, config.lr, config.min_lr, config.warmup_epochs, config.epochs)
+
+
 def last_learning_rate(epoch: int, steps_per_epoch: int, config: Schedule) -> float:
     """The rate of an epoch's last step."""
     last = epoch + (steps_per_epoch - 1) / steps_per_epoch
-    return learning_rate(last, config.lr, config.min_lr, config.warmup_epochs, config.epochs)
+    return scheduled_learning_rate(last, config)
 
 
 def adjust_learning_rate(optimizer: Optimizer, epoch: float, config: Schedule) -> float:
     """Set the rate of every parameter group, scaled by its `lr_scale` (layer decay); returns the unscaled rate."""
-    lr = learning_rate(epoch, config.lr, config.min_lr, config.warmup_epochs, config.epochs)
+    lr = scheduled_learning_rate(epoch, config)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr

@@ -1,0 +1,83 @@
+"""One epoch of training a detector, and its exact evaluation."""
+
+import torch
+from torch.utils.data import DataLoader
+from torchvision.models.detection import FasterRCNN
+
+from util.data.coco import Target
+from util.dense.average_precision import Result, average_precision, results_of
+from util.dense.encoder import to_device
+from util.run import distributed
+from util.run.optim import adjust_learning_rate, backward, clip_and_step, last_learning_rate
+from util.run.progress import with_progress
+from util.run.session import Run
+from util.seeding import seed_all
+
+
+def train_one_epoch(run: Run) -> float:
+    """Train on what is left of the current epoch; returns the last learning rate.
+
+    Raises:
+        NonFiniteError, Preempted: see `Run.finish_step`.
+    """
+    config, state, progress = run.config, run.state, run.state.progress
+    run.model.train()
+    lr = last_learning_rate(progress.epoch, run.steps_per_epoch, config)  # for an epoch that was resumed at its end
+    meter, batches = run.start_epoch()
+    while progress.step_in_epoch < run.steps_per_epoch:
+        lr = adjust_learning_rate(state.optimizer, progress.fraction(run.steps_per_epoch), config)
+        loss, batch = 0.0, []
+        for micro in range(config.accum_iter):
+            imgs, targets = meter.next_batch(batches)
+            keys = run.step_keys(micro)
+            seed_all(*keys)  # for the sizes of images, samples of boxes and drop path
+            batch.append({"imgs": imgs, "targets": targets, "keys": keys})
+            with run.gradients_in_sync(micro):
+                losses = run.model(to_device(imgs, run.device), targets_to_device(targets, run.device))
+                micro_loss = sum(losses.values()) / config.accum_iter
+                backward(micro_loss, state.scaler)
+            loss = loss + micro_loss.detach()
+        run.guard.check()  # of the step before, which a GPU has finished by now
+        grad_norm = clip_and_step(state.optimizer, state.scaler, state.model.parameters(), config.clip_grad)
+        run.finish_step(meter, lr, loss, grad_norm, batch)
+    return lr
+
+
+def targets_to_device(targets: list[Target], device: torch.device) -> list[Target]:
+    return [{name: tensor.to(device, non_blocking=True) for name, tensor in target.items()} for target in targets]
+
+
+@torch.inference_mode()
+def evaluate(model: FasterRCNN, loader: DataLoader, device: torch.device) -> tuple[dict[str, float], list[Result]]:
+    """Detect in every image of the loader's data set exactly once over all ranks.
+
+    Args:
+        model: not wrapped.
+        loader: with an `EvalBatchSampler`, of a data set with a `CocoSource`.
+
+    Returns:
+        Average precision, the same on all ranks (see `average_precision`), and on rank 0 what it is of.
+
+    Raises:
+        RuntimeError: when images were lost or seen twice.
+        BadImageError: for an unreadable image.
+    """
+    was_training = model.training
+    model.eval()
+    annotations = loader.dataset.source.annotations
+    found: dict[int, list[Result]] = {}  # by the number of the image
+    batches = with_progress(loader, len(loader.dataset), "evaluation")
+    for keys, (imgs, _) in zip(loader.batch_sampler, batches):
+        for (_, index), detections in zip(keys, model(to_device(imgs, device))):
+            found[index] = results_of(detections, index, annotations)
+    model.train(was_training)
+    of_ranks = distributed.gather_on_main(found)
+    measured, results = None, []
+    if of_ranks is not None:
+        seen = sorted(index for part in of_ranks for index in part)
+        if seen != list(range(len(loader.dataset))):
+            raise RuntimeError(f"evaluation saw {len(seen)} images of {len(loader.dataset)}: please report this bug")
+        together = {index: results for part in of_ranks for index, results in part.items()}
+        results = [result for index in seen for result in together[index]]
+        measured = average_precision(annotations.path, results, annotations.masks is not None)
+    return distributed.gather_objects(measured)[0], results

@@ -1,0 +1,218 @@
+"""Train or evaluate Mask R-CNN or Faster R-CNN on a pretrained encoder.
+
+Train on a folder with annotations in COCO's format (see util/data/coco.py):
+    python -m exp.coco.mask_rcnn --finetune output_dir/checkpoint.pth --data_path /path/to/coco --output_dir detector
+Evaluate, and write what was found:
+    python -m exp.coco.mask_rcnn --eval --finetune detector/checkpoint-best.pth --data_path /path/to/coco \
+        --predictions found.json
+The recipe for COCO, on Slurm or here:
+    sh exp/coco/finetune.sh partition 8 /path/to/coco
+    sh exp/coco/finetune.sh local 8 /path/to/coco
+"""
+
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
+import argparse
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.utils.data import DataLoader
+
+from exp.coco.engine_mask_rcnn import evaluate, train_one_epoch
+from util.data.coco import AsItIs, Flip, build_coco_dataset, collate_lists
+from util.data.datasets import build_loader
+from util.data.samplers import EvalBatchSampler, TrainBatchSampler
+from util.dense.average_precision import Result, write_results
+from util.dense.config import DenseConfig, with_task_settings
+from util.dense.detector import build_detector
+from util.dense.drawing import detections_picture
+from util.run import distributed
+from util.run.checks import check_statistics
+from util.run.config import TrainingConfig, resolve
+from util.run.failures import user_errors
+from util.run.flags import AT_LEAST_1, FREE, flag, get_parser, other_bits, with_default
+from util.run.launch import Launch
+from util.run.once_per_node import read_checkpoint_together
+from util.run.optim import param_groups_layer_decay
+from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
+from util.run.state import program_of
+from util.weights.file import CheckpointError
+from util.weights.settings import weight_settings
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = {"model": "swin_base_w14", "batch_size": 2, "epochs": 12, "warmup_epochs": 0.1, "blr": 1.6e-3}
+
+
+@dataclass(frozen=True)
+class DetectionConfig(DenseConfig):
+    TITLE: ClassVar[str] = "detection"
+    PROGRAM: ClassVar[str] = "exp/coco/mask_rcnn.py"
+    DATA: ClassVar[str] = "a folder with annotations/ and images in COCO's format"
+    TASK_SETTINGS: ClassVar[dict[str, Any]] = {
+        "detector": "mask_rcnn",
+        "head_channels": 256,
+        "min_size": (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
+        "max_size": 1333,
+    }
+
+    detector: str | None = flag(
+        None, "with masks, or boxes alone (default: that of the weights, else mask_rcnn)",
+        choices=("mask_rcnn", "faster_rcnn"),
+    )  # fmt: skip
+    head_channels: int | None = flag(
+        None, "of the feature pyramid and the heads (default: those of the weights, else 256)", "N", AT_LEAST_1
+    )
+    min_size: tuple[int, ...] | None = flag(
+        None, "shorter side of the images; of several, one is drawn for each image in training, and the last is taken "
+        "in evaluation (default: those of the weights, else 480 512 ... 800)", "PIXELS",
+    )  # fmt: skip
+    max_size: int | None = flag(None, "longer side at most (default: that of the weights, else 1333)", "PIXELS")
+    sampled_boxes: int = flag(
+        512, "candidates of each image that the heads train on, a quarter of them objects at most", "N", AT_LEAST_1
+    )
+    train_json: str = flag(
+        "", "annotations to train on (default: annotations/*train*.json of the data)", "FILE",
+        on_resume=other_bits("identical only if it says the same of the same images"),
+    )  # fmt: skip
+    val_json: str = flag(
+        "", "annotations to evaluate on (default: annotations/*val*.json of the data)", "FILE", on_resume=FREE
+    )
+    bad_boxes: str = flag(
+        "error", "at boxes outside their image or of no area, stop (error), or clip them and leave out what then has "
+        "no area (clip)", choices=("error", "clip"),
+        on_resume=other_bits("other boxes wherever one is outside its image"),
+    )  # fmt: skip
+    predictions: str = flag(
+        "", "with --eval: write all detections in COCO's result format", "FILE.json", on_resume=FREE
+    )
+    compile: bool | None = with_default(TrainingConfig, "compile", False)  # the images differ in size
+    drop_path: float = with_default(TrainingConfig, "drop_path", 0.2)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    return get_parser(DetectionConfig, "Train or evaluate Mask R-CNN or Faster R-CNN on a pretrained encoder.")
+
+
+def choose(given: DetectionConfig, launch: Launch, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for what is not known."""
+    chosen = {name: value for name, value in DEFAULTS.items() if known.get(name) is None}
+    if known.get("lr") is not None:
+        del chosen["blr"]
+    return chosen
+
+
+def build_validation(config: DetectionConfig, launch: Launch) -> DataLoader:
+    dataset = build_coco_dataset(config, "val", AsItIs())
+    sampler = EvalBatchSampler(len(dataset), config.batch_size, launch.rank, launch.world_size)
+    return build_loader(dataset, sampler, config, launch.device, collate_lists)
+
+
+def prepare(start: Start) -> tuple[Run, DataLoader]:
+    """Everything before the first step: the run, and the validation images."""
+    launch = start.launch
+    recorded = start.checkpoint["args"] if start.checkpoint else start.weights[1].args if start.weights else {}
+    config = with_task_settings(start.resolve(choose), recorded)
+    dataset = build_coco_dataset(config, "train", Flip())
+    classes = dataset.classes
+    if start.checkpoint is not None:
+        classes = start.checkpoint["classes"]
+        dataset.source.number_classes_as(classes, "the checkpoint to resume")
+    validation = build_validation(config, launch)
+    validation.dataset.source.number_classes_as(classes, "training")
+    for images, split in ((dataset, "train"), (validation.dataset, "val")):
+        check_statistics(config, images, f"{config.data_path} ({split})")
+    sampler = TrainBatchSampler(
+        len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
+    )
+    loader = build_loader(dataset, sampler, config, launch.device, collate_lists)
+    model = build_detector(config, len(classes)).to(launch.device)
+    logger.info(
+        "%s on %s, %d classes: %.1f M parameters, %s", config.detector, config.model, len(classes),
+        sum(parameter.numel() for parameter in model.parameters()) / 1e6, config.precision,
+    )  # fmt: skip
+    encoder = model.backbone.encoder
+    groups = param_groups_layer_decay(encoder.swin, config.weight_decay, config.layer_decay, model)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
+    data = {"train": dataset.fingerprint(), "val": validation.dataset.fingerprint()}
+    return open_run(config, start, model, optimizer, loader, data, encoder.load, classes=classes), validation
+
+
+def train(run: Run, validation: DataLoader) -> None:
+    """All epochs, each followed by an evaluation and a picture."""
+    config, state, progress = run.config, run.state, run.state.progress
+    measured = None  # of the last epoch
+    while progress.epoch < config.epochs:
+        start = time.time()
+        lr = train_one_epoch(run)
+        record, best = {"train_lr": lr}, False
+        if config.evaluates_after(progress.epoch):
+            measured, results = evaluate(state.model, validation, run.device)
+            show(run, validation, results)
+            best = progress.best is None or measured["box_AP"] > progress.best
+            progress.best = measured["box_AP"] if best else progress.best
+            record |= {f"test_{name}": value for name, value in measured.items()}
+        run.finish_epoch({**record, "seconds": time.time() - start}, best)
+    if measured is None:  # resumed when all was done
+        measured, _ = evaluate(state.model, validation, run.device)
+    if run.folder is not None:
+        run.folder.wait(final=True)  # what the result is said to be of
+    logger.info(describe_result(config, measured, f"{config.output_dir}/checkpoint.pth", len(validation.dataset)))
+    logger.info("best box AP of all epochs: %.2f%% (checkpoint-best.pth)", progress.best)
+
+
+def show(run: Run, validation: DataLoader, results: list[Result]) -> None:
+    """A picture of the first validation images with their annotations, and with what was found (rank 0)."""
+    if distributed.is_main_process():
+        picture = detections_picture(validation.dataset, results, run.config.mean, run.config.std)
+        run.log.picture("detections", picture, f"epoch{run.state.progress.epoch + 1:04d}.png", run.epoch_1000x)
+
+
+def describe_result(config: DetectionConfig, measured: dict[str, float], checkpoint: str, images: int) -> str:
+    """One line that stands for itself."""
+    values = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in measured.items())
+    return (
+        f"result: {values} of {checkpoint} ({config.detector}, {config.model}) on {images} images of {config.data_path}"
+    )
+
+
+def evaluate_only(given: DetectionConfig, launch: Launch) -> None:
+    """`--eval`: detect in the validation images with the weights of --finetune or --resume."""
+    source = given.finetune or given.resume
+    checkpoint = read_checkpoint_together(source, None)
+    if program_of(checkpoint) != given.PROGRAM:
+        raise CheckpointError(f"{source} is no detector of {given.PROGRAM}: train one with --finetune {source}")
+    recorded, known = checkpoint["args"], {n: v for n, v in given.as_dict().items() if v is not None}
+    settings = weight_settings(recorded, source, known)
+    config = with_task_settings(resolve(given, launch, settings, {"batch_size": DEFAULTS["batch_size"]}), recorded)
+    validation = build_validation(config, launch)
+    validation.dataset.source.number_classes_as(checkpoint["classes"], source)
+    check_statistics(config, validation.dataset, config.data_path)
+    model = build_detector(config, len(checkpoint["classes"]))
+    model.load_state_dict(checkpoint["model"])
+    measured, results = evaluate(model.to(launch.device), validation, launch.device)
+    if launch.rank == 0:
+        if config.predictions:
+            write_results(config.predictions, results)
+        logger.info(describe_result(config, measured, source, len(validation.dataset)))
+
+
+def main(flags: argparse.Namespace) -> None:
+    with user_errors():
+        given, launch = launch_run(DetectionConfig, flags)
+        if given.eval:
+            evaluate_only(given, launch)
+            distributed.shutdown()
+            return
+        run, validation = prepare(find_start(given, launch))
+    with orderly_end(run):
+        train(run, validation)
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

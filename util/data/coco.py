@@ -1,0 +1,380 @@
+"""Images with boxes and masks, in COCO's format.
+
+`--data_path DIR` holds `annotations/` with one JSON file for training and one for validation, `*train*.json` and
+`*val*.json` (where there are several, `instances_*` of them), and the images that these name, in `train2017/` for
+`instances_train2017.json`, or in `images/train2017/`, `train/`, `images/`, or DIR itself.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from util.data.datasets import ImageDataset
+from util.data.decoding import BadImageError, EncodedJpeg
+from util.data.image_index import ImageIndex, StringTable, abbreviate
+from util.data.settings import CocoSettings
+from util.data.sources import FileSource
+from util.errors import UserError, unreadable_is_user_error
+
+logger = logging.getLogger(__name__)
+
+Target = dict[str, Tensor]  # boxes (n, 4) float32, labels (n,) int64, and where asked for masks (n, h, w) uint8
+TOLERANCE = 1.0  # pixels that a box may lie outside its image: many programs round so
+
+
+@dataclass
+class Annotations:
+    """What a JSON file says of its images, in arrays that forked processes share. Regions of crowds are left out."""
+
+    path: Path
+    names: StringTable  # of the image files
+    image_ids: list[int]
+    sizes: np.ndarray  # (images, 2) height and width
+    ends: np.ndarray  # (images,) where an image's boxes end in the arrays below
+    boxes: np.ndarray  # (boxes, 4) float32: left, top, right, bottom
+    labels: np.ndarray  # (boxes,) positions in `classes`
+    masks: StringTable | None  # JSON of each segmentation
+    classes: list[str]  # names of the categories, by their ids
+    category_ids: list[int]  # of `classes`
+
+    def of_image(self, i: int) -> slice:
+        """Where the boxes of image `i` are."""
+        return slice(self.ends[i - 1] if i else 0, self.ends[i])
+
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b(json.dumps(self.classes).encode(), digest_size=16)
+        for array in (self.ends, self.boxes, self.labels, *((self.masks.blob,) if self.masks else ())):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
+
+class CocoSource(FileSource):
+    """Images and their targets: a `Source`. Labels count from 1, as torchvision's detectors want them."""
+
+    def __init__(self, annotations: Annotations, folder: Path, config: CocoSettings):
+        unlabelled = np.full(len(annotations.names), -1, dtype=np.int32)
+        super().__init__(ImageIndex(str(folder), annotations.names, unlabelled, None), config)
+        self.annotations, self.classes = annotations, annotations.classes
+        self.labels = annotations.fingerprint()
+
+    def read(self, i: int) -> tuple[Tensor | EncodedJpeg, Target]:
+        image, _ = super().read(i)
+        stated, found = tuple(self.annotations.sizes[i].tolist()), tuple(image.shape[1:])
+        if stated != found:
+            turned = stated == found[::-1] and not self.ignore_exif
+            raise BadImageError(
+                f"the file has {found[1]}x{found[0]} pixels, its annotations are for {stated[1]}x{stated[0]}: "
+                + ("they may be for the photograph as it is stored (--ignore_exif)" if turned else "was it resized?")
+            )
+        return image, self.target(i)
+
+    def target(self, i: int) -> Target:
+        """Boxes, labels and masks of image `i`."""
+        annotations, own = self.annotations, self.annotations.of_image(i)
+        target = {
+            "boxes": torch.from_numpy(annotations.boxes[own].copy()),
+            "labels": torch.from_numpy(annotations.labels[own].astype(np.int64)) + 1,
+        }
+        if annotations.masks is not None:
+            height, width = annotations.sizes[i].tolist()
+            masks = [decode_mask(json.loads(annotations.masks[j]), height, width) for j in range(own.start, own.stop)]
+            target["masks"] = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, height, width).byte()
+        return target
+
+    def number_classes_as(self, classes: Sequence[str], owner: str) -> None:
+        """Let labels count in `classes`, those of the weights called `owner`. Raises UserError where one is unknown."""
+        if unknown := sorted(set(self.classes) - set(classes)):
+            raise UserError(
+                f"{self.annotations.path} has categories that {owner} does not know: {abbreviate(unknown)}; it knows "
+                f"{abbreviate(list(classes))}"
+            )
+        old, annotations = self.annotations.classes, self.annotations
+        positions = np.array([classes.index(name) for name in old], dtype=annotations.labels.dtype)
+        ids = dict(zip(old, annotations.category_ids))
+        annotations.labels = positions[annotations.labels]
+        # A category that this file does not have cannot be named in it: results of it are left out.
+        annotations.category_ids = [ids.get(name, -1) for name in classes]
+        annotations.classes = self.classes = list(classes)
+        self.labels = annotations.fingerprint()
+
+
+# --- Reading and checking ---
+
+
+def build_coco_dataset(config: CocoSettings, split: str, transform: Callable) -> ImageDataset:
+    """The images of `split` ('train' or 'val') with their targets (see `Target`).
+
+    An unreadable image in 'val' is an error, also with --bad_images skip.
+
+    Raises:
+        UserError: files are missing, or annotations are wrong; says which.
+    """
+    require_pycocotools("reading masks" if config.detector == "mask_rcnn" else "average precision")
+    path = find_annotations(Path(config.data_path), split, getattr(config, f"{split}_json"))
+    annotations = read_annotations(path, config.detector == "mask_rcnn", config.bad_boxes == "clip")
+    source = CocoSource(annotations, find_images(Path(config.data_path), annotations, split), config)
+    skip_bad = config.bad_images == "skip" and split == "train"
+    dataset = ImageDataset(source, transform, config.seed, skip_bad, config.max_bad_images)
+    starts = np.concatenate([[0], annotations.ends[:-1]])
+    logger.info(
+        "%s: %d images, %d of them without boxes, %d boxes of %d classes, from %s",
+        split, len(dataset), int((annotations.ends == starts).sum()), len(annotations.boxes), len(source.classes), path,
+    )  # fmt: skip
+    return dataset
+
+
+def find_annotations(data_path: Path, split: str, given: str = "") -> Path:
+    """The JSON file of `split`: `given`, else the one in `data_path/annotations`. Raises UserError."""
+    if given:
+        found = [path for path in (Path(given), data_path / given) if path.is_file()]
+        if not found:
+            raise UserError(f"--{split}_json {given} does not exist, neither here nor in {data_path}")
+        return found[0]
+    folder = data_path / "annotations"
+    found = sorted(folder.glob(f"*{split}*.json"))
+    if len(found) > 1:
+        found = [path for path in found if path.name.startswith("instances")] or found
+    if len(found) != 1:
+        others = abbreviate([path.name for path in found or sorted(folder.glob("*"))])
+        raise UserError(
+            f"{folder} needs one file *{split}*.json in COCO's format, "
+            + (f"but has {others}" if found else f"found {others if folder.is_dir() else 'no such folder'}")
+            + f": give --{split}_json FILE"
+        )
+    return found[0]
+
+
+def find_images(data_path: Path, annotations: Annotations, split: str) -> Path:
+    """The folder that has the first image. Raises UserError where none has."""
+    name, first = annotations.path.stem.removeprefix("instances_"), annotations.names[0]
+    tried = [data_path / place for place in (name, f"images/{name}", split, f"images/{split}", "images", "")]
+    for folder in tried:
+        if (folder / first).is_file():
+            return folder
+    raise UserError(
+        f"{annotations.path} names the image {first!r}, which is in none of {', '.join(map(str, tried))}: put the "
+        "images in one of them"
+    )
+
+
+def read_annotations(path: Path, masks: bool = False, clip: bool = False) -> Annotations:
+    """Read and check a JSON file.
+
+    Args:
+        path: the file.
+        masks: whether every box needs a mask.
+        clip: clip boxes to their images and leave out those without area, instead of raising an error.
+
+    Raises:
+        UserError: the file is not in COCO's format, or says what cannot be; names the annotations.
+    """
+    with unreadable_is_user_error(f"cannot read {path}"):
+        text = path.read_bytes()
+    try:
+        content = json.loads(text)
+        images, categories = content["images"], content["categories"]
+        by_id = {image["id"]: number for number, image in enumerate(images)}
+        names = [image["file_name"].encode() for image in images]
+        sizes = np.array([(image["height"], image["width"]) for image in images], dtype=np.int64).reshape(-1, 2)
+        classes = {category["id"]: category["name"] for category in sorted(categories, key=lambda entry: entry["id"])}
+        annotations = content["annotations"]
+        crowds = [bool(annotation.get("iscrowd", 0)) for annotation in annotations]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(
+            f"{path} is not in COCO's format ({why}): it needs 'images' with id, file_name, height and width, "
+            "'categories' with id and name, and 'annotations' with id, image_id, category_id and bbox"
+        ) from None
+    _refuse(path, "no image or no category", [] if images and categories else ["the file"], "list them in it")
+    for what, values in (
+        ("image id", [image["id"] for image in images]),
+        ("annotation id", [annotation.get("id") for annotation in annotations]),
+        ("category id", [category["id"] for category in categories]),
+        ("category name", [category["name"] for category in categories]),
+    ):
+        twice = [str(value) for value, count in Counter(values).items() if count > 1]
+        _refuse(path, f"the same {what} more than once", twice, "give each one of its own")
+
+    def named(wrong: Callable[[dict], Any]) -> list[str]:
+        return [f"annotation {annotation.get('id')}{said}" for annotation in annotations if (said := wrong(annotation))]
+
+    def unknown_to(table: dict, key: str) -> Callable[[dict], str]:
+        return lambda annotation: "" if annotation.get(key) in table else f" ({key} {annotation.get(key)})"
+
+    _refuse(path, "of an image that is not in 'images'", named(unknown_to(by_id, "image_id")), "add it, or remove them")
+    _refuse(
+        path, "of a category that is not in 'categories'", named(unknown_to(classes, "category_id")),
+        "add it, or remove them",
+    )  # fmt: skip
+    _refuse(path, "without a box", named(_has_no_box), "'bbox' is left, top, width and height in pixels")
+    numbers = np.array([by_id[annotation["image_id"]] for annotation in annotations], dtype=np.int64)
+    boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    kept = _check_boxes(path, annotations, boxes, sizes[numbers][:, ::-1], clip) & ~np.array(crowds, dtype=bool)
+    if masks:
+        wrong = [
+            f"annotation {annotation.get('id')} ({why})"
+            for annotation, number, keep in zip(annotations, numbers, kept)
+            if keep and (why := why_no_mask(annotation.get("segmentation"), *sizes[number].tolist()))
+        ]
+        _refuse(path, "without a mask of its image", wrong, "repair them; --detector faster_rcnn needs no masks")
+    order = np.flatnonzero(kept)
+    order = order[np.argsort(numbers[order], kind="stable")]
+    positions = {category: position for position, category in enumerate(classes)}
+    segmentations = [json.dumps(annotations[i]["segmentation"]).encode() for i in order] if masks else None
+    return Annotations(
+        path=path,
+        names=StringTable.of(names),
+        image_ids=[image["id"] for image in images],
+        sizes=sizes,
+        ends=np.cumsum(np.bincount(numbers[order], minlength=len(images))),
+        boxes=boxes[order].astype(np.float32),
+        labels=np.array([positions[annotations[i]["category_id"]] for i in order], dtype=np.int32),
+        masks=None if segmentations is None else StringTable.of(segmentations),
+        classes=list(classes.values()),
+        category_ids=list(classes),
+    )
+
+
+def _refuse(path: Path, what: str, wrong: list[str], advice: str) -> None:
+    """Raise a UserError if there is anything in `wrong`."""
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{path}: {what}: {', '.join(wrong[:3])}{more}; {advice}")
+
+
+def _has_no_box(annotation: dict) -> str:
+    box = annotation.get("bbox")
+    numbers = isinstance(box, list) and len(box) == 4 and all(type(value) in (int, float) for value in box)
+    return "" if numbers and all(map(math.isfinite, box)) else f" ({box})"
+
+
+def _check_boxes(path: Path, annotations: list[dict], boxes: np.ndarray, sides: np.ndarray, clip: bool) -> np.ndarray:
+    """Clip `boxes` (n, 4) to the images, with sides (n, 2) width and height, in place; which have area, (n,) bool.
+
+    Raises:
+        UserError: without `clip`, for one that lies outside by more than rounding, or has no area.
+    """
+    outside = ((boxes < -TOLERANCE) | (boxes > np.tile(sides, 2) + TOLERANCE)).any(axis=1)
+    given = boxes.copy()
+    np.clip(boxes, 0, np.tile(sides, 2), out=boxes)
+    has_area = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    wrong = [
+        f"annotation {annotations[i].get('id')} (from {given[i, 0]:g}, {given[i, 1]:g} to {given[i, 2]:g}, "
+        f"{given[i, 3]:g} in an image of {sides[i, 0]}x{sides[i, 1]})"
+        for i in np.flatnonzero(outside | ~has_area)
+    ]
+    if not clip:
+        _refuse(
+            path, "boxes outside their images or of no area", wrong,
+            "repair them, or --bad_boxes clip cuts them at the edge and leaves out what then has no area",
+        )  # fmt: skip
+    if wrong:
+        logger.warning(
+            "%s: %d boxes clipped to their images, %d of no area left out: %s",
+            path, int((outside & has_area).sum()), int((~has_area).sum()), abbreviate(wrong, 3),
+        )  # fmt: skip
+    return has_area
+
+
+def why_no_mask(segmentation: Any, height: int, width: int) -> str:
+    """Why a segmentation of COCO's format is no mask of an image of that size; '' if it is one."""
+    if isinstance(segmentation, dict):
+        if segmentation.get("size") != [height, width]:
+            size = segmentation.get("size")
+            return f"its mask is of size {size}, its image has height and width {[height, width]}"
+        counts = segmentation.get("counts")
+        if isinstance(counts, list) and sum(counts) != height * width:
+            return f"its mask has {sum(counts)} pixels, its image {height * width}"
+        return "" if isinstance(counts, list | str) else "its mask has no 'counts'"
+    if not isinstance(segmentation, list) or not segmentation:
+        return "no 'segmentation'"
+    if not all(isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation):
+        return "a polygon is a list of x, y, x, y, ... of at least three points"
+    return ""
+
+
+def decode_mask(segmentation: dict | list, height: int, width: int) -> np.ndarray:
+    """A segmentation of COCO's format (polygons or run lengths) as a mask (height, width) of uint8.
+
+    Raises:
+        BadImageError: run lengths that are not of this size.
+    """
+    from pycocotools import mask
+
+    try:
+        if isinstance(segmentation, list):
+            return mask.decode(mask.merge(mask.frPyObjects(segmentation, height, width)))
+        if isinstance(segmentation["counts"], list):
+            segmentation = mask.frPyObjects(segmentation, height, width)
+        if sum(run_lengths(segmentation["counts"])) != height * width:  # pycocotools would leave the rest undefined
+            raise ValueError("its runs are of another size")
+        return mask.decode(segmentation)
+    except (ValueError, TypeError) as error:
+        raise BadImageError(f"a mask of {width}x{height} cannot be decoded: {error}") from error
+
+
+def run_lengths(counts: str | bytes) -> list[int]:
+    """The lengths in COCO's compressed run-length code: 5 bits in each character, from the third run on differences to
+    the run before the last."""
+    runs, value, shift = [], 0, 0
+    for byte in counts.encode() if isinstance(counts, str) else counts:
+        bits = byte - 48
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if not bits & 0x20:  # the last character of this number
+            value -= (1 << shift) if bits & 0x10 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
+
+
+def require_pycocotools(purpose: str) -> None:
+    """Raise a UserError where pycocotools, an extra requirement, is not installed."""
+    if importlib.util.find_spec("pycocotools") is None:
+        raise UserError(f"{purpose} needs the package pycocotools: pip install pycocotools")
+
+
+# --- Transforms and batches ---
+
+
+class Flip:
+    """Mirrors an image (C, h, w) with its boxes and masks, half of the time."""
+
+    takes_target = True
+
+    def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        if random.random() < 0.5:
+            image, width = image.flip(-1), image.shape[-1]
+            left, top, right, bottom = target["boxes"].unbind(1)
+            target = target | {"boxes": torch.stack([width - right, top, width - left, bottom], 1)}
+            if "masks" in target:
+                target["masks"] = target["masks"].flip(-1)
+        return image, target
+
+
+class AsItIs:
+    """Of evaluation: an image with its target."""
+
+    takes_target = True
+
+    def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        return image, target
+
+
+def collate_lists(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    """Images of different sizes and their targets, as two lists."""
+    images, targets = zip(*samples, strict=True)
+    return [image.contiguous() for image in images], list(targets)

@@ -1,0 +1,62 @@
+"""The flags of tasks on dense features (detection, segmentation), beside those of every training run."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from util.errors import UserError
+from util.run.config import DataFlags, TrainingConfig
+from util.run.flags import AT_LEAST_1, FREE, flag, with_default
+
+C = TypeVar("C", bound="DenseConfig")
+
+
+@dataclass(frozen=True)
+class DenseConfig(TrainingConfig):
+    TITLE: ClassVar[str] = "task"
+    DATA: ClassVar[str]  # what --data_path is, as messages call it
+    TASK_SETTINGS: ClassVar[dict[str, Any]] = {}  # flags that belong to the weights of the task, with their defaults
+
+    data_path: str = with_default(DataFlags, "data_path", "")
+    bad_images: str = with_default(DataFlags, "bad_images", "error")
+    max_bad_images: float = with_default(DataFlags, "max_bad_images", 0.01)
+    layer_decay: float = flag(
+        0.8,
+        "learning-rate factor from each layer of the encoder to the one below it",
+        "X",
+        (lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
+    )
+    freeze_stages: int = flag(
+        -1,
+        "leave the patch embedding (0) and the first stages of the encoder (1 to 4) as they are; -1: train all",
+        "N",
+        (lambda value: -1 <= value <= 4, "must be from -1 (none) to 4"),
+    )
+    lr_steps: tuple[float, ...] = flag(
+        (), "divide the learning rate by 10 at these epochs (default: half a cosine down to --min_lr)", "EPOCH",
+        (lambda value: all(step > 0 for step in value), "must be positive"),
+    )  # fmt: skip
+    eval_every: int = flag(1, "evaluate every N epochs, and after the last one", "EPOCHS", AT_LEAST_1, on_resume=FREE)
+    eval: bool = flag(False, "only evaluate the weights of --finetune or --resume", on_resume=FREE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.data_path:
+            raise UserError(f"--data_path is missing: give {self.DATA}")
+        if self.eval and (self.finetune or self.resume) in ("", "auto"):
+            raise UserError("--eval needs the weights to evaluate: --finetune WEIGHTS (or --resume PATH)")
+
+    def evaluates_after(self, epoch: int) -> bool:
+        """Whether the weights are to be evaluated at the end of that epoch, counted from 0."""
+        return (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.epochs
+
+
+def with_task_settings(config: C, recorded: Mapping[str, Any]) -> C:
+    """The configuration with `TASK_SETTINGS` filled in: what was given, else what the weights record, else defaults."""
+    values = {}
+    for name, default in config.TASK_SETTINGS.items():
+        if getattr(config, name) is None:
+            value = recorded.get(name)
+            values[name] = default if value is None else tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(config, **values)
