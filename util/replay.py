@@ -16,7 +16,7 @@ import contextlib
 import functools
 import logging
 import runpy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -65,10 +65,13 @@ def first_bad_output(model: nn.Module) -> Iterator[list[str]]:
     @torch.no_grad()  # what a check computes is no part of a step that is recomputed
     def check(name: str, module: nn.Module, inputs: tuple, output: Any) -> None:
         if isinstance(output, Tensor) and not output.isfinite().all():
-            if not inputs[0].isfinite().all():
+            given = [value for value in inputs if isinstance(value, Tensor)]
+            if not all(value.isfinite().all() for value in given):
                 origin = "its input is not finite already"
+            elif given:
+                origin = f"its input is finite, up to {given[0].abs().max():.3g} in size"
             else:
-                origin = f"its input is finite, up to {inputs[0].abs().max():.3g} in size"
+                origin = "its input is no tensor"
             found.append(f"{name} ({type(module).__name__}): {count_bad(output)} of its output; {origin}")
 
     handles = [
@@ -86,8 +89,8 @@ def count_bad(tensor: Tensor) -> str:
     return f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} values not finite"
 
 
-def describe_inputs(imgs: Tensor) -> Iterator[str]:
-    """A line for every normalised image (B, C, H, W) with values that are not finite, or extreme."""
+def describe_inputs(imgs: Iterable[Tensor]) -> Iterator[str]:
+    """A line for every normalised image (C, H, W) with values that are not finite, or extreme."""
     for i, img in enumerate(imgs):
         if not img.isfinite().all():
             yield f"image {i}: {count_bad(img)}"
@@ -120,8 +123,8 @@ def replay(dump: dict[str, Any], device: torch.device, precision: str | None = N
         UserError: the run's precision does not work on this device.
     """
     checkpoint = dump["checkpoint"]
-    settings = argparse.Namespace(**checkpoint["args"])
-    precision = resolve_precision(precision or settings.precision, device)
+    precision = resolve_precision(precision or checkpoint["args"]["precision"], device)
+    settings = argparse.Namespace(**checkpoint["args"] | {"precision": precision})
     set_up_arithmetic(precision)
     yield f"{settings.model} at {dump['where']}, in {precision} on {device}"
     bad_weights = [name for name, tensor in checkpoint["model"].items() if not tensor.isfinite().all()]
@@ -134,7 +137,8 @@ def replay(dump: dict[str, Any], device: torch.device, precision: str | None = N
         scaler.load_state_dict(checkpoint["scaler"])
 
     for number, micro in enumerate(dump["batch"]):
-        imgs = normalize(micro["imgs"].to(device))
+        imgs = micro["imgs"]  # one tensor, or a list where they differ in size
+        imgs = normalize(imgs.to(device)) if isinstance(imgs, Tensor) else [normalize(img.to(device)) for img in imgs]
         for line in describe_inputs(imgs):
             yield f"micro-batch {number}, {line}"
         model.zero_grad()

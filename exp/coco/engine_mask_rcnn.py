@@ -1,12 +1,13 @@
 """One epoch of training a detector, and its exact evaluation."""
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN
 
 from util.data.coco import Target
+from util.data.transforms import Normalize
 from util.dense.average_precision import Result, average_precision, results_of
-from util.dense.encoder import to_device
 from util.run import distributed
 from util.run.optim import adjust_learning_rate, backward, clip_and_step, last_learning_rate
 from util.run.progress import with_progress
@@ -33,8 +34,9 @@ def train_one_epoch(run: Run) -> float:
             seed_all(*keys)  # for the sizes of images, samples of boxes and drop path
             batch.append({"imgs": imgs, "targets": targets, "keys": keys})
             with run.gradients_in_sync(micro):
-                losses = run.model(to_device(imgs, run.device), targets_to_device(targets, run.device))
-                micro_loss = sum(losses.values()) / config.accum_iter
+                # Without autocast: the encoder has one of its own, and the heads stay in float32 (see `DenseEncoder`).
+                imgs = normalised(imgs, run.normalize, run.device)
+                micro_loss = detection_loss(run.model, imgs, targets) / config.accum_iter
                 backward(micro_loss, state.scaler)
             loss = loss + micro_loss.detach()
         run.guard.check()  # of the step before, which a GPU has finished by now
@@ -43,17 +45,34 @@ def train_one_epoch(run: Run) -> float:
     return lr
 
 
-def targets_to_device(targets: list[Target], device: torch.device) -> list[Target]:
-    return [{name: tensor.to(device, non_blocking=True) for name, tensor in target.items()} for target in targets]
+def normalised(imgs: list[Tensor], normalize: Normalize, device: torch.device) -> list[Tensor]:
+    """Images (C, h, w) as they are read, as the model takes them."""
+    return [normalize(img.to(device, non_blocking=True)) for img in imgs]
+
+
+def detection_loss(model: nn.Module, imgs: list[Tensor], targets: list[Target]) -> Tensor:
+    """The sum of the detector's losses: objectness, boxes of candidates, classes, boxes and masks.
+
+    Args:
+        model: a torchvision detector in training.
+        imgs: normalised (C, h, w), on the model's device.
+        targets: on any device.
+    """
+    device = imgs[0].device
+    targets = [{name: x.to(device, non_blocking=True) for name, x in target.items()} for target in targets]
+    return sum(model(imgs, targets).values())
 
 
 @torch.inference_mode()
-def evaluate(model: FasterRCNN, loader: DataLoader, device: torch.device) -> tuple[dict[str, float], list[Result]]:
+def evaluate(
+    model: FasterRCNN, loader: DataLoader, normalize: Normalize, device: torch.device
+) -> tuple[dict[str, float], list[Result]]:
     """Detect in every image of the loader's data set exactly once over all ranks.
 
     Args:
         model: not wrapped.
         loader: with an `EvalBatchSampler`, of a data set with a `CocoSource`.
+        normalize: on the device.
 
     Returns:
         Average precision, the same on all ranks (see `average_precision`), and on rank 0 what it is of.
@@ -68,7 +87,7 @@ def evaluate(model: FasterRCNN, loader: DataLoader, device: torch.device) -> tup
     found: dict[int, list[Result]] = {}  # by the number of the image
     batches = with_progress(loader, len(loader.dataset), "evaluation")
     for keys, (imgs, _) in zip(loader.batch_sampler, batches):
-        for (_, index), detections in zip(keys, model(to_device(imgs, device))):
+        for (_, index), detections in zip(keys, model(normalised(imgs, normalize, device))):
             found[index] = results_of(detections, index, annotations)
     model.train(was_training)
     of_ranks = distributed.gather_on_main(found)

@@ -16,17 +16,20 @@ import util.run.startup  # noqa: F401 - before PyTorch
 import argparse
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.models.detection import FasterRCNN
 
-from exp.coco.engine_mask_rcnn import evaluate, train_one_epoch
+from exp.coco.engine_mask_rcnn import detection_loss, evaluate, train_one_epoch
 from util.data.coco import AsItIs, Flip, build_coco_dataset, collate_lists
 from util.data.datasets import build_loader
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
+from util.data.transforms import Normalize
 from util.dense.average_precision import Result, write_results
 from util.dense.config import DenseConfig, with_task_settings
 from util.dense.detector import build_detector
@@ -143,6 +146,20 @@ def prepare(start: Start) -> tuple[Run, DataLoader]:
     return open_run(config, start, model, optimizer, loader, data, encoder.load, classes=classes), validation
 
 
+def rebuild_step(
+    settings: argparse.Namespace, weights: dict[str, Tensor], device: torch.device
+) -> tuple[FasterRCNN, Callable[[list[Tensor], dict[str, Any]], Tensor]]:
+    """For util.replay: the model in training mode with its weights; the loss of (normalised images, micro-batch)."""
+    model = build_detector(settings, len(weights["roi_heads.box_predictor.cls_score.bias"]) - 1)
+    model.load_state_dict(weights)
+
+    def loss(imgs: list[Tensor], micro: dict[str, Any]) -> Tensor:
+        with torch.autocast(device.type, enabled=False):  # as in training
+            return detection_loss(model, imgs, micro["targets"])
+
+    return model.to(device).train(), loss
+
+
 def train(run: Run, validation: DataLoader) -> None:
     """All epochs, each followed by an evaluation and a picture."""
     config, state, progress = run.config, run.state, run.state.progress
@@ -152,14 +169,14 @@ def train(run: Run, validation: DataLoader) -> None:
         lr = train_one_epoch(run)
         record, best = {"train_lr": lr}, False
         if config.evaluates_after(progress.epoch):
-            measured, results = evaluate(state.model, validation, run.device)
+            measured, results = evaluate(state.model, validation, run.normalize, run.device)
             show(run, validation, results)
             best = progress.best is None or measured["box_AP"] > progress.best
             progress.best = measured["box_AP"] if best else progress.best
             record |= {f"test_{name}": value for name, value in measured.items()}
         run.finish_epoch({**record, "seconds": time.time() - start}, best)
     if measured is None:  # resumed when all was done
-        measured, _ = evaluate(state.model, validation, run.device)
+        measured, _ = evaluate(state.model, validation, run.normalize, run.device)
     if run.folder is not None:
         run.folder.wait(final=True)  # what the result is said to be of
     logger.info(describe_result(config, measured, f"{config.output_dir}/checkpoint.pth", len(validation.dataset)))
@@ -195,7 +212,8 @@ def evaluate_only(given: DetectionConfig, launch: Launch) -> None:
     check_statistics(config, validation.dataset, config.data_path)
     model = build_detector(config, len(checkpoint["classes"]))
     model.load_state_dict(checkpoint["model"])
-    measured, results = evaluate(model.to(launch.device), validation, launch.device)
+    normalize = Normalize(config.mean, config.std).to(launch.device)
+    measured, results = evaluate(model.to(launch.device), validation, normalize, launch.device)
     if launch.rank == 0:
         if config.predictions:
             write_results(config.predictions, results)

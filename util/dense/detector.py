@@ -27,7 +27,7 @@ class Pyramid(nn.Module):
 
 
 def build_detector(config, num_classes: int) -> FasterRCNN:
-    """A detector of images (C, h, w) of any size, float32 in the units of `config.mean`.
+    """A detector of normalised images (C, h, w) of any size, with torchvision's inputs and outputs.
 
     In training it draws each image's size from `config.min_size` (the shorter side; the longer is at most
     `config.max_size`), in evaluation it takes the last of them. Anchors begin at 8 patches, torchvision's usual 32
@@ -43,8 +43,8 @@ def build_detector(config, num_classes: int) -> FasterRCNN:
     settings = dict(
         min_size=config.min_size,
         max_size=config.max_size,
-        image_mean=config.mean,
-        image_std=config.std,
+        image_mean=(0.0,) * config.in_chans,  # they are normalised already
+        image_std=(1.0,) * config.in_chans,
         rpn_anchor_generator=AnchorGenerator(tuple((side * 2**i,) for i in range(LEVELS)), (ASPECT_RATIOS,) * LEVELS),
         box_batch_size_per_image=config.sampled_boxes,
         box_head=TwoMLPHead(channels * POOLED**2, 4 * channels),

@@ -1,7 +1,6 @@
 """The encoder under a task on dense features: maps of four scales, of images of any size."""
 
 import timm
-import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
@@ -70,9 +69,3 @@ class DenseEncoder(nn.Module):
             CheckpointError: the weights are of another encoder.
         """
         return load_encoder(self.body, weights, info)
-
-
-def to_device(images: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Images (C, h, w) of uint8 or float32 on the device, as float32: uint8 becomes 0..1, others keep their units."""
-    moved = [image.to(device, non_blocking=True) for image in images]
-    return [image.float() / 255 if image.dtype == torch.uint8 else image for image in moved]

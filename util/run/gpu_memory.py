@@ -19,11 +19,11 @@ def explain_out_of_memory(error: torch.OutOfMemoryError, state: TrainingState, c
     model = state.model
     device = next(model.parameters()).device
     total = torch.cuda.get_device_properties(device).total_memory
-    message = (
-        f"the GPU's memory ({total / 2**30:.0f} GiB) is too small for --batch_size {config.batch_size} at "
-        f"{config.input_size[0]}x{config.input_size[1]}"
-    )
+    message = f"the GPU's memory ({total / 2**30:.0f} GiB) is too small for --batch_size {config.batch_size}"
     options = "" if config.grad_checkpointing else ", or --grad_checkpointing, which recomputes blocks"
+    if not hasattr(model, "img_size"):  # it takes images of several sizes
+        return f"{message}: use a smaller one (and a larger --accum_iter), smaller images{options}"
+    message += f" at {config.input_size[0]}x{config.input_size[1]}"
     try:
         fitting = images_that_fit(model, config.precision, total, has_moments=bool(state.optimizer.state))
     except torch.OutOfMemoryError:
