@@ -1,12 +1,12 @@
 # shellcheck shell=sh
-# How every experiment is started. The recipes, exp/*_600ep/*.sh, source this file and call `launch`; their user types
+# How every experiment is started. The recipes (exp/base_600ep/*.sh, ...) source this file and call `launch`; one types
 #     sh exp/base_600ep/pretrain.sh PARTITION|local|print GPUS DATA [further flags]
 #
 #   PARTITION  on this Slurm partition, one process per GPU by srun; inside salloc or sbatch, as a step of that job
 #   local      on this machine, one process per GPU by torchrun; without a GPU, as many processes on the CPU
 #   print      print the script and its flags, one per line, and start nothing
 #
-# Further flags are passed to the script (main_pretrain.py or main_finetune.py) and override the recipe.
+# Further flags are passed to the script (main_pretrain.py, exp/coco/mask_rcnn.py, ...) and override the recipe.
 # The effective batch stays the recipe's for any GPUS: --accum_iter is computed from it, unless you give --accum_iter.
 #
 # As a batch job that is queued again after preemption and before its time limit, from the repository's root:
@@ -47,7 +47,8 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 effective_batch='' # recipes that train set it
 
-# launch MAIN [flags]: start MAIN where the user said; of a repeated flag the last one counts.
+# launch MAIN [flags]: start MAIN, a path from the repository's root, where the user said; of a repeated flag the last one
+# counts.
 launch() {
     main=$1
     shift
@@ -60,6 +61,7 @@ launch() {
         set -- --accum_iter "$accum_iter" "$@"
     fi
     set -- --data_path "$data" "$@"
+    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # for scripts in folders
     case $where in
     print) printf '%s\n' "$main" "$@" ;;
     local) launch_locally "$@" ;;

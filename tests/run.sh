@@ -3,7 +3,7 @@
 #     sh tests/run.sh [-x] [-k NAME] [tests/test_...py]
 # Tests marked as slow are left out; -m '' runs them too. Tests with other people's tools are skipped unless these are
 # installed, as MIXMAE_TEST_EXTRAS="onnx onnxruntime onnxscript segmentation-models-pytorch transformers tifffile
-# pillow-heif pydicom" does.
+# pillow-heif pydicom pycocotools" does.
 # MIXMAE_REQUIRE_SLURM=1 lets tests fail instead of skip where Slurm, root, shellcheck or dash is missing.
 set -eu
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from models_swin import SwinTransformer
-from util.run.optim import adjust_learning_rate, last_learning_rate, layer_ids, learning_rate, param_groups_layer_decay
+from util.run.optim import (
+    adjust_learning_rate,
+    last_learning_rate,
+    layer_ids,
+    learning_rate,
+    param_groups_layer_decay,
+    step_learning_rate,
+)
 
 SCHEDULE = dict(lr=2e-3, min_lr=1e-6, warmup_epochs=5, epochs=100)
 SMALL = dict(img_size=64, embed_dim=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], window_size=[8, 4, 4, 2])
@@ -49,6 +56,30 @@ def test_every_iteration_sets_every_group():
     plain = torch.optim.SGD(model.parameters(), lr=1.0)  # pretraining's groups have no scale
     adjust_learning_rate(plain, 5, args)
     assert plain.param_groups[0]["lr"] == 2e-3
+
+
+def test_steps_divide_the_rate_by_ten():
+    rates = [step_learning_rate(epoch, 1.0, 0.5, (8, 11)) for epoch in (0, 0.25, 0.5, 7.99, 8, 10.99, 11, 12)]
+    assert rates == pytest.approx([0, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    config = argparse.Namespace(**SCHEDULE, lr_steps=(8, 11))
+    assert adjust_learning_rate(optimizer, 9.5, config) == pytest.approx(2e-4)
+    assert last_learning_rate(10, 4, config) == pytest.approx(2e-4)
+    config.lr_steps = ()
+    assert adjust_learning_rate(optimizer, 9.5, config) == learning_rate(9.5, **SCHEDULE)
+
+
+def test_what_is_built_on_an_encoder_trains_at_the_full_rate():
+    model = torch.nn.ModuleDict({"encoder": SwinTransformer(**SMALL, num_classes=0), "head": torch.nn.Linear(4, 4)})
+    model["encoder"].patch_embed.requires_grad_(False)
+    groups = param_groups_layer_decay(model["encoder"], 0.05, 0.5, model)
+    scale = {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
+    assert len(scale) == sum(parameter.requires_grad for parameter in model.parameters())
+    assert scale[model["head"].weight] == scale[model["head"].bias] == 1
+    own = param_groups_layer_decay(model["encoder"], 0.05, 0.5)
+    assert all(scale[parameter] == group["lr_scale"] < 1 for group in own for parameter in group["params"])
+    decays = {group["weight_decay"] for group in groups for p in group["params"] if p is model["head"].weight}
+    assert decays == {0.05}
 
 
 def test_layer_ids_count_blocks_through_the_stages():

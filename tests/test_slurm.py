@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from coco_folder import make_coco
 from PIL import Image
 from slurm_cluster import cluster, lines_of, wait_until
 
@@ -206,3 +207,27 @@ def test_submitit_job_survives_a_preemption(cluster, images, tmp_path):
     assert redone_steps(log) == 0
     assert len(losses(tmp_path / "out")) == 120
     assert epochs(tmp_path / "out") == list(range(10))
+
+
+@pytest.mark.slow
+def test_a_detector_is_preempted_and_goes_on(cluster, tmp_path):
+    pytest.importorskip("pycocotools")
+    coco = make_coco(tmp_path / "coco")
+    model = "--model swin_quickstart --input_size 64 --patch_size 4 --head_channels 8 --sampled_boxes 16".split()
+    flags = [*model, *SCHEDULE, *"--min_size 64 --device cpu --num_workers 0 --accum_iter 1 --batch_size 1".split()]
+    flags += ["--finetune", "", "--epochs", "10", "--eval_every", "10", *into(tmp_path / "out")]
+    log = tmp_path / "job.txt"
+    job = cluster.submit(
+        "--partition=partition", "--ntasks=2", "--nodes=2", "--gres=gpu:1", "--requeue", "--open-mode=append",
+        "--signal=USR2@120", f"--output={log}", "--export=ALL,GPUS_PER_NODE=1",
+        "exp/coco/finetune.sh", "partition", "2", str(coco), *flags,
+    )  # fmt: skip
+    wait_until(lambda: len(lines_of(tmp_path / "out/steps.jsonl")) > 5)
+    cluster.run("scancel", "--signal=USR2", job)
+    cluster.wait_for_requeue(job, 1)
+    wait_until(lambda: cluster.job(job)["JobState"] not in ("RUNNING", "PENDING", "COMPLETING"))
+    output = log.read_text()
+    assert cluster.job(job)["JobState"] == "COMPLETED", output
+    assert "resumed at epoch" in output and redone_steps(output) == 0
+    assert len(losses(tmp_path / "out")) == 40 and epochs(tmp_path / "out") == list(range(10))
+    assert re.search(r"result: box AP \S+, box AP50 \S+, .* on 5 images of", output)

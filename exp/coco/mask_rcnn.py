@@ -49,7 +49,7 @@ from util.weights.settings import weight_settings
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS = {"model": "swin_base_w14", "batch_size": 2, "epochs": 12, "warmup_epochs": 0.1, "blr": 1.6e-3}
+DEFAULTS = {"model": "swin_base_w14", "batch_size": 2, "epochs": 12, "warmup_epochs": 0.07, "blr": 1.6e-3}
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,11 @@ class DetectionConfig(DenseConfig):
     min_size: tuple[int, ...] | None = flag(
         None, "shorter side of the images; of several, one is drawn for each image in training, and the last is taken "
         "in evaluation (default: those of the weights, else 480 512 ... 800)", "PIXELS",
+        (lambda value: min(value) >= 1, "must be at least 1"),
     )  # fmt: skip
-    max_size: int | None = flag(None, "longer side at most (default: that of the weights, else 1333)", "PIXELS")
+    max_size: int | None = flag(
+        None, "longer side at most (default: that of the weights, else 1333)", "PIXELS", AT_LEAST_1
+    )
     sampled_boxes: int = flag(
         512, "candidates of each image that the heads train on, a quarter of them objects at most", "N", AT_LEAST_1
     )
@@ -94,7 +97,6 @@ class DetectionConfig(DenseConfig):
     predictions: str = flag(
         "", "with --eval: write all detections in COCO's result format", "FILE.json", on_resume=FREE
     )
-    compile: bool | None = with_default(TrainingConfig, "compile", False)  # the images differ in size
     drop_path: float = with_default(TrainingConfig, "drop_path", 0.2)
 
 
@@ -106,7 +108,7 @@ def choose(given: DetectionConfig, launch: Launch, known: Mapping[str, Any]) -> 
     """Values for what is not known."""
     chosen = {name: value for name, value in DEFAULTS.items() if known.get(name) is None}
     if known.get("lr") is not None:
-        del chosen["blr"]
+        chosen.pop("blr", None)
     return chosen
 
 
@@ -119,13 +121,11 @@ def build_validation(config: DetectionConfig, launch: Launch) -> DataLoader:
 def prepare(start: Start) -> tuple[Run, DataLoader]:
     """Everything before the first step: the run, and the validation images."""
     launch = start.launch
-    recorded = start.checkpoint["args"] if start.checkpoint else start.weights[1].args if start.weights else {}
+    recorded = start.weights[1].args if start.weights else (start.checkpoint or {}).get("args", {})
     config = with_task_settings(start.resolve(choose), recorded)
     dataset = build_coco_dataset(config, "train", Flip())
-    classes = dataset.classes
-    if start.checkpoint is not None:
-        classes = start.checkpoint["classes"]
-        dataset.source.number_classes_as(classes, "the checkpoint to resume")
+    classes = (start.checkpoint or {}).get("classes") or dataset.classes
+    dataset.source.number_classes_as(classes, "the checkpoint to resume")
     validation = build_validation(config, launch)
     validation.dataset.source.number_classes_as(classes, "training")
     for images, split in ((dataset, "train"), (validation.dataset, "val")):
@@ -206,12 +206,14 @@ def evaluate_only(given: DetectionConfig, launch: Launch) -> None:
         raise CheckpointError(f"{source} is no detector of {given.PROGRAM}: train one with --finetune {source}")
     recorded, known = checkpoint["args"], {n: v for n, v in given.as_dict().items() if v is not None}
     settings = weight_settings(recorded, source, known)
-    config = with_task_settings(resolve(given, launch, settings, {"batch_size": DEFAULTS["batch_size"]}), recorded)
+    config = with_task_settings(resolve(given, launch, settings, DEFAULTS), recorded)
     validation = build_validation(config, launch)
     validation.dataset.source.number_classes_as(checkpoint["classes"], source)
     check_statistics(config, validation.dataset, config.data_path)
     model = build_detector(config, len(checkpoint["classes"]))
     model.load_state_dict(checkpoint["model"])
+    if config.predictions and launch.rank == 0:
+        write_results(config.predictions, [])  # while an evaluation is not yet lost
     normalize = Normalize(config.mean, config.std).to(launch.device)
     measured, results = evaluate(model.to(launch.device), validation, normalize, launch.device)
     if launch.rank == 0:

@@ -18,6 +18,7 @@ class DenseConfig(TrainingConfig):
     DATA: ClassVar[str]  # what --data_path is, as messages call it
     TASK_SETTINGS: ClassVar[dict[str, Any]] = {}  # flags that belong to the weights of the task, with their defaults
 
+    compile: bool = flag(False, "not in this program: its images differ in size", on_resume=FREE)
     data_path: str = with_default(DataFlags, "data_path", "")
     bad_images: str = with_default(DataFlags, "bad_images", "error")
     max_bad_images: float = with_default(DataFlags, "max_bad_images", 0.01)
@@ -44,6 +45,8 @@ class DenseConfig(TrainingConfig):
         super().__post_init__()
         if not self.data_path:
             raise UserError(f"--data_path is missing: give {self.DATA}")
+        if self.compile:
+            raise UserError("--compile is for the mains: here images differ in size, and each size would be compiled")
         if self.eval and (self.finetune or self.resume) in ("", "auto"):
             raise UserError("--eval needs the weights to evaluate: --finetune WEIGHTS (or --resume PATH)")
 

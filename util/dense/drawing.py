@@ -64,7 +64,7 @@ def draw_boxes(
     pixels = pixels.repeat(factor, 0).repeat(factor, 1).astype(np.float32)
     colours = [COLOURS[label % len(COLOURS)] for label in labels]
     for mask, colour in zip(masks, colours):
-        inside = mask.astype(bool).repeat(factor, 0).repeat(factor, 1)
+        inside = np.asarray(mask, dtype=bool).repeat(factor, 0).repeat(factor, 1)
         pixels[inside] = (1 - OPACITY) * pixels[inside] + OPACITY * np.array(ImageColor.getrgb(colour))
     image = Image.fromarray(pixels.astype(np.uint8))
     draw = ImageDraw.Draw(image)

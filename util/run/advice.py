@@ -11,9 +11,9 @@ from pathlib import Path
 from util.data.sources import find_validation
 from util.run.config import DecodingFlags, TrainingConfig
 from util.run.history import summarise
+from util.run.startup import ROOT
 
 DECODING = [field.name for field in dataclasses.fields(DecodingFlags)]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(*words: object) -> str:
@@ -112,6 +112,9 @@ def to_continue() -> str:
     if "SLURM_JOB_ID" in os.environ:
         return ""
     words = sys.argv if ("--resume", "auto") in itertools.pairwise(sys.argv) else [*sys.argv, "--resume", "auto"]
+    script = Path(words[0]).resolve()
+    if script.is_relative_to(ROOT / "exp"):  # it finds this repository only as a part of it
+        words = ["-m", ".".join(script.relative_to(ROOT).with_suffix("").parts), *words[1:]]
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks == "1":
         return command(*words)

@@ -22,5 +22,6 @@ def on_interrupt(_signum: int, _frame: FrameType | None) -> NoReturn:
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent in (ROOT, ROOT / "util"):
+_folder = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent
+if _folder in (ROOT, ROOT / "util") or _folder.parent == ROOT / "exp":
     signal.signal(signal.SIGINT, on_interrupt)  # not in a program that only uses us

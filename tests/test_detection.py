@@ -1,0 +1,393 @@
+"""Detection: annotations in COCO's format, the detector, its training and its average precision."""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from coco_folder import make_coco
+from photos import data_args
+from PIL import Image
+from running import fails, read_lines
+from trials import Trial, differences, epochs_of, steps_of
+
+from exp.coco import mask_rcnn
+from exp.coco.engine_mask_rcnn import detection_loss
+from util import replay
+from util.data.coco import AsItIs, Flip, build_coco_dataset, decode_mask, read_annotations, run_lengths
+from util.data.decoding import BadImageError
+from util.dense.average_precision import encode_mask
+from util.dense.detector import build_detector
+from util.errors import UserError
+from util.run.flags import given_flags
+
+pytest.importorskip("pycocotools", reason="pycocotools is not installed: boxes and masks cannot be evaluated")
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # pycocotools' with numpy 2
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = (
+    *("--model", "swin_quickstart", "--input_size", "64", "--patch_size", "4", "--head_channels", "8"),
+    *("--sampled_boxes", "16", "--min_size", "56", "64", "--device", "cpu", "--num_workers", "0", "--print_freq", "1"),
+    *("--drop_path", "0.2", "--warmup_epochs", "0.5", "--lr", "1e-3", "--batch_size", "2", "--epochs", "2"),
+)
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory) -> Path:
+    return make_coco(tmp_path_factory.mktemp("coco") / "data")
+
+
+@pytest.fixture(scope="module")
+def trained(coco, tmp_path_factory) -> Path:
+    """The output of a run of 2 epochs of 4 steps."""
+    out = tmp_path_factory.mktemp("trained")
+    Trial(out, *SMALL, "--data_path", coco, "--output_dir", out / "out", main=mask_rcnn).finish()
+    return out / "out"
+
+
+def settings(coco: Path, **changes) -> argparse.Namespace:
+    values = dict(train_json="", val_json="", detector="mask_rcnn", bad_boxes="error")
+    return data_args(coco, **{**values, **changes})
+
+
+# --- Data ---------------------------------------------------------------------------------------------------
+
+
+def test_images_come_with_boxes_masks_and_classes(coco):
+    dataset = build_coco_dataset(settings(coco), "train", AsItIs())
+    assert len(dataset) == 8 and dataset.classes == ["square", "disc"]  # by the categories' ids
+    image, target = dataset[0, 0]
+    assert image.shape == (3, 64, 72) and target["boxes"].shape == (0, 4) and target["masks"].shape == (0, 64, 72)
+    for index in range(1, 8):
+        image, target = dataset[0, index]
+        assert target["masks"].shape == (2, *image.shape[1:]) and target["labels"].tolist() == [2, 1]  # not the crowd
+        for mask, box in zip(target["masks"], target["boxes"].int().tolist()):
+            rows, columns = mask.nonzero().unbind(1)
+            assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        red, _, blue = image[:, target["masks"][1].bool()].float().mean(dim=1)  # of the square
+        assert blue > 200 > red
+
+
+def test_a_flip_depends_on_the_key_alone_and_takes_everything_along(coco):
+    plain = build_coco_dataset(settings(coco), "train", AsItIs())
+    flipped = build_coco_dataset(settings(coco), "train", Flip())
+    flips = []
+    for epoch in range(8):
+        (image, target), (expected, before) = flipped[epoch, 3], plain[epoch, 3]
+        torch.rand(3)
+        assert torch.equal(image, flipped[epoch, 3][0])
+        flips.append(not torch.equal(image, expected))
+        if flips[-1]:
+            assert torch.equal(image.flip(-1), expected) and torch.equal(target["masks"].flip(-1), before["masks"])
+        for mask, box in zip(target["masks"], target["boxes"].int().tolist()):
+            assert mask[:, : box[0]].sum() == mask[:, box[2] :].sum() == 0 < mask[:, box[0]].sum()
+    assert 0 < sum(flips) < 8
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_masks_in_every_form(seed):
+    from pycocotools import mask as coco_mask
+
+    mask = (np.random.default_rng(seed).random((13, 17)) < 0.4).astype(np.uint8)
+    encoded = encode_mask(mask)
+    assert np.array_equal(decode_mask(encoded, 13, 17), mask)
+    runs = run_lengths(encoded["counts"])
+    assert sum(runs) == mask.size and sum(runs[1::2]) == mask.sum()
+    assert np.array_equal(decode_mask({"size": [13, 17], "counts": runs}, 13, 17), mask)
+    square = decode_mask([[2, 3, 9, 3, 9, 8, 2, 8]], 13, 17)
+    assert square[3:8, 2:9].all() and square.sum() == 35
+    short = coco_mask.frPyObjects({"size": [13, 17], "counts": [200]}, 13, 17)
+    for wrong in ({"size": [13, 17], "counts": [100, 20]}, {"size": [13, 17], "counts": short["counts"]}):
+        with pytest.raises(BadImageError, match="a mask of 17x13 cannot be decoded"):
+            decode_mask(wrong, 13, 17)
+
+
+def spoil(coco: Path, folder: Path, change) -> Path:
+    """The training annotations after `change(content)`."""
+    content = json.loads((coco / "annotations/instances_train.json").read_text())
+    change(content)
+    path = folder / "instances_train.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def set_first(**values):
+    return lambda content: content["annotations"][0].update(values)
+
+
+WRONG = {
+    "no list": (lambda content: content.pop("annotations"), r"not in COCO's format \(lacks 'annotations'\)"),
+    "no size": (lambda content: content["images"][0].pop("height"), r"not in COCO's format \(lacks 'height'\)"),
+    "no image": (set_first(image_id=99), r"image that is not in 'images': annotation 1 \(image_id 99\); add it, or"),
+    "no class": (set_first(category_id=4), r"category that is not in 'categories': annotation 1 \(category_id 4\)"),
+    "no box": (set_first(bbox=[1, 2, None, 3]), r"without a box: annotation 1 \(\[1, 2, None, 3\]\); 'bbox' is left"),
+    "outside": (
+        set_first(bbox=[60, 2, 30, 9]),
+        r"annotation 1 \(from 60, 2 to 90, 11 in an image of 72x72\); repair them, or --bad_boxes clip",
+    ),
+    "no area": (set_first(bbox=[10, 2, 0, 9]), r"or of no area: annotation 1 \(from 10, 2 to 10, 11 in an image"),
+    "mask's size": (
+        set_first(segmentation={"size": [64, 64], "counts": [4096]}),
+        r"annotation 1 \(its mask is of size \[64, 64\], its image has height and width \[72, 72\]\)",
+    ),
+    "short mask": (
+        set_first(segmentation={"size": [72, 72], "counts": [5, 9]}),
+        r"annotation 1 \(its mask has 14 pixels, its image 5184\)",
+    ),
+    "no mask": (set_first(segmentation=[]), r"annotation 1 \(no 'segmentation'\); repair them; --detector faster_rcnn"),
+    "polygon": (set_first(segmentation=[[1, 2, 3]]), r"a polygon is a list of x, y, x, y, ... of at least three"),
+    "same image": (lambda content: content["images"].append(content["images"][2]), "the same image id more than once"),
+    "same id": (set_first(id=2), "the same annotation id more than once: 2"),
+    "same category": (
+        lambda content: content["categories"].append({"id": 9, "name": "disc"}),
+        "the same category name more than once: disc",
+    ),
+    "empty": (lambda content: content.update(images=[], annotations=[]), "no image or no category"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_annotations_are_named(coco, tmp_path, case):
+    change, message = WRONG[case]
+    with pytest.raises(UserError, match=message) as raised:
+        read_annotations(spoil(coco, tmp_path, change), masks=True)
+    assert str(tmp_path / "instances_train.json") in str(raised.value)
+
+
+def test_wrong_boxes_can_be_clipped_or_left_out(coco, tmp_path, caplog):
+    whole = read_annotations(coco / "annotations/instances_train.json")
+    for box, expected in (([60, 2, 30, 9], [60, 2, 72, 11]), ([10, 2, 0, 9], None), ([80, 2, 9, 9], None)):
+        path = spoil(coco, tmp_path, set_first(bbox=box))
+        clipped = read_annotations(path, clip=True)
+        assert len(clipped.boxes) == len(whole.boxes) - (expected is None)
+        assert expected is None or clipped.boxes[0].tolist() == expected
+        assert "annotation 1" in caplog.text and str(path) in caplog.text
+        caplog.clear()
+    rounded = read_annotations(spoil(coco, tmp_path, set_first(bbox=[-0.4, 2, 30, 70.9])))  # by a program
+    assert rounded.boxes[0].tolist() == pytest.approx([0, 2, 29.6, 72])
+
+
+def test_missing_files_are_named(coco, tmp_path):
+    with pytest.raises(UserError, match=r"annotations needs one file \*train\*.json .* found no such folder"):
+        build_coco_dataset(settings(tmp_path), "train", AsItIs())
+    with pytest.raises(UserError, match=r"--val_json nothing\.json does not exist"):
+        build_coco_dataset(settings(coco, val_json="nothing.json"), "val", AsItIs())
+    path = coco / "annotations/instances_val.json"
+    with pytest.raises(UserError, match=r"names the image '0.jpg', which is in none of .*/val2017"):
+        (tmp_path / "val2017.json").write_text(path.read_text())
+        build_coco_dataset(settings(tmp_path, val_json="val2017.json"), "val", AsItIs())
+
+
+def test_an_image_of_another_size_than_its_annotations_is_an_error(coco, tmp_path):
+    path = spoil(coco, tmp_path, lambda content: content["images"][0].update(height=32, width=36))
+    with pytest.raises(BadImageError, match=r"72x64 pixels, its annotations are for 36x32: was it resized\?"):
+        build_coco_dataset(settings(coco, train_json=str(path)), "train", AsItIs())
+
+
+def test_classes_are_matched_by_name(coco, tmp_path):
+    source = build_coco_dataset(settings(coco), "train", AsItIs()).source
+    before = source.target(1)["labels"]
+    source.number_classes_as(["disc", "triangle", "square"], "the weights")
+    assert before.tolist() == [2, 1] and source.target(1)["labels"].tolist() == [1, 3]
+    assert source.annotations.category_ids == [7, -1, 3]
+    with pytest.raises(UserError, match=r"categories that the weights does not know: \['square'\]"):
+        source.number_classes_as(["disc", "triangle"], "the weights")
+
+
+def test_without_pycocotools_one_is_told_to_install_it(coco, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install pycocotools"):
+        build_coco_dataset(settings(coco), "train", AsItIs())
+
+
+# --- The model ----------------------------------------------------------------------------------------------
+
+
+def tiny_config(**changes) -> argparse.Namespace:
+    parsed = mask_rcnn.get_args_parser().parse_args([*SMALL, "--data_path", "x"])
+    values = dict(in_chans=3, precision="fp32", detector="mask_rcnn", max_size=96, input_size=(64, 64))
+    return argparse.Namespace(**vars(parsed) | values | changes)
+
+
+def test_stages_can_be_frozen(coco):
+    model = build_detector(tiny_config(freeze_stages=2), 2).train()
+    swin = model.backbone.encoder.swin
+    trained = {name for name, parameter in swin.named_parameters() if parameter.requires_grad}
+    assert trained and all(name.startswith(("layers.2", "layers.3")) for name in trained)
+    assert not swin.layers[1].training and not swin.patch_embed.training and swin.layers[2].training
+    assert build_detector(tiny_config(), 2).backbone.encoder.frozen == []
+
+
+def test_boxes_are_not_rounded_in_a_lower_precision():
+    """torchvision's coder takes boxes in the type of the heads' outputs; in bf16, 1001 is 1000."""
+    model = build_detector(tiny_config(precision="bf16"), 2).train()
+    seen = []
+    model.rpn.register_forward_hook(lambda module, inputs, outputs: seen.extend(outputs[0]))
+    target = {"boxes": torch.tensor([[5.0, 5, 40, 40]]), "labels": torch.tensor([1]), "masks": torch.ones(1, 64, 64)}
+    loss = detection_loss(model, [torch.randn(3, 64, 64)], [target])
+    loss.backward()
+    assert loss.dtype == torch.float32 and seen[0].dtype == torch.float32
+    assert (seen[0] - seen[0].bfloat16().float()).abs().max() > 0
+    unused = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    assert unused == []  # DistributedDataParallel would wait for them
+
+
+# --- Runs ---------------------------------------------------------------------------------------------------
+
+
+def by_hand(annotations: Path, results: Path, kind: str) -> np.ndarray:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+        evaluation = COCOeval(truth, truth.loadRes(str(results)), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats
+
+
+def test_average_precision_is_pycocotools_of_what_is_written(coco, trained, tmp_path):
+    flags = ("--device", "cpu", "--num_workers", "0", "--data_path", coco, "--finetune", trained / "checkpoint.pth")
+    out = Trial(tmp_path, "--eval", *flags, "--predictions", tmp_path / "a.json", main=mask_rcnn).finish()
+    result = re.search(r"result: (.*) of \S+checkpoint.pth \(mask_rcnn on swin_quickstart\) on 5 images", out)[1]
+    found = dict(re.findall(r"(\w+ AP\S*(?: \w+)?) (-?[\d.]+)", result))
+    last = read_lines(trained / "log.txt")[-1]
+    results = json.loads((tmp_path / "a.json").read_text())
+    assert (
+        results
+        and {r["category_id"] for r in results} <= {3, 7}
+        and {r["image_id"] for r in results} <= {*range(100, 105)}
+    )
+    for kind, name in (("bbox", "box"), ("segm", "mask")):
+        stats = by_hand(coco / "annotations/instances_val.json", tmp_path / "a.json", kind)
+        assert last[f"test_{name}_AP"] == pytest.approx(100 * stats[0], abs=1e-9)
+        assert last[f"test_{name}_AP50"] == pytest.approx(100 * stats[1], abs=1e-9)
+        assert float(found[f"{name} AP"]) == pytest.approx(100 * stats[0], abs=0.006)
+    assert Image.open(trained / "detections/epoch0002.png").width > 2 * 576
+    two = Trial(tmp_path, "--eval", *flags, "--predictions", tmp_path / "b.json", ranks=2, main=mask_rcnn).finish()
+    assert f"result: {result} of" in two
+    assert json.loads((tmp_path / "b.json").read_text()) == results
+
+
+def test_killed_and_resumed_the_weights_are_those_of_an_uninterrupted_run(coco, trained, tmp_path):
+    flags = (*SMALL, "--data_path", coco, "--output_dir", tmp_path / "out", "--save_steps", 1, "--resume", "auto")
+    trial = Trial(tmp_path, *flags, main=mask_rcnn)
+    while not (tmp_path / "out/checkpoint.pth").exists() or len(steps_of(tmp_path / "out")) < 3:
+        assert not trial.poll(), trial.output
+        time.sleep(0.005)
+    trial.kill()
+    trial.finish(-signal.SIGKILL)
+    said = Trial(tmp_path, *flags, main=mask_rcnn).finish()
+    assert re.search(r"resumed at epoch 0 step \d", said)
+    assert differences(tmp_path / "out", trained) == []
+
+
+def test_a_step_is_replayed(coco, tmp_path):
+    """Of a dump, with images of several sizes: the loss is that of the run to the bit."""
+
+    def poison(rank: int) -> None:
+        calls = []
+
+        def spoiled(*inputs):
+            loss = detection_loss(*inputs)
+            calls.append(loss.item())
+            print(f"loss of call {len(calls)}: {loss.item():.6g}", flush=True)
+            return loss * (float("nan") if len(calls) == 3 else 1)
+
+        mask_rcnn.train_one_epoch.__globals__["detection_loss"] = spoiled
+
+    flags = (*SMALL, "--data_path", coco, "--detector", "faster_rcnn", "--output_dir", tmp_path, "--nan_dump")
+    said = Trial(tmp_path, *flags, sabotage=poison, main=mask_rcnn).finish(1)
+    lines = list(replay.replay(replay.read_dump(tmp_path / "nan_dump_rank0.pth"), torch.device("cpu")))
+    loss = re.search(r"loss of call 3: (\S+)", said)[1]
+    assert f"micro-batch 0: 2 images, loss {loss} (finite)" in lines
+
+
+def test_what_cannot_be_is_said_before_training(coco, trained, tmp_path, capfd):
+    flags = (*SMALL, "--output_dir", tmp_path / "out")
+    fails(mask_rcnn, capfd, "--data_path is missing: give a folder with annotations/", *flags)
+    fails(mask_rcnn, capfd, "--eval needs the weights", *flags, "--data_path", coco, "--eval")
+    missing = (*flags, "--data_path", coco, "--train_json", spoil(coco, tmp_path, set_first(image_id=99)))
+    fails(mask_rcnn, capfd, "image that is not in 'images'", *missing)
+
+
+@pytest.mark.slow
+def test_training_on_two_ranks(coco, trained, tmp_path):
+    """Goes on from another rank's checkpoint too; the same images make each step, so the losses are close."""
+    flags = (*SMALL, "--data_path", coco, "--batch_size", 1)
+    Trial(tmp_path, *flags, "--output_dir", tmp_path / "out", "--save_steps", 1, ranks=2, main=mask_rcnn).finish()
+    for name in ("train_loss", "test_box_AP"):
+        assert all(name in epoch for epoch in epochs_of(tmp_path / "out"))
+    steps = [[step["lr"] for step in steps_of(folder)] for folder in (tmp_path / "out", trained)]
+    assert steps[0] == steps[1] and len(steps[0]) == 8
+    again = (*flags, "--output_dir", tmp_path / "again", "--resume", tmp_path / "out/checkpoint-00000006.pth")
+    Trial(tmp_path, *again, ranks=2, main=mask_rcnn).finish()
+    assert differences(tmp_path / "again", tmp_path / "out", logs=False) == []
+
+
+@pytest.mark.slow
+def test_a_few_images_are_learned_by_heart(tmp_path):
+    coco = make_coco(tmp_path / "data", train=8, val=1)
+    train = coco / "annotations/instances_train.json"
+    flags = [*SMALL, "--data_path", coco, "--val_json", train, "--output_dir", tmp_path / "out", "--eval_every", 99]
+    flags += [
+        "--epochs",
+        60,
+        "--drop_path",
+        0,
+        "--lr",
+        3e-3,
+        "--head_channels",
+        32,
+        "--batch_size",
+        4,
+        "--min_size",
+        64,
+    ]
+    Trial(tmp_path, *flags, "--layer_decay", 1, "--print_freq", 20, main=mask_rcnn).finish(seconds=400)
+    result = read_lines(tmp_path / "out/log.txt")[-1]
+    assert result["test_box_AP50"] > 80 and result["test_mask_AP50"] > 80, result
+
+
+# --- The recipe ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["finetune", "eval"])
+def test_the_recipes_flags_are_the_programs(script):
+    command = ["sh", f"exp/coco/{script}.sh", "print", "4", "/coco", "--seed", "3"]
+    program, *flags = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    config = given_flags(mask_rcnn.DetectionConfig, mask_rcnn.get_args_parser().parse_args(flags))
+    assert program == config.PROGRAM and config.data_path == "/coco" and config.seed == 3
+    header = (ROOT / f"exp/coco/{script}.sh").read_text().partition("\nhere=")[0]
+    assert all(f"# {entry} " in header for entry in ("GPUs", "Start", "Result", "Origin", "DATA"))
+    if script == "finetune":
+        assert 4 * config.batch_size * config.accum_iter == 16 and config.blr * 16 / 256 == pytest.approx(1e-4)
+        assert config.lr_steps == (8, 11) and config.epochs == 12
+
+
+def test_the_launcher_puts_the_repository_on_pythons_path(coco, tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH" "$1"\n')
+    python.chmod(0o755)
+    command = ["sh", str(ROOT / "exp/coco/finetune.sh"), "local", "1", str(coco)]
+    for given, expected in (("", str(ROOT)), ("/mine", f"{ROOT}:/mine")):
+        environ = os.environ | {"PYTHONPATH": given, "PYTHON": str(python)}
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environ)
+        assert result.stdout.splitlines() == [expected, str(ROOT / "exp/coco/mask_rcnn.py")], result.stderr
