@@ -24,7 +24,8 @@ def make_coco(folder: Path, train: int = 8, val: int = 5, size: tuple[int, int] 
             photo = Image.open(PHOTOS[i % len(PHOTOS)]).convert("RGB").resize((width, height))
             images.append({"id": 100 + i, "file_name": f"{i}.jpg", "height": height, "width": width})
             for kind in ("disc", "square") if i else ():
-                side, left, top = generator.randint(18, 30), generator.randint(0, 35), generator.randint(0, 30)
+                side, left, top = generator.randint(18, 30), generator.randint(0, 5), generator.randint(0, 30)
+                left += 36 * (kind == "square")  # beside the disc
                 mask = Image.new("L", (width, height))
                 for image, fill in ((photo, COLOURS[kind]), (mask, 1)):
                     draw = ImageDraw.Draw(image)

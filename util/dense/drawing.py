@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from util.data.coco import decode_mask
@@ -17,7 +17,7 @@ COLOURS = ("#ff9f1c", "#2ec4f1", "#e83f6f", "#7ae582", "#b388eb", "#ffe14d")  # 
 SIDE = 640  # pixels: shorter images are enlarged by a whole factor
 GAP, HEAD, TEXT = 16, 40, 18
 PAPER, INK = "#ffffff", "#1d2129"
-OPACITY = 0.45  # of masks
+OPACITY = 115  # of masks, of 255
 
 
 def detections_picture(
@@ -60,13 +60,13 @@ def draw_boxes(
         masks: of each, or none at all.
         names: of the classes, where they are to be written.
     """
-    factor = max(1, round(SIDE / max(pixels.shape[:2])))
-    pixels = pixels.repeat(factor, 0).repeat(factor, 1).astype(np.float32)
+    height, width = pixels.shape[:2]
+    factor = max(1, round(SIDE / max(height, width)))
+    image = Image.fromarray(pixels).resize((factor * width, factor * height), Image.Resampling.BICUBIC)
     colours = [COLOURS[label % len(COLOURS)] for label in labels]
     for mask, colour in zip(masks, colours):
-        inside = np.asarray(mask, dtype=bool).repeat(factor, 0).repeat(factor, 1)
-        pixels[inside] = (1 - OPACITY) * pixels[inside] + OPACITY * np.array(ImageColor.getrgb(colour))
-    image = Image.fromarray(pixels.astype(np.uint8))
+        opacity = Image.fromarray((np.asarray(mask) > 0).astype(np.uint8) * OPACITY).resize(image.size)
+        image.paste(Image.new("RGB", image.size, colour), mask=opacity)
     draw = ImageDraw.Draw(image)
     for box, label, colour in zip(np.asarray(boxes) * factor, labels, colours):
         draw.rectangle([*(box[:2].round()), *(box[2:].round() - 1).clip(min=box[:2].round())], outline=colour, width=2)
