@@ -52,12 +52,14 @@ def program_of(line: str) -> tuple[str, list[str]]:
     assert words[0] in (*PROGRAMS, *OTHERS), f"{words[0]} is no program that the pages may use"
     while words and words[0] not in OTHERS:
         word = words.pop(0)
-        if word == "-m" and words[0].startswith("util."):
+        if word == "-m" and words[0].startswith(("util.", "exp.")):
             return words[0], words[1 : words.index("--") if "--" in words else None]
         if word.startswith("main_") and word.endswith(".py"):
             return word.removesuffix(".py"), words
         if word.endswith((".sh", ".py")):
             assert (ROOT / word).is_file(), f"{word} does not exist"
+        if word.startswith("exp/coco/"):
+            return "exp.coco.mask_rcnn", words[3:]
         if word.endswith("_600ep/pretrain.sh"):
             return "main_pretrain", words[3:]  # after partition, GPUs and data
         if re.search(r"_600ep/.*\.sh$", word):

@@ -109,6 +109,8 @@ def choose(given: DetectionConfig, launch: Launch, known: Mapping[str, Any]) -> 
     chosen = {name: value for name, value in DEFAULTS.items() if known.get(name) is None}
     if known.get("lr") is not None:
         chosen.pop("blr", None)
+    for name, value in chosen.items():
+        logger.info("not given, so chosen: --%s %s, the recipe's", name, value)
     return chosen
 
 
@@ -180,7 +182,8 @@ def train(run: Run, validation: DataLoader) -> None:
     if run.folder is not None:
         run.folder.wait(final=True)  # what the result is said to be of
     logger.info(describe_result(config, measured, f"{config.output_dir}/checkpoint.pth", len(validation.dataset)))
-    logger.info("best box AP of all epochs: %.2f%% (checkpoint-best.pth)", progress.best)
+    if progress.best is not None:
+        logger.info("best box AP of all epochs: %.2f%% (checkpoint-best.pth)", progress.best)
 
 
 def show(run: Run, validation: DataLoader, results: list[Result]) -> None:
@@ -193,9 +196,8 @@ def show(run: Run, validation: DataLoader, results: list[Result]) -> None:
 def describe_result(config: DetectionConfig, measured: dict[str, float], checkpoint: str, images: int) -> str:
     """One line that stands for itself."""
     values = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in measured.items())
-    return (
-        f"result: {values} of {checkpoint} ({config.detector}, {config.model}) on {images} images of {config.data_path}"
-    )
+    what = f"{checkpoint} ({config.detector} on {config.model})"
+    return f"result: {values} of {what} on {images} images of {config.data_path}"
 
 
 def evaluate_only(given: DetectionConfig, launch: Launch) -> None:
