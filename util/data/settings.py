@@ -29,6 +29,14 @@ class CocoSettings(DataSettings, Protocol):
     bad_boxes: Literal["error", "clip"]  # what becomes of boxes outside their images or of no area
 
 
+class SegmentationSettings(DataSettings, Protocol):
+    """Of data sets with label maps."""
+
+    nb_classes: int
+    ignore_label: int  # value of pixels that are ignored
+    reduce_zero_label: bool | None  # 0 is ignored too, and 1 is the first class; None: so in ADE20K's layout
+
+
 class SizeSettings(Protocol):
     """Of the transforms of pretraining and evaluation."""
 

@@ -19,7 +19,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -71,6 +71,14 @@ class Source(Protocol):
         """Image of shape (in_chans, h, w) and label, -1 without. Raises BadImageError or OSError."""
 
 
+def digest_of_sizes(count: int, path: Callable[[int], str]) -> str:
+    """Changes when files have other sizes: those of a sample of the `count` files at `path(i)`."""
+    sample = np.unique(np.linspace(0, count - 1, min(count, SIZED_FILES), dtype=int)).tolist()
+    # A file that is gone is found out when it is read.
+    sizes = [os.stat(path(i)).st_size if os.path.exists(path(i)) else -1 for i in sample]
+    return hashlib.blake2b(np.array(sizes, "<i8").tobytes(), digest_size=16).hexdigest()
+
+
 class FileSource:
     """Images in files: a `Source`."""
 
@@ -88,10 +96,7 @@ class FileSource:
 
     @functools.cached_property
     def sizes(self) -> str:
-        sample = np.unique(np.linspace(0, len(self) - 1, min(len(self), SIZED_FILES), dtype=int))
-        # A file that is gone is found out when it is read.
-        sizes = [os.stat(path).st_size if os.path.exists(path := self.path(i)) else -1 for i in sample]
-        return hashlib.blake2b(np.array(sizes, "<i8").tobytes(), digest_size=16).hexdigest()
+        return digest_of_sizes(len(self), self.path)
 
     def __len__(self) -> int:
         return len(self.index)

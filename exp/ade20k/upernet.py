@@ -1,0 +1,278 @@
+"""Train or evaluate UPerNet, which segments images into classes, on a pretrained encoder.
+
+Train on a folder of images and label maps (see util/data/label_maps.py):
+    python -m exp.ade20k.upernet --finetune output_dir/checkpoint.pth --data_path /path/to/pairs --output_dir segmenter
+Evaluate, and write label maps and pictures of what was found:
+    python -m exp.ade20k.upernet --eval --finetune segmenter/checkpoint-best.pth --data_path /path/to/pairs \
+        --predictions predictions
+The recipe for ADE20K, on Slurm or here:
+    sh exp/ade20k/finetune.sh partition 8 /path/to/ADEChallengeData2016
+    sh exp/ade20k/finetune.sh local 8 /path/to/ADEChallengeData2016
+"""
+
+import util.run.startup  # noqa: F401 - before PyTorch
+
+# isort: split
+import argparse
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from exp.ade20k.engine_upernet import evaluate, predict, train_one_epoch
+from util.data.datasets import build_loader
+from util.data.label_maps import (
+    RandomScaleAndCrop,
+    Whole,
+    build_segmentation_dataset,
+    check_class_names,
+    collate_pairs,
+    number_of_classes,
+)
+from util.data.samplers import EvalBatchSampler, TrainBatchSampler
+from util.data.transforms import Normalize
+from util.dense.config import DenseConfig, with_task_settings
+from util.dense.encoder import DenseEncoder
+from util.dense.label_pictures import PredictionFolder, segmentation_picture
+from util.dense.segmentation import SegmentationScores
+from util.dense.upernet import UPerNet, segmentation_loss
+from util.errors import UserError
+from util.run import distributed
+from util.run.checks import check_statistics
+from util.run.config import TrainingConfig, resolve
+from util.run.failures import user_errors
+from util.run.flags import AT_LEAST_1, FREE, NOT_NEGATIVE, flag, get_parser, with_default
+from util.run.launch import Launch
+from util.run.once_per_node import read_checkpoint_together
+from util.run.optim import param_groups_layer_decay
+from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
+from util.run.state import program_of
+from util.weights.file import CheckpointError
+from util.weights.settings import weight_settings
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = {"model": "swin_base_w14", "batch_size": 4, "epochs": 100, "warmup_epochs": 1, "blr": 1.6e-3}
+SCALES = (0.5, 2.0)
+PICTURE_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class SegmentationConfig(DenseConfig):
+    TITLE: ClassVar[str] = "segmentation"
+    PROGRAM: ClassVar[str] = "exp/ade20k/upernet.py"
+    DATA: ClassVar[str] = "a folder with images/ and annotations/ (ADE20K's layout) or masks/ in it"
+    TASK_SETTINGS: ClassVar[dict[str, Any]] = {"nb_classes": None, "head_channels": 512, "short_side": None}
+
+    data_path: str = flag(
+        "",
+        "folder with images/training, annotations/training, images/validation and annotations/validation (ADE20K's "
+        "layout: in label maps 0 is ignored and classes count from 1), or images/train, masks/train, images/val and "
+        "masks/val (classes count from 0); label maps are PNGs of the images' names and sizes",
+        "PATH",
+        on_resume=DenseConfig.__dataclass_fields__["data_path"].metadata["on_resume"],
+    )
+    nb_classes: int | None = flag(
+        None,
+        "number of classes (default: as many as classes.txt in the data names, or ADE20K's objectInfo150.txt)",
+        "N",
+    )
+    ignore_label: int = flag(
+        255, "pixels with this value in label maps count nowhere", "VALUE",
+        (lambda value: 0 <= value < 2**16, "must be between 0 and 65535"),
+    )  # fmt: skip
+    reduce_zero_label: bool | None = flag(
+        None, "in label maps 0 is ignored too, and 1 is the first class (default: so in ADE20K's layout)"
+    )
+    head_channels: int | None = flag(
+        None,
+        "of the head, a multiple of 32; the auxiliary head has half as many (default: those of the weights, else 512)",
+        "N",
+        (lambda value: value > 0 and value % 32 == 0, "must be a multiple of 32"),
+    )
+    short_side: int | None = flag(
+        None,
+        "shorter side of images at scale 1; training scales them by 0.5 to 2 and crops --input_size of them "
+        "(default: that of the weights, else the shorter side of --input_size)",
+        "PIXELS",
+        AT_LEAST_1,
+    )
+    color_jitter: float = flag(
+        0.0, "strength of random brightness, contrast and saturation in training", "X", NOT_NEGATIVE
+    )
+    slide: bool = flag(
+        False, "evaluate in windows of --input_size, two thirds apart, instead of whole images", on_resume=FREE
+    )
+    eval_every: int = flag(1, "evaluate every N epochs, and after the last one", "EPOCHS", AT_LEAST_1, on_resume=FREE)
+    predictions: str = flag(
+        "", "with --eval: write label maps and pictures of all images into this folder", "DIR", on_resume=FREE
+    )
+    compile: bool | None = with_default(TrainingConfig, "compile", False)
+    drop_path: float = with_default(TrainingConfig, "drop_path", 0.1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.predictions and not self.eval:
+            raise UserError("--predictions goes with --eval")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    return get_parser(
+        SegmentationConfig, "Train or evaluate UPerNet for semantic segmentation on a pretrained encoder."
+    )
+
+
+def choose(given: SegmentationConfig, launch: Launch, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for what is not known."""
+    chosen = {name: value for name, value in DEFAULTS.items() if known.get(name) is None}
+    if known.get("lr") is not None:
+        del chosen["blr"]
+    return chosen
+
+
+def complete(config: SegmentationConfig, recorded: Mapping[str, Any]) -> SegmentationConfig:
+    """The configuration with what the weights record of the task, else the data say."""
+    config = with_task_settings(config, recorded)
+    return replace(
+        config,
+        nb_classes=number_of_classes(config.data_path, config.nb_classes),
+        short_side=config.short_side or min(config.input_size),
+    )
+
+
+def build_model(config: SegmentationConfig) -> UPerNet:
+    return UPerNet(DenseEncoder(config), config.nb_classes, config.head_channels, config.head_channels // 2)
+
+
+def rebuild_step(
+    settings: argparse.Namespace, weights: dict[str, Tensor], device: torch.device
+) -> tuple[UPerNet, Callable[[Tensor, dict[str, Any]], Tensor]]:
+    """For util.replay: the model in training mode with its weights; the loss of (normalised images, micro-batch)."""
+    model = build_model(settings)
+    model.load_state_dict(weights)
+    return model.to(device).train(), lambda imgs, micro: segmentation_loss(model(imgs), micro["labels"].to(device))
+
+
+def build_validation(config: SegmentationConfig, launch: Launch) -> DataLoader:
+    """Images one by one, since they differ in size."""
+    dataset = build_segmentation_dataset(config, "val", Whole(config.short_side))
+    check_statistics(config, dataset, f"{config.data_path} (val)")
+    sampler = EvalBatchSampler(len(dataset), 1, launch.rank, launch.world_size)
+    return build_loader(dataset, sampler, config, launch.device, collate_pairs)
+
+
+def prepare(start: Start) -> tuple[Run, DataLoader]:
+    """Everything before the first step: the run, and the validation images."""
+    launch = start.launch
+    config = complete(start.resolve(choose), start.checkpoint["args"] if start.checkpoint else {})
+    transform = RandomScaleAndCrop(config.input_size, config.short_side, SCALES, config.mean, config.color_jitter)
+    dataset = build_segmentation_dataset(config, "train", transform)
+    check_statistics(config, dataset, f"{config.data_path} (train)")
+    if start.checkpoint is not None:
+        check_class_names(dataset.classes, start.checkpoint["classes"], "the checkpoint to resume")
+    sampler = TrainBatchSampler(
+        len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
+    )
+    loader = build_loader(dataset, sampler, config, launch.device, collate_pairs)
+    validation = build_validation(config, launch)
+    model = build_model(config).to(launch.device)
+    logger.info(
+        "UPerNet on %s at %dx%d, %d classes: %.1f M parameters, %s", config.model, *config.input_size,
+        config.nb_classes, sum(parameter.numel() for parameter in model.parameters()) / 1e6, config.precision,
+    )  # fmt: skip
+    groups = param_groups_layer_decay(model.encoder.swin, config.weight_decay, config.layer_decay, model)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
+    data = {"train": dataset.fingerprint(), "val": validation.dataset.fingerprint()}
+    run = open_run(config, start, model, optimizer, loader, data, model.encoder.load, classes=dataset.classes)
+    return run, validation
+
+
+def train(run: Run, validation: DataLoader) -> None:
+    """All epochs; evaluations and pictures where they are due."""
+    config, model, progress = run.config, run.state.model, run.state.progress
+    scores = None  # after the last epoch
+    while progress.epoch < config.epochs:
+        start, record, best = time.time(), {}, False
+        record["train_lr"] = train_one_epoch(run)
+        finished = progress.epoch + 1
+        if finished % config.eval_every == 0 or finished == config.epochs:
+            scores = evaluate(model, validation, run.normalize, config, run.device)
+            show(run, validation)
+            record |= {"test_miou": scores.miou, "test_pixel_acc": scores.pixel_acc}
+            best = progress.best is None or scores.miou > progress.best
+            progress.best = scores.miou if best else progress.best
+        run.finish_epoch({**record, "seconds": time.time() - start}, best)
+    if scores is None:  # resumed when all was done
+        scores = evaluate(model, validation, run.normalize, config, run.device)
+    if run.folder is not None:
+        run.folder.wait(final=True)  # what the result is said to be of
+    logger.info(describe_result(config, scores, f"{config.output_dir}/checkpoint.pth", len(validation.dataset)))
+    logger.info("best mIoU of all evaluations: %.2f%% (checkpoint-best.pth)", progress.best)
+
+
+@torch.inference_mode()
+def show(run: Run, validation: DataLoader) -> None:
+    """A picture of the first validation images with their label maps, and with what was found (rank 0)."""
+    if not distributed.is_main_process():
+        return
+    dataset, model, found = validation.dataset, run.state.model.eval(), []
+    for index in range(min(PICTURE_IMAGES, len(dataset))):
+        imgs, labels = collate_pairs([dataset[(0, index)]])
+        found.append(predict(model, run.normalize(imgs.to(run.device)), labels.shape[-2:], run.config)[0].cpu())
+    picture = segmentation_picture(dataset, found, run.config.mean, run.config.std)
+    run.log.picture("predictions", picture, f"epoch{run.state.progress.epoch + 1:04d}.png", run.epoch_1000x)
+
+
+def describe_result(config: SegmentationConfig, scores: SegmentationScores, checkpoint: str, images: int) -> str:
+    """One line that stands for itself."""
+    how = f"windows of {config.input_size[0]}x{config.input_size[1]}" if config.slide else "whole images"
+    return (
+        f"result: mIoU {scores.miou:.2f}%, pixel accuracy {scores.pixel_acc:.2f}% of {checkpoint} (UPerNet, "
+        f"{config.model}) on {images} images of {config.data_path}, {how}"
+    )
+
+
+def evaluate_only(given: SegmentationConfig, launch: Launch) -> None:
+    """`--eval`: segment the validation images with the weights of --finetune or --resume."""
+    source = given.finetune or given.resume
+    checkpoint = read_checkpoint_together(source, None)
+    if program_of(checkpoint) != given.PROGRAM:
+        raise CheckpointError(
+            f"{source} is no segmentation model of {given.PROGRAM}: train one with --finetune {source}"
+        )
+    recorded, known = checkpoint["args"], {name: v for name, v in given.as_dict().items() if v is not None}
+    settings = weight_settings(recorded, source, known)
+    config = complete(resolve(given, launch, settings, DEFAULTS), recorded)
+    validation = build_validation(config, launch)
+    check_class_names(validation.dataset.classes, checkpoint["classes"], source)
+    model = build_model(config)
+    model.load_state_dict(checkpoint["model"])
+    keep = None
+    if config.predictions:
+        keep = PredictionFolder(config.predictions, validation.dataset, config.mean, config.std)
+    normalize = Normalize(config.mean, config.std).to(launch.device)
+    scores = evaluate(model.to(launch.device), validation, normalize, config, launch.device, keep)
+    for name, iou in zip(checkpoint["classes"], scores.class_iou):
+        logger.info("IoU %6.2f%%  %s", iou, name)
+    logger.info(describe_result(config, scores, source, len(validation.dataset)))
+
+
+def main(flags: argparse.Namespace) -> None:
+    with user_errors():
+        given, launch = launch_run(SegmentationConfig, flags)
+        if given.eval:
+            evaluate_only(given, launch)
+            distributed.shutdown()
+            return
+        run, validation = prepare(find_start(given, launch))
+    with orderly_end(run):
+        train(run, validation)
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

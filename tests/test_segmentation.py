@@ -1,0 +1,471 @@
+"""Semantic segmentation: label maps, transforms, the head, measures, and whole runs of exp/ade20k/upernet.py."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from photos import PHOTOS, data_args
+from PIL import Image
+from running import fails, read_lines, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from trials import Trial, differences, steps_of
+
+import models_mixmae  # noqa: F401 - registers the models
+from exp.ade20k import upernet
+from exp.ade20k.upernet import SegmentationConfig, build_model, get_args_parser
+from util.data import label_maps
+from util.data.decoding import BadImageError
+from util.data.label_maps import IGNORED, RandomScaleAndCrop, Whole, build_segmentation_dataset
+from util.dense.label_pictures import class_colors, overlay, segmentation_table
+from util.dense.segmentation import confusion_matrix, segmentation_scores, sliding_logits, window_starts
+from util.dense.upernet import UPerNet, enlarge, segmentation_loss
+from util.errors import UserError
+from util.run.checkpoint_folder import CheckpointFolder
+from util.run.flags import given_flags
+from util.weights.file import read_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_pairs(root: Path, counts: dict[str, int], size: tuple[int, int] = (32, 32), nb_classes: int = 3) -> Path:
+    """Scenes as pairs of PNGs: crops of photographs with a dark left and a light right part; their classes 0 and 2, and
+    a band of 1 at the top."""
+    for split, count in counts.items():
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            rng = np.random.default_rng((number, len(split)))
+            photo = np.asarray(Image.open(PHOTOS[number % len(PHOTOS)]).convert("RGB"))
+            top, left = (rng.integers(0, side - own + 1) for side, own in zip(photo.shape, size))
+            pixels = photo[top : top + size[0], left : left + size[1]] // 3
+            edge, band = rng.integers(size[1] // 4, size[1] * 3 // 4), rng.integers(3, size[0] // 2)
+            labels = np.zeros(size, dtype=np.uint8)
+            labels[:, edge:] = 2
+            labels[:band] = 1
+            pixels = pixels + np.array([[0, 0, 0], [0, 160, 0], [160, 0, 160]], dtype=np.uint8)[labels]
+            Image.fromarray(pixels).save(root / "images" / split / f"{number}.png")
+            Image.fromarray(labels).save(root / "masks" / split / f"{number}.png")
+    (root / "classes.txt").write_text("".join(f"class {i}\n" for i in range(nb_classes)))
+    return root
+
+
+def settings(root: Path, **changes) -> Namespace:
+    return data_args(root, **{"nb_classes": 3, "ignore_label": 255, "reduce_zero_label": None, **changes})
+
+
+# --- Label maps ---------------------------------------------------------------------------------------------
+
+
+def test_ade20ks_layout_ignores_0_and_counts_from_1(tmp_path):
+    values = np.arange(151, dtype=np.uint8).reshape(1, 151).repeat(2, 0)
+    for kind, name, pixels in (("images", "a.jpg", values), ("annotations", "a.png", values)):
+        for split in ("training", "validation"):
+            (tmp_path / kind / split).mkdir(parents=True)
+            Image.fromarray(pixels).convert("RGB" if kind == "images" else "L").save(tmp_path / kind / split / name)
+    dataset = build_segmentation_dataset(settings(tmp_path, nb_classes=150), "val", Whole(2))
+    labels = dataset[(0, 0)][1]
+    assert labels[0].tolist() == [IGNORED, *range(150)]
+    numbers = dataset.source.numbers
+    assert numbers.values_of(labels[:, 1:].numpy()).tolist() == values[:, 1:].tolist()
+    # On request the same numbers mean what they mean in pairs
+    dataset = build_segmentation_dataset(settings(tmp_path, nb_classes=151, reduce_zero_label=False), "val", Whole(2))
+    assert dataset[(0, 0)][1].tolist() == values.tolist()
+
+
+def test_label_maps_may_be_grey_palette_binary_or_of_16_bits(tmp_path):
+    values = np.array([[0, 1], [2, 255]], dtype=np.uint8)
+    palette = Image.fromarray(values)
+    palette.putpalette(class_colors(256).tobytes())
+    for name, image, expected in (
+        ("grey", Image.fromarray(values), values),
+        ("palette", palette, values),
+        ("16", Image.fromarray(values.astype(np.uint16) * 200), values.astype(int) * 200),
+        ("1", Image.fromarray(values > 1), values > 1),
+    ):
+        image.save(tmp_path / f"{name}.png")
+        assert label_maps.read_label_map(str(tmp_path / f"{name}.png")).tolist() == expected.astype(int).tolist(), name
+
+
+def test_bad_labels_each_have_their_message(tmp_path):
+    make_pairs(tmp_path, {"train": 2, "val": 2})
+    bad = tmp_path / "masks" / "train" / "1.png"
+    good = np.asarray(Image.open(bad))
+
+    def refused(message: str, pixels: np.ndarray | None = None, **changes) -> None:
+        if pixels is not None:
+            Image.fromarray(pixels).save(bad)
+        with pytest.raises(UserError, match=message):
+            build_segmentation_dataset(settings(tmp_path, **changes), "train", Whole(32))
+        Image.fromarray(good).save(bad)
+
+    file = re.escape(str(bad))
+    refused(rf"1\.png.*label map {file} has 32 x 16 pixels, the image 32 x 32", good[:16])
+    refused(
+        rf"label map {file} has the value \['7'\], which is no class: with --nb_classes 3 these are 0 to 2, and 255 is "
+        "ignored",
+        np.where(good == 2, np.uint8(7), good),
+    )
+    refused("these are 1 to 3, and 0 and 255 is", good + np.uint8(4), reduce_zero_label=True)
+    refused("is RGB: a label map is a grey or palette PNG", np.stack([good] * 3, 2))
+    bad.write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    refused(f"label map {file} cannot be read")
+    Image.fromarray(good.T[:, :20]).save(bad)
+    Image.open(tmp_path / "images" / "train" / "1.png").resize((32, 20)).save(tmp_path / "images" / "train" / "1.png")
+    with pytest.raises(BadImageError, match="turned by its EXIF tag: --ignore_exif"):
+        build_segmentation_dataset(settings(tmp_path), "train", Whole(32))
+    bad.unlink()
+    refused(r"1 of the 2 images in .*images/train have no label map in .*masks/train: \['1\.png'\]")
+    Image.fromarray(good).save(bad)
+    with pytest.raises(UserError, match="label no pixel: in a sample of 2, all pixels are 255, which is ignored"):
+        for name in ("0", "1"):
+            Image.fromarray(np.full_like(good, 255)).save(bad.with_name(f"{name}.png"))
+            make_photo = Image.fromarray(np.zeros((*good.shape, 3), np.uint8))
+            make_photo.save(tmp_path / "images" / "train" / f"{name}.png")
+        build_segmentation_dataset(settings(tmp_path), "train", Whole(32))
+
+
+def test_bad_folders_and_names_each_have_their_message(tmp_path):
+    with pytest.raises(UserError, match="has no label maps: neither annotations/ nor masks/; there must be"):
+        label_maps.find_layout(str(tmp_path))
+    make_pairs(tmp_path, {"train": 2})
+    with pytest.raises(UserError, match="images/val does not exist: the val images are in"):
+        build_segmentation_dataset(settings(tmp_path), "val", Whole(32))
+    assert label_maps.number_of_classes(str(tmp_path), None) == 3
+    with pytest.raises(UserError, match=r"--nb_classes is 4, but .* names 3 classes: .'class 0'"):
+        label_maps.number_of_classes(str(tmp_path), 4)
+    (tmp_path / "classes.txt").write_text("one\none\n")
+    with pytest.raises(UserError, match="has a name twice"):
+        label_maps.number_of_classes(str(tmp_path), None)
+    (tmp_path / "classes.txt").unlink()
+    with pytest.raises(UserError, match="--nb_classes is missing: give the number of classes, or their names in"):
+        label_maps.number_of_classes(str(tmp_path), None)
+    (tmp_path / "annotations").mkdir()
+    with pytest.raises(UserError, match="has both annotations/ and masks/"):
+        label_maps.find_layout(str(tmp_path))
+
+
+# --- Transforms ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(40, 60), (16, 16), (9, 70)])
+def test_image_and_labels_are_cut_alike(size):
+    """Where an image's values are its labels, they still are afterwards, away from edges; padding is ignored."""
+    transform = RandomScaleAndCrop((32, 48), 32, (0.5, 2.0), fill=(0.5, 0.5, 0.5))
+    labels = torch.zeros(size, dtype=torch.uint8)
+    labels[size[0] // 2 :, size[1] // 3 :] = 100
+    image = labels.expand(3, -1, -1)
+    seen = set()
+    for seed in range(40):
+        random.seed(seed)
+        cut, found = transform(image, labels)
+        assert cut.shape == (3, 32, 48) and cut.dtype == torch.uint8 and found.shape == (32, 48)
+        padded = found == IGNORED
+        assert (cut[:, padded] == 128).all()
+        inner = found[~padded.all(1)][:, ~padded.all(0)]
+        assert (inner != IGNORED).all()  # only whole rows and columns, at the right and bottom
+        assert not padded[0, 0]
+        agree = (cut[0].int() - found.int()).abs() < 50
+        assert agree[~padded].float().mean() > 0.8
+        seen.add((inner.shape, bool(inner[-1, -1]), bool(inner[-1, 0])))
+    assert len(seen) > 3
+
+
+def test_a_crop_shows_more_than_one_class_where_it_can():
+    labels = torch.zeros(64, 64, dtype=torch.uint8)
+    labels[:, 48:] = 1
+    transform = RandomScaleAndCrop((16, 16), 64, (1.0, 1.0), fill=(0.0,))
+    shares = []
+    for seed in range(30):
+        random.seed(seed)
+        found = transform(labels[None], labels)[1]
+        shares.append(found.float().mean().item())
+    assert np.mean([0.25 <= share <= 0.75 for share in shares]) > 0.5  # without looking: 0.18
+
+
+def test_evaluation_leaves_the_labels_as_they_are():
+    image, labels = torch.zeros(3, 40, 60, dtype=torch.uint8), torch.zeros(40, 60, dtype=torch.uint8)
+    scaled, same = Whole(20)(image, labels)
+    assert scaled.shape == (3, 20, 30) and same is labels
+    assert Whole(20)(torch.zeros(3, 10, 4000, dtype=torch.uint8), labels)[0].shape == (3, 1, 80)
+
+
+# --- Measures and windows -----------------------------------------------------------------------------------
+
+
+def test_scores_equal_a_count_by_hand():
+    rng = np.random.default_rng(0)
+    labels = rng.choice([0, 1, 2, 3, IGNORED], (3, 20, 30)).astype(np.uint8)
+    predicted = rng.choice([0, 1, 2, 4], labels.shape).astype(np.uint8)
+    confusion = sum(confusion_matrix(torch.tensor(a), torch.tensor(b), 6) for a, b in zip(labels, predicted))
+    ious, right, counted = [], 0, 0
+    for c in range(6):
+        both = either = 0
+        for a, b in zip(labels.ravel().tolist(), predicted.ravel().tolist()):
+            if a == IGNORED:
+                continue
+            both += a == c and b == c
+            either += a == c or b == c
+            counted += c == 0
+            right += c == 0 and a == b
+        ious.append(100 * both / either if either else float("nan"))
+    scores = segmentation_scores(confusion)
+    assert scores.class_iou == pytest.approx(ious, nan_ok=True) and np.isnan(scores.class_iou[5])
+    assert scores.class_iou[3] == scores.class_iou[4] == 0  # only labelled, only predicted
+    assert scores.miou == pytest.approx(np.mean(ious[:5]))
+    assert scores.pixel_acc == pytest.approx(100 * right / counted)
+    assert np.isnan(segmentation_scores(torch.zeros(3, 3)).miou)
+
+
+def test_windows_cover_every_pixel():
+    for side in range(1, 40):
+        for window, stride in ((16, 11), (16, 16), (7, 3)):
+            starts = window_starts(side, window, stride)
+            covered = np.zeros(side, dtype=int)
+            for start in starts:
+                covered[start : start + window] += 1
+            assert covered.min() >= 1 and starts[-1] == max(0, side - window) and len(set(starts)) == len(starts)
+
+
+def test_sliding_windows_average_and_equal_the_whole_image_where_one_suffices():
+    imgs = torch.randn(2, 3, 20, 33)
+    by_pixel = nn.Conv2d(3, 5, 1)
+    with torch.no_grad():
+        for window in ((20, 33), (64, 64), (8, 12), (7, 64)):
+            logits = sliding_logits(by_pixel, imgs, window, tuple(max(1, 2 * side // 3) for side in window))
+            torch.testing.assert_close(logits, by_pixel(imgs))
+
+        def contextual(x):
+            return by_pixel(x) + x.mean((2, 3), keepdim=True)[:, :1]
+
+        assert torch.equal(sliding_logits(contextual, imgs, (20, 33), (13, 22)), contextual(imgs))
+        two = sliding_logits(contextual, imgs, (20, 22), (13, 11))
+        left, right = contextual(imgs[..., :22]), contextual(imgs[..., 11:])
+        torch.testing.assert_close(two[..., :11], left[..., :11])
+        torch.testing.assert_close(two[..., 11:22], (left[..., 11:] + right[..., :11]) / 2)
+
+
+def test_pictures_show_classes_in_colours_over_grey_with_a_legend():
+    colors = class_colors(254)
+    assert len({tuple(color) for color in colors.tolist()}) > 200
+    assert len({tuple(color) for color in colors[:64].tolist()}) == 64
+    image = np.zeros((1, 2, 3), np.uint8) + np.array([60, 100, 140], np.uint8)
+    picture = overlay(image, np.array([[1, IGNORED]], np.uint8), colors, opacity=0.5)
+    assert picture[0, 1].tolist() == [100, 100, 100]
+    assert np.abs(picture[0, 0] - (100.0 + colors[1]) / 2).max() <= 1
+    classes = np.array([[0, 1], [1, 2]], np.uint8)
+    table = segmentation_table([(np.zeros((2, 2, 3), np.uint8), [classes, classes])], "abc", ["x", "y" * 90, "z" * 90])
+    assert {tuple(color) for color in colors[:3].tolist()} <= {color for _, color in table.getcolors(1 << 20)}
+
+
+# --- The model ----------------------------------------------------------------------------------------------
+
+
+def small_model(**changes) -> UPerNet:
+    flags = ("--model", "swin_quickstart", "--data_path", "-", "--head_channels", "32", "--drop_path", "0")
+    given = given_flags(SegmentationConfig, get_args_parser().parse_args(list(flags)))
+    config = replace(given, **{"in_chans": 3, "input_size": (32, 32), "patch_size": 2, "nb_classes": 3, **changes})
+    model = build_model(replace(config, precision="fp32"))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 61), (20, 100), (1, 7)])
+def test_logits_are_as_large_as_the_image(size):
+    model = small_model()
+    assert model.eval()(torch.randn(1, 3, *size)).shape == (1, 3, *size)
+    assert [tuple(x.shape) for x in model.train()(torch.randn(2, 3, *size))] == [(2, 3, *size)] * 2
+
+
+def test_maps_stay_aligned_where_grids_are_odd():
+    """Enlarged and cut, a map's cell lies over the pixels that it was made of."""
+    ramp = torch.arange(12.0).view(1, 1, 1, 12)
+    coarse = nn.functional.avg_pool2d(nn.functional.pad(ramp, (0, 4, 0, 0), mode="replicate"), (1, 4))
+    found = enlarge(coarse, 4, ramp.shape[-2:])
+    assert found.shape == ramp.shape
+    torch.testing.assert_close(found[..., 2:8], ramp[..., 2:8])
+
+
+def test_a_step_does_not_depend_on_how_its_images_are_divided_and_every_parameter_learns():
+    torch.manual_seed(0)
+    model, imgs = small_model().train(), torch.randn(4, 3, 32, 32)
+    labels = torch.randint(0, 3, (4, 32, 32), dtype=torch.uint8)
+    labels[0] = IGNORED  # an image of which nothing counts
+    segmentation_loss(model(imgs), labels).backward()
+    whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert all(gradient.any() for gradient in whole.values())
+    model.zero_grad()
+    for part in (slice(0, 1), slice(1, 4)):
+        share = (part.stop - part.start) / 4
+        (segmentation_loss(model(imgs[part]), labels[part]) * share).backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, whole[name], rtol=1e-3, atol=1e-6)
+
+
+def test_ignored_pixels_never_count():
+    logits = [torch.randn(2, 3, 4, 4, requires_grad=True) for _ in range(2)]
+    labels = torch.randint(0, 3, (2, 4, 4), dtype=torch.uint8)
+    ignored = torch.rand(2, 4, 4) < 0.5
+    labels[ignored] = IGNORED
+    segmentation_loss(tuple(logits), labels).backward()
+    for x in logits:
+        assert not x.grad.permute(0, 2, 3, 1)[ignored].any() and x.grad.permute(0, 2, 3, 1)[~ignored].any()
+    nothing = segmentation_loss(tuple(logits), torch.full_like(labels, IGNORED))
+    assert nothing == 0
+
+
+# --- Whole runs ---------------------------------------------------------------------------------------------
+
+RECIPE = (
+    *("--model", "swin_quickstart", "--input_size", 32, "--patch_size", 2, "--head_channels", 32, "--device", "cpu"),
+    *("--num_workers", 0, "--batch_size", 4, "--warmup_epochs", 1, "--lr", "2e-3", "--print_freq", 1),
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with `data`, photographs of which 8 train and 3 of other sizes validate, and `reference`, a run."""
+    place = tmp_path_factory.mktemp("segmentation")
+    make_pairs(place / "data", {"train": 8, "val": 1})
+    for number, size in enumerate(((40, 32), (32, 70)), start=1):
+        more = make_pairs(place / "more", {"val": 1}, size)
+        for kind in ("images", "masks"):
+            (more / kind / "val" / "0.png").rename(place / "data" / kind / "val" / f"{number}.png")
+    flags = ("--data_path", place / "data", "--epochs", 2, "--save_steps", 1)
+    Trial(place, *RECIPE, *flags, "--output_dir", place / "reference", main=upernet).finish()
+    return place
+
+
+def test_killed_and_resumed_the_weights_are_those_of_an_uninterrupted_run(place, tmp_path):
+    flags = (*RECIPE, "--data_path", place / "data", "--epochs", 2, "--save_steps", 1, "--output_dir", tmp_path)
+
+    def slow(_: int) -> None:  # so that the kill comes in time
+        def save(self, *args, saved=CheckpointFolder.save, **kwargs):
+            saved(self, *args, **kwargs)
+            self.wait()
+            time.sleep(0.5)
+
+        CheckpointFolder.save = save
+
+    trial = Trial(tmp_path, *flags, main=upernet, sabotage=slow)
+    while not (tmp_path / "checkpoint-00000003.pth").exists() and not trial.poll():
+        time.sleep(0.01)
+    trial.kill()
+    assert trial.wait() == [-signal.SIGKILL], trial.output
+    said = Trial(tmp_path, *flags, "--resume", "auto", main=upernet).finish()
+    assert "resumed at epoch 1 step 1 (optimizer step 3" in said
+    assert differences(tmp_path, place / "reference") == []
+
+
+def test_evaluation_equals_a_count_by_hand_on_what_it_wrote(place, tmp_path, capsys):
+    """And does not depend on how images are gone over, where one window takes them whole."""
+    flags = ("--eval", "--finetune", place / "reference/checkpoint.pth", "--data_path", place / "data")
+    run(upernet, *flags, "--predictions", tmp_path, "--num_workers", 0, "--device", "cpu")
+    said = capsys.readouterr().out
+    both, either, right, total = np.zeros(3), np.zeros(3), 0, 0
+    for path in sorted((place / "data/masks/val").iterdir()):
+        labels, found = np.asarray(Image.open(path)), np.asarray(Image.open(tmp_path / "labels" / path.name))
+        assert Image.open(tmp_path / "overlays" / path.name).size == Image.open(path).size
+        for c in range(3):
+            both[c] += ((labels == c) & (found == c)).sum()
+            either[c] += ((labels == c) | (found == c)).sum()
+        right, total = right + (labels == found).sum(), total + labels.size
+    miou = np.mean((100 * both / either)[either > 0])
+    assert f"mIoU {miou:.2f}%, pixel accuracy {100 * right / total:.2f}% of" in said and "3 images" in said
+    assert f"{100 * both[2] / either[2]:6.2f}%  class 2" in said
+    last = read_lines(place / "reference/log.txt")[-1]
+    assert last["test_miou"] == pytest.approx(miou) and last["test_pixel_acc"] == pytest.approx(100 * right / total)
+    run(upernet, *flags, "--slide", "--input_size", 32, 70, "--short_side", 32, "--num_workers", 0, "--device", "cpu")
+    assert "windows of 32x70" in capsys.readouterr().out
+    assert sorted(os.listdir(place / "reference/predictions")) == ["epoch0001.png", "epoch0002.png"]
+    assert len(EventAccumulator(str(place / "reference")).Reload().Images("predictions")) == 2
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_and_measure_the_same(place, tmp_path):
+    flags = (*RECIPE, "--data_path", place / "data", "--epochs", 1, "--drop_path", 0, "--batch_size", 2)
+    Trial(tmp_path, *flags, "--accum_iter", 2, "--output_dir", tmp_path / "one", main=upernet).finish()
+    Trial(tmp_path, *flags, "--output_dir", tmp_path / "two", main=upernet, ranks=2).finish()
+    for a, b in zip(steps_of(tmp_path / "one"), steps_of(tmp_path / "two"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+    evaluation = ("--eval", "--finetune", tmp_path / "one/checkpoint.pth", "--data_path", place / "data")
+    results = []
+    for ranks in (1, 2):
+        said = Trial(tmp_path, *evaluation, "--num_workers", 0, "--device", "cpu", main=upernet, ranks=ranks).finish()
+        results.append([line[11:] for line in said.splitlines() if "IoU" in line])
+    assert results[0] == results[1] and len(results[0]) == 4
+
+
+@pytest.mark.slow
+def test_eight_images_are_learned_by_heart(tmp_path, capsys):
+    data = make_pairs(tmp_path / "data", {"train": 8})
+    for kind in ("images", "masks"):
+        shutil.copytree(data / kind / "train", data / kind / "val")
+    flags = (*RECIPE, "--batch_size", 8, "--epochs", 60, "--eval_every", 60, "--save_every", 60, "--drop_path", 0)
+    run(upernet, *flags, "--data_path", data, "--output_dir", tmp_path / "out", "--layer_decay", 1)
+    assert read_lines(tmp_path / "out/log.txt")[-1]["test_miou"] > 80
+
+
+def test_an_encoder_is_taken_from_pretraining_and_from_another_segmenter(place, tmp_path, capsys):
+    model = timm.create_model("mixmae_quickstart", img_size=32, patch_size=2, in_chans=3)
+    torch.save(
+        {"model": model.state_dict(), "args": {"model": "mixmae_quickstart", "patch_size": 2}}, tmp_path / "a.pth"
+    )
+    flags = (*RECIPE, "--data_path", place / "data", "--epochs", 1, "--lr", 0, "--warmup_epochs", 0, "--save_every", 9)
+    for source, expected in ((tmp_path / "a.pth", model.state_dict()), (place / "reference/checkpoint.pth", None)):
+        out = tmp_path / f"out-{source.stem}"
+        run(upernet, *flags, "--finetune", source, "--output_dir", out)
+        weights = read_checkpoint(out / "checkpoint.pth")["model"]
+        expected = expected or {
+            name.split("body.model.")[1]: tensor
+            for name, tensor in read_checkpoint(source)["model"].items()
+            if "body.model." in name
+        }
+        own = {name.split("body.model.")[1]: tensor for name, tensor in weights.items() if "body.model." in name}
+        assert len(own) > 50 and all(torch.equal(tensor, expected[name]) for name, tensor in own.items())
+        assert f"loaded {len(own)} tensors from {source}" in capsys.readouterr().out
+
+
+def test_mistakes_are_explained_before_training(place, tmp_path, capfd):
+    flags = (*RECIPE, "--epochs", 1, "--output_dir", tmp_path / "out")
+    fails(upernet, capfd, "--data_path is missing: give a folder with images/ and annotations/", *flags)
+    flags = (*flags, "--data_path", place / "data")
+    fails(upernet, capfd, "--nb_classes is 5, but .* names 3 classes", *flags, "--nb_classes", 5)
+    fails(upernet, capfd, "--head_channels must be a multiple of 32, got 40", *flags, "--head_channels", 40)
+    fails(upernet, capfd, "--predictions goes with --eval", *flags, "--predictions", tmp_path)
+    classifier = tmp_path / "classifier.pth"
+    torch.save({"model": {}, "args": {"nb_classes": 3}}, classifier)
+    fails(
+        upernet, capfd, "is no segmentation model of exp/ade20k/upernet.py", *flags, "--eval", "--finetune", classifier
+    )
+    other = shutil.copytree(place / "data", tmp_path / "other")
+    (other / "classes.txt").write_text("class 0\nclass 2\nclass 1\n")
+    message = r"classes of the data are not those of .*checkpoint.pth: \['class 2 / class 1', 'class 1 / class 2'\]"
+    checkpoint = place / "reference/checkpoint.pth"
+    fails(upernet, capfd, message, *flags, "--data_path", other, "--eval", "--finetune", checkpoint)
+
+
+@pytest.mark.parametrize("script", ["finetune.sh", "eval.sh"])
+def test_the_recipe_for_ade20k_is_made_of_flags_that_exist(script, tmp_path):
+    command = ["sh", str(ROOT / "exp/ade20k" / script), "print", "4", str(tmp_path)]
+    program, *flags = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert program == SegmentationConfig.PROGRAM
+    config = given_flags(SegmentationConfig, get_args_parser().parse_args(flags))
+    assert config.data_path == str(tmp_path) and config.eval == (script == "eval.sh")
+    if not config.eval:
+        assert (config.batch_size * config.accum_iter * 4, config.nb_classes, config.input_size) == (16, 150, (512,))

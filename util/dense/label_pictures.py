@@ -1,0 +1,124 @@
+"""Label maps as pictures for people, and predicted ones as files."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from util.data.datasets import ImageDataset
+from util.data.decoding import decoded
+from util.data.label_maps import IGNORED, LabelMapSource
+from util.dense.drawing import GAP, INK, PAPER, TEXT, as_picture, table_of_images
+from util.errors import unreadable_is_user_error
+
+SIDE = 320  # pixels: smaller images are enlarged by a whole factor
+
+
+def class_colors(number: int) -> np.ndarray:
+    """Colours (number, 3) uint8 for classes: hues a golden section of the circle apart, brighter and darker in turn."""
+    classes = np.arange(number)
+    hue, saturation, value = classes * 0.618034 % 1, 0.9 - 0.15 * (classes // 3 % 3), 1 - 0.2 * (classes % 3)
+    hsv = (np.stack([hue, saturation, value], axis=1) * 255).round().astype(np.uint8)
+    return np.asarray(Image.fromarray(hsv[None], "HSV").convert("RGB"))[0]
+
+
+def overlay(image: np.ndarray, classes: np.ndarray, colors: np.ndarray, opacity: float = 0.6) -> np.ndarray:
+    """A picture (h, w, 3) in grey, with its classes (h, w) in colours over it; where they are IGNORED, without."""
+    labelled = classes != IGNORED
+    picture = image.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    picture[labelled] += opacity * (colors[classes[labelled]] - picture[labelled])
+    return picture.round().astype(np.uint8)
+
+
+def segmentation_table(
+    rows: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]], titles: Sequence[str], names: Sequence[str]
+) -> Image.Image:
+    """A table of images (h, w, 3), in each row one and then its label maps (h, w), over a legend of the classes.
+
+    Args:
+        rows: an image and its label maps.
+        titles: of the columns.
+        names: of all classes; those that occur are in the legend.
+    """
+    colors, pictures, found = class_colors(len(names)), [], set()
+    for image, label_maps in rows:
+        factor = max(1, round(SIDE / max(image.shape[:2])))
+        columns = [image, *(overlay(image, classes, colors) for classes in label_maps)]
+        pictures.append([Image.fromarray(column.repeat(factor, 0).repeat(factor, 1)) for column in columns])
+        found |= {number for classes in label_maps for number in np.unique(classes[classes != IGNORED]).tolist()}
+    table = table_of_images(pictures, titles)
+    legend = draw_legend([(names[number], tuple(colors[number].tolist())) for number in sorted(found)], table.width)
+    page = Image.new("RGB", (table.width, table.height + legend.height), PAPER)
+    page.paste(table, (0, 0))
+    page.paste(legend, (0, table.height))
+    return page
+
+
+def draw_legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> Image.Image:
+    """Names, each beside a square of its colour, in as many lines as they need."""
+    font, line = ImageFont.load_default(TEXT), TEXT + GAP // 2
+    places, left, top = [], GAP, 0
+    for name, color in entries:
+        right = left + line + round(font.getlength(name)) + GAP
+        if right > width and left > GAP:
+            left, top = GAP, top + line
+            right = left + line + round(font.getlength(name)) + GAP
+        places.append((left, top, name, color))
+        left = right
+    page = Image.new("RGB", (width, top + line + GAP), PAPER)
+    draw = ImageDraw.Draw(page)
+    for left, top, name, color in places:
+        draw.rectangle([left, top, left + TEXT - 2, top + TEXT - 2], fill=color)
+        draw.text((left + line, top - 2), name, fill=INK, font=font)
+    return page
+
+
+def segmentation_picture(
+    dataset: ImageDataset, predicted: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]
+) -> Image.Image:
+    """The first images of a data set of a `LabelMapSource`, with their label maps and with what was predicted.
+
+    Args:
+        predicted: classes (h, w) of each of these images.
+        mean, std: of the images, see `as_picture`.
+    """
+    rows = []
+    for index, classes in enumerate(predicted):
+        image, labels = dataset.source.read(index)
+        pixels = as_picture(decoded(dataset.pixels.convert(image)), mean, std)
+        rows.append((pixels, [labels.numpy(), classes.numpy()]))
+    return segmentation_table(rows, ["image", "label map", "predicted"], dataset.classes)
+
+
+class PredictionFolder:
+    """Writes predicted classes (h, w) of image `index`: `keep(index, classes)`.
+
+    labels/NAME.png is a label map with the numbers of the data set's own; overlays/NAME.png shows it over the image.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+
+    def __init__(self, folder: str, dataset: ImageDataset, mean: Sequence[float], std: Sequence[float]):
+        self.folder, self.dataset, self.mean, self.std = Path(folder), dataset, mean, std
+        self.colors = class_colors(len(dataset.classes))
+        with self._writing():  # while an evaluation is not yet lost
+            (self.folder / "labels").mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, index: int, classes: Tensor) -> None:
+        source: LabelMapSource = self.dataset.source
+        values = Image.fromarray(source.numbers.values_of(classes.numpy()))
+        image = decoded(self.dataset.pixels.convert(source.read(index)[0]))
+        pixels = as_picture(image, self.mean, self.std)
+        picture = Image.fromarray(overlay(pixels, classes.numpy(), self.colors))
+        for kind, image in (("labels", values), ("overlays", picture)):
+            path = self.folder / kind / source.label_name(index)
+            with self._writing():
+                os.makedirs(path.parent, exist_ok=True)
+                image.save(path)
+
+    def _writing(self):
+        return unreadable_is_user_error(f"--predictions {self.folder} cannot be written")
