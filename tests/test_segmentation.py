@@ -1,5 +1,6 @@
 """Semantic segmentation: label maps, transforms, the head, measures, and whole runs of exp/ade20k/upernet.py."""
 
+import itertools
 import os
 import random
 import re
@@ -23,8 +24,9 @@ from torch import nn
 from trials import Trial, differences, steps_of
 
 import models_mixmae  # noqa: F401 - registers the models
-from exp.ade20k import upernet
+from exp.ade20k import engine_upernet, upernet
 from exp.ade20k.upernet import SegmentationConfig, build_model, get_args_parser
+from util import replay
 from util.data import label_maps
 from util.data.decoding import BadImageError
 from util.data.label_maps import IGNORED, RandomScaleAndCrop, Whole, build_segmentation_dataset
@@ -35,6 +37,7 @@ from util.errors import UserError
 from util.run.checkpoint_folder import CheckpointFolder
 from util.run.flags import given_flags
 from util.weights.file import read_checkpoint
+from util.weights.source import read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -357,7 +360,7 @@ def test_killed_and_resumed_the_weights_are_those_of_an_uninterrupted_run(place,
         def save(self, *args, saved=CheckpointFolder.save, **kwargs):
             saved(self, *args, **kwargs)
             self.wait()
-            time.sleep(0.5)
+            time.sleep(0.3)
 
         CheckpointFolder.save = save
 
@@ -369,6 +372,20 @@ def test_killed_and_resumed_the_weights_are_those_of_an_uninterrupted_run(place,
     said = Trial(tmp_path, *flags, "--resume", "auto", main=upernet).finish()
     assert "resumed at epoch 1 step 1 (optimizer step 3" in said
     assert differences(tmp_path, place / "reference") == []
+
+
+def test_a_step_that_ended_a_run_can_be_run_again(place, tmp_path):
+    def spoil(_: int) -> None:
+        real, calls = engine_upernet.segmentation_loss, itertools.count(1)
+        engine_upernet.segmentation_loss = lambda *args: real(*args) * (float("nan") if next(calls) == 3 else 1)
+
+    flags = (*RECIPE, "--data_path", place / "data", "--epochs", 2, "--nan_dump", "--output_dir", tmp_path)
+    said = Trial(tmp_path, *flags, main=upernet, sabotage=spoil).finish(1)
+    assert "the loss of rank 0 is not finite at epoch 1 step 1" in said
+    lines = list(replay.replay(replay.read_dump(tmp_path / "nan_dump_rank0.pth"), torch.device("cpu")))
+    third = steps_of(place / "reference")[2]
+    assert f"micro-batch 0: 4 images, loss {third['loss']:.6g} (finite)" in lines
+    assert f"micro-batch 0: gradient norm {third['grad_norm']:.4g}" in lines
 
 
 def test_evaluation_equals_a_count_by_hand_on_what_it_wrote(place, tmp_path, capsys):
@@ -422,23 +439,23 @@ def test_eight_images_are_learned_by_heart(tmp_path, capsys):
 
 
 def test_an_encoder_is_taken_from_pretraining_and_from_another_segmenter(place, tmp_path, capsys):
+    def encoder_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name.split("body.model.")[1]: tensor for name, tensor in weights.items() if "body.model." in name}
+
     model = timm.create_model("mixmae_quickstart", img_size=32, patch_size=2, in_chans=3)
-    torch.save(
-        {"model": model.state_dict(), "args": {"model": "mixmae_quickstart", "patch_size": 2}}, tmp_path / "a.pth"
-    )
+    settings = {"model": "mixmae_quickstart", "patch_size": 2}
+    torch.save({"model": model.state_dict(), "args": settings}, tmp_path / "a.pth")
     flags = (*RECIPE, "--data_path", place / "data", "--epochs", 1, "--lr", 0, "--warmup_epochs", 0, "--save_every", 9)
-    for source, expected in ((tmp_path / "a.pth", model.state_dict()), (place / "reference/checkpoint.pth", None)):
-        out = tmp_path / f"out-{source.stem}"
-        run(upernet, *flags, "--finetune", source, "--output_dir", out)
-        weights = read_checkpoint(out / "checkpoint.pth")["model"]
-        expected = expected or {
-            name.split("body.model.")[1]: tensor
-            for name, tensor in read_checkpoint(source)["model"].items()
-            if "body.model." in name
-        }
-        own = {name.split("body.model.")[1]: tensor for name, tensor in weights.items() if "body.model." in name}
-        assert len(own) > 50 and all(torch.equal(tensor, expected[name]) for name, tensor in own.items())
-        assert f"loaded {len(own)} tensors from {source}" in capsys.readouterr().out
+    run(upernet, *flags, "--finetune", tmp_path / "a.pth", "--output_dir", tmp_path / "out")
+    own = encoder_of(read_checkpoint(tmp_path / "out/checkpoint.pth")["model"])
+    assert f"loaded {len(own)} tensors from {tmp_path / 'a.pth'}" in capsys.readouterr().out
+    assert len(own) > 50 and all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in own.items())
+
+    other = small_model()
+    other.encoder.load(*read_weights(place / "reference/checkpoint.pth"))
+    expected = encoder_of(read_checkpoint(place / "reference/checkpoint.pth")["model"])
+    own = encoder_of(other.state_dict())
+    assert own.keys() == expected.keys() and all(torch.equal(own[name], expected[name]) for name in own)
 
 
 def test_mistakes_are_explained_before_training(place, tmp_path, capfd):

@@ -1,6 +1,7 @@
 """One epoch of training a segmentation model, and exact evaluation."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,14 @@ from util.run.optim import adjust_learning_rate, autocast, backward, clip_and_st
 from util.run.progress import with_progress
 from util.run.session import Run
 from util.seeding import seed_all
+
+
+class EvaluationSettings(Protocol):
+    """How images are gone over."""
+
+    precision: str
+    slide: bool  # in windows of `input_size`, two thirds apart, instead of whole images
+    input_size: tuple[int, int]
 
 
 def train_one_epoch(run: Run) -> float:
@@ -55,13 +64,12 @@ def train_one_epoch(run: Run) -> float:
     return lr
 
 
-def predict(model: UPerNet, imgs: Tensor, size: tuple[int, int], config) -> Tensor:
+def predict(model: UPerNet, imgs: Tensor, size: tuple[int, int], config: EvaluationSettings) -> Tensor:
     """The class of each pixel, (B, *size) uint8, of normalised images (B, C, H, W).
 
     Args:
         model: in evaluation mode, not wrapped.
-        size: of the result; the model's answers are enlarged to it.
-        config: `precision`, and `slide`: whether to go over the image in windows of `input_size`, two thirds apart.
+        size: of the result; logits are enlarged to it.
     """
     # Images differ in size, and are not worth compiling for.
     with torch.compiler.set_stance("force_eager"), autocast(config.precision, imgs.device):
@@ -78,7 +86,7 @@ def evaluate(
     model: UPerNet,
     loader: DataLoader,
     normalize: Normalize,
-    config,
+    config: EvaluationSettings,
     device: torch.device,
     keep: Callable[[int, Tensor], None] | None = None,
 ) -> SegmentationScores:
@@ -90,7 +98,6 @@ def evaluate(
     Args:
         model: not wrapped.
         loader: of one image at a time, with an `EvalBatchSampler`.
-        config: see `predict`.
         keep: is given the number of each image of this rank and its classes (h, w), on the CPU.
 
     Raises:

@@ -250,7 +250,7 @@ def evaluate_only(given: SegmentationConfig, launch: Launch) -> None:
     config = complete(resolve(given, launch, settings, DEFAULTS), recorded)
     validation = build_validation(config, launch)
     check_class_names(validation.dataset.classes, checkpoint["classes"], source)
-    model = build_model(config)
+    model = build_model(replace(config, input_size=tuple(recorded["input_size"])))  # of the size that it was trained at
     model.load_state_dict(checkpoint["model"])
     keep = None
     if config.predictions:

@@ -14,7 +14,7 @@ from util.data.label_maps import IGNORED, LabelMapSource
 from util.dense.drawing import GAP, INK, PAPER, TEXT, as_picture, table_of_images
 from util.errors import unreadable_is_user_error
 
-SIDE = 320  # pixels: smaller images are enlarged by a whole factor
+SIDE, LONGEST = 320, 640  # pixels: smaller images are enlarged by a whole factor, larger ones thinned out
 
 
 def class_colors(number: int) -> np.ndarray:
@@ -45,9 +45,11 @@ def segmentation_table(
     """
     colors, pictures, found = class_colors(len(names)), [], set()
     for image, label_maps in rows:
-        factor = max(1, round(SIDE / max(image.shape[:2])))
+        longest = max(image.shape[:2])
+        factor, step = max(1, round(SIDE / longest)), -(-longest // LONGEST)
         columns = [image, *(overlay(image, classes, colors) for classes in label_maps)]
-        pictures.append([Image.fromarray(column.repeat(factor, 0).repeat(factor, 1)) for column in columns])
+        columns = [column[::step, ::step].repeat(factor, 0).repeat(factor, 1) for column in columns]
+        pictures.append([Image.fromarray(column) for column in columns])
         found |= {number for classes in label_maps for number in np.unique(classes[classes != IGNORED]).tolist()}
     table = table_of_images(pictures, titles)
     legend = draw_legend([(names[number], tuple(colors[number].tolist())) for number in sorted(found)], table.width)
