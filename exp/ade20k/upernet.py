@@ -108,7 +108,6 @@ class SegmentationConfig(DenseConfig):
     slide: bool = flag(
         False, "evaluate in windows of --input_size, two thirds apart, instead of whole images", on_resume=FREE
     )
-    eval_every: int = flag(1, "evaluate every N epochs, and after the last one", "EPOCHS", AT_LEAST_1, on_resume=FREE)
     predictions: str = flag(
         "", "with --eval: write label maps and pictures of all images into this folder", "DIR", on_resume=FREE
     )
@@ -197,10 +196,9 @@ def train(run: Run, validation: DataLoader) -> None:
     config, model, progress = run.config, run.state.model, run.state.progress
     scores = None  # after the last epoch
     while progress.epoch < config.epochs:
-        start, record, best = time.time(), {}, False
-        record["train_lr"] = train_one_epoch(run)
-        finished = progress.epoch + 1
-        if finished % config.eval_every == 0 or finished == config.epochs:
+        start = time.time()
+        record, best = {"train_lr": train_one_epoch(run)}, False
+        if config.evaluates_after(progress.epoch):
             scores = evaluate(model, validation, run.normalize, config, run.device)
             show(run, validation)
             record |= {"test_miou": scores.miou, "test_pixel_acc": scores.pixel_acc}
