@@ -149,9 +149,13 @@ def test_bad_folders_and_names_each_have_their_message(tmp_path):
     with pytest.raises(UserError, match=r"--nb_classes is 4, but .* names 3 classes: .'class 0'"):
         label_maps.number_of_classes(str(tmp_path), 4)
     (tmp_path / "classes.txt").write_text("one\none\n")
-    with pytest.raises(UserError, match="has a name twice"):
+    with pytest.raises(UserError, match=r"classes.txt has a name twice: .'one'"):
         label_maps.number_of_classes(str(tmp_path), None)
     (tmp_path / "classes.txt").unlink()
+    table = "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1\t1\t2\t1\twall\n2\t0.1\t1\t2\t0\tbuilding, edifice\n"
+    (tmp_path / "objectInfo150.txt").write_text(table)
+    assert label_maps.read_class_names(str(tmp_path)) == ["wall", "building, edifice"]
+    (tmp_path / "objectInfo150.txt").unlink()
     with pytest.raises(UserError, match="--nb_classes is missing: give the number of classes, or their names in"):
         label_maps.number_of_classes(str(tmp_path), None)
     (tmp_path / "annotations").mkdir()

@@ -12,7 +12,6 @@ ignored in both (`--ignore_label`, `--reduce_zero_label`). The classes' names ar
 line, or in ADE20K's objectInfo150.txt.
 """
 
-import csv
 import logging
 import os
 import random
@@ -51,12 +50,11 @@ LONGEST = 4  # a photograph's long side in evaluation, at most, in short sides
 
 @dataclass(frozen=True)
 class Layout:
-    """Folders below `--data_path`: of images and of label maps, with a folder for each split in both."""
+    """A folder `images` and one of label maps, with a folder for each split in both."""
 
     labels: str
     splits: dict[str, str]
     reduce_zero_label: bool
-    images: str = "images"
 
 
 LAYOUTS = (
@@ -71,11 +69,7 @@ def find_layout(data_path: str) -> Layout:
         raise UserError(f"--data_path {data_path} is not a folder: give one with images/ and label maps in it")
     found = [layout for layout in LAYOUTS if (Path(data_path) / layout.labels).is_dir()]
     if len(found) != 1:
-        folders = [
-            f"{layout.images}/{split} and {layout.labels}/{split}"
-            for layout in LAYOUTS
-            for split in [layout.splits["train"]]
-        ]
+        folders = [f"images/{one.splits['train']} and {one.labels}/{one.splits['train']}" for one in LAYOUTS]
         both = "both annotations/ and masks/" if found else "no label maps: neither annotations/ nor masks/"
         raise UserError(f"--data_path {data_path} has {both}; there must be {', or '.join(folders)} in it")
     return found[0]
@@ -83,17 +77,17 @@ def find_layout(data_path: str) -> Layout:
 
 def read_class_names(data_path: str) -> list[str] | None:
     """The names of the classes, in the order of their numbers; None where no file has them. Raises UserError."""
-    plain, table = Path(data_path) / "classes.txt", Path(data_path) / "objectInfo150.txt"
+    path, table = Path(data_path) / "classes.txt", Path(data_path) / "objectInfo150.txt"
     with unreadable_is_user_error(f"cannot read the names of the classes in {data_path}"):
-        if plain.is_file():
-            names = [line.strip() for line in plain.read_text(encoding="utf-8").splitlines() if line.strip()]
-        elif table.is_file():  # ADE20K's: Idx, Ratio, Train, Val, Stuff, Name
-            with open(table, newline="", encoding="utf-8") as file:
-                names = [row["Name"].strip() for row in csv.DictReader(file, delimiter="\t")]
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+        elif table.is_file():  # a heading, then Idx, Ratio, Train, Val, Stuff, Name
+            path, lines = table, [line.split("\t")[-1] for line in table.read_text(encoding="utf-8").splitlines()[1:]]
         else:
             return None
-    if len(names) != len(set(names)):
-        raise UserError(f"{plain} has a name twice: {abbreviate([n for n in names if names.count(n) > 1])}")
+    names = [line.strip() for line in lines if line.strip()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{path} has a name twice: {abbreviate(twice)}")
     return names
 
 
@@ -257,7 +251,7 @@ def build_segmentation_dataset(config: SegmentationSettings, split: str, transfo
     layout = find_layout(config.data_path)
     reduce = layout.reduce_zero_label if config.reduce_zero_label is None else config.reduce_zero_label
     numbers = LabelNumbers(config.nb_classes, config.ignore_label, reduce)
-    images, labels = (Path(config.data_path) / kind / layout.splits[split] for kind in (layout.images, layout.labels))
+    images, labels = (Path(config.data_path) / kind / layout.splits[split] for kind in ("images", layout.labels))
     for folder in (images, labels):
         if not folder.is_dir():
             raise UserError(
