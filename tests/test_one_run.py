@@ -84,6 +84,25 @@ def test_of_twenty_pairs_one_of_each_gets_the_folder(tmp_path):
         assert json.loads((out / ".claim.json").read_text())["process"] == pair[0]
 
 
+def test_two_runs_do_not_share_their_curves(images, tmp_path):
+    """TensorBoard showed one run that went back and forth."""
+    flags = (*RECIPE, "--data_path", images, "--log_dir", tmp_path / "curves", "--output_dir")
+    go = tmp_path / "go"
+    running = Trial(tmp_path, *flags, tmp_path / "one", sabotage=waiting_for(go))
+    while not (tmp_path / "curves" / ".claim.json").exists():
+        assert not running.poll(), running.output
+        time.sleep(0.01)
+    said = Trial(tmp_path, *flags, tmp_path / "two").finish(2)
+    assert "curves is in use by another run: process" in said and "or give another --log_dir" in said
+    go.touch()
+    running.finish()
+    said = Trial(tmp_path, *flags, tmp_path / "two").finish(2)
+    assert f"{tmp_path}/curves holds the curves of another run: give another --log_dir" in said
+    more = ("--resume", "auto", "--epochs", 2, "--resume_force")
+    Trial(tmp_path, *flags, tmp_path / "one", *more).finish()
+    assert not [name for name in os.listdir(tmp_path / "curves") if name.startswith(".")]
+
+
 def test_resuming_twice_at_once_runs_once(images, tmp_path):
     flags = (*RECIPE, "--data_path", images, "--output_dir", tmp_path / "out")
     Trial(tmp_path, *flags).finish()

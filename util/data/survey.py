@@ -29,10 +29,11 @@ class Survey:
     longest_side: int | None  # of any image that was looked at
 
 
-def survey_images(source: Source, reader: str = "") -> Survey:
+def survey_images(source: Source, reader: str = "", in_chans: int | None = None) -> Survey:
     """Look at images from all over `source`; those that cannot be read are left for others to report.
 
-    Raises UserError where arrays have different numbers of channels, or seem to have them first.
+    Where `in_chans` does not say what to read, raises UserError for arrays that have different numbers of channels, or
+    seem to have them first.
     """
     count = len(source)
     shapes = []
@@ -43,14 +44,13 @@ def survey_images(source: Source, reader: str = "") -> Survey:
         except Exception:  # not a file (a tar, a data set of timm's), or whatever Pillow raises on damaged ones
             continue
     channels = Counter(shape[2] for shape in shapes)
-    in_chans = 3 if set(channels) == {1, 3} else next(iter(channels), None)
-    if len(channels) > 1 and set(channels) != {1, 3}:
+    if in_chans is None and len(channels) > 1 and set(channels) != {1, 3}:
         found = ", ".join(f"{number} with {name}" for name, number in sorted(channels.items()))
         raise UserError(
             f"the images have different numbers of channels: of {len(shapes)} that were looked at, {found}; keep one "
             "kind, or say with --in_chans which"
         )
-    if shapes and all(channels_come_first(shape) for shape in shapes):
+    if in_chans is None and shapes and all(channels_come_first(shape) for shape in shapes):
         height, width, number = shapes[0]
         raise UserError(
             f"the images look like arrays (channels, H, W) = {shapes[0]}, and (H, W, channels) is needed: transpose "
@@ -59,7 +59,7 @@ def survey_images(source: Source, reader: str = "") -> Survey:
     sizes = {shape[:2] for shape in shapes}
     return Survey(
         images=count,
-        in_chans=in_chans,
+        in_chans=3 if set(channels) == {1, 3} else next(iter(channels), None),
         size=sizes.pop() if len(sizes) == 1 else None,
         longest_side=max((max(shape[:2]) for shape in shapes), default=None),
     )

@@ -1,6 +1,8 @@
 """What is checked before a run begins, or goes on from a checkpoint."""
 
+import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,19 @@ def refuse_another_programs_run(checkpoint: dict[str, Any], given: TrainingConfi
             f"--resume {given.resume}: {path.parent} holds a run of {program}, which that program continues. To start "
             f"a run of {given.PROGRAM} from its weights, give --finetune {path} and another --output_dir"
         )
+
+
+def refuse_to_mix_curves(given: TrainingConfig) -> None:
+    """Raise a UserError where --log_dir holds the curves of a run in another --output_dir."""
+    if given.log_dir is None or os.path.realpath(given.log_dir) == os.path.realpath(given.output_dir):
+        return
+    try:
+        content = json.loads((Path(given.output_dir) / "config.json").read_text(encoding="utf-8"))
+        own = os.path.realpath(content["config"]["log_dir"])
+    except (OSError, ValueError, TypeError, KeyError):  # a first start
+        own = ""
+    if own != os.path.realpath(given.log_dir) and any(Path(given.log_dir).glob("events.out.tfevents.*")):
+        raise UserError(f"{given.log_dir} holds the curves of another run: give another --log_dir")
 
 
 def check_recipe(checkpoint: dict[str, Any], config: TrainingConfig) -> None:

@@ -131,7 +131,7 @@ def _look_and_choose(
     def look() -> Survey:
         with unreadable_is_user_error(f"cannot read --data_path {given.data_path}"):
             source = open_source(replace(given, in_chans=known.get("in_chans") or 3), "train", require_labels=False)
-        return survey_images(source, given.reader)
+        return survey_images(source, given.reader, known.get("in_chans"))
 
     choices = rules(known, distributed.on_main_process(look), launch.device)
     for reason in choices.reasons:

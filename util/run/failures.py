@@ -25,7 +25,7 @@ from util.data.decoding import BadImageError
 from util.errors import UserError
 from util.run import distributed
 from util.run.distributed import CollectiveError, World
-from util.run.folder_lock import release_folder
+from util.run.folder_lock import release_folders
 from util.run.launch import stated_rank
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def user_errors() -> Iterator[None]:
             with explain_collective_failures(), explain_worker_failures():
                 yield
         except BaseException:
-            release_folder()
+            release_folders()
             raise
     except (UserError, CollectiveError, WorkerError) as error:
         rank, has_companions = stated_rank(os.environ)

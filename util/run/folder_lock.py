@@ -88,13 +88,15 @@ class Owner:
 class FolderLock:
     """Makes `folder` if need be and takes it for this process, until `release()` or the end of the process.
 
+    flag: which named it, for messages.
+
     Raises:
         FolderInUseError: another run has it; says which.
         UserError: the folder cannot be made or written to.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, flag: str = "--output_dir"):
+        self.folder, self.flag = Path(folder), flag
         self.own = Owner.this_process(os.environ)
         self.lock, self.claim = self.folder / ".lock", self.folder / ".claim.json"
         self.temporary = self.folder / f".claim.json.{self.own.host}.tmp"  # used under the lock: one per machine
@@ -110,7 +112,7 @@ class FolderLock:
                 raise
         except OSError as error:
             raise UserError(
-                f"{self.folder} cannot be written to ({error.strerror}): give --output_dir a folder that can"
+                f"{self.folder} cannot be written to ({error.strerror}): give {self.flag} a folder that can"
             ) from error
         self.thread = threading.Thread(target=self._renew, name="folder claim", daemon=True)
         self.thread.start()
@@ -240,35 +242,32 @@ class FolderLock:
 
     def _in_use(self, owner: Owner) -> FolderInUseError:
         return FolderInUseError(
-            f"{self.folder} is in use by another run: {owner}. Wait for its end, or give another --output_dir"
+            f"{self.folder} is in use by another run: {owner}. Wait for its end, or give another {self.flag}"
         )
 
 
-# --- The folder of this process's run ---
+# --- The folders of this process's run ---
 
-_held: FolderLock | None = None
-
-
-def take_folder(folder: str | os.PathLike) -> None:
-    """Take `folder` for the run of this process; raises as `FolderLock`."""
-    global _held
-    _held = FolderLock(folder)
+_held: list[FolderLock] = []
 
 
-def release_folder() -> None:
-    """Give the folder free, if there is one; whatever ends the run calls this after its last write."""
-    global _held
-    held, _held = _held, None
-    if held is not None:
-        held.release()
+def take_folders(output_dir: str | os.PathLike, log_dir: str | os.PathLike) -> None:
+    """Take the folders, which may be one, for the run of this process; raises as `FolderLock`."""
+    _held.append(FolderLock(output_dir))
+    if os.path.realpath(log_dir) != os.path.realpath(output_dir):
+        _held.append(FolderLock(log_dir, "--log_dir"))
+
+
+def release_folders() -> None:
+    """Give the folders free, if there are any; whatever ends the run calls this after its last write."""
+    while _held:
+        _held.pop().release()
 
 
 def _forget_in_child() -> None:
-    """A forked process (a data-loading worker, which may outlive us for seconds) must not keep the lock."""
-    global _held
-    if _held is not None:
-        os.close(_held.descriptor)
-        _held = None
+    """A forked process (a data-loading worker, which may outlive us for seconds) must not keep the locks."""
+    while _held:
+        os.close(_held.pop().descriptor)
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from util.run import distributed
-from util.run.folder_lock import release_folder
+from util.run.folder_lock import release_folders
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Preemption:
             if signum == signal.SIGINT and distributed.is_main_process():
                 os.write(2, b"\nsaving after this step, then leaving; Ctrl-C again leaves at once\n")
         elif signum == signal.SIGTERM or (signum == signal.SIGINT and now - self._seen[signum] > INTERRUPT_ECHO):
-            release_folder()
+            release_folders()
             os._exit(128 + signum)
 
     def requested_on_any_rank(self) -> bool:

@@ -27,10 +27,16 @@ from util.run import distributed, failures
 from util.run.advice import to_continue
 from util.run.allocator import keep_freed_memory
 from util.run.checkpoint_folder import CheckpointFolder, SaveError
-from util.run.checks import check_data, check_recipe, refuse_another_programs_run, refuse_to_replace_a_run
+from util.run.checks import (
+    check_data,
+    check_recipe,
+    refuse_another_programs_run,
+    refuse_to_mix_curves,
+    refuse_to_replace_a_run,
+)
 from util.run.config import TrainingConfig, resolve
 from util.run.flags import given_flags
-from util.run.folder_lock import release_folder, take_folder
+from util.run.folder_lock import release_folders, take_folders
 from util.run.gpu_memory import explain_out_of_memory
 from util.run.launch import Launch
 from util.run.logger import RunLog, describe_environment, log_environment, setup_logging
@@ -119,9 +125,10 @@ def find_start(given: TrainingConfig, launch: Launch) -> Start:
     start = Start(given, launch, preemption)
 
     def open_folder() -> str | None:
-        take_folder(given.output_dir)
+        take_folders(given.output_dir, given.log_dir or given.output_dir)
         start.folder = CheckpointFolder(given.output_dir, given.keep_checkpoints)
         refuse_to_replace_a_run(given)
+        refuse_to_mix_curves(given)
         path, start.checkpoint = start.folder.resume(given.resume) or (None, None)
         return path and os.fspath(path)
 
@@ -282,7 +289,7 @@ class Run:
         if self.folder is not None:
             self.folder.wait(final=True)
         self.log.close()
-        release_folder()
+        release_folders()
         self.preemption.finish()
         distributed.shutdown()
         self.preemption.close()
@@ -390,7 +397,7 @@ def orderly_end(run: Run) -> Iterator[None]:
                 logger.warning("to go on: %s", how)
             if run.folder is not None:
                 run.folder.wait(final=True)
-            release_folder()  # a requeued job may start elsewhere before this process has ended
+            release_folders()  # a requeued job may start elsewhere before this process has ended
             run.preemption.exit_for_requeue()
     except (torch.OutOfMemoryError, *EXPLAINED) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -402,9 +409,9 @@ def orderly_end(run: Run) -> Iterator[None]:
         if run.folder is not None:
             with contextlib.suppress(SaveError):  # of the checkpoint under way, after the error that ends the run
                 run.folder.wait()
-        release_folder()
+        release_folders()
         sys.stdout.flush()
         # At once, without Python's shutdown: a rank that hangs must not keep this one waiting for its goodbye.
         os._exit(1)
     finally:
-        release_folder()
+        release_folders()
