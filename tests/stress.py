@@ -44,6 +44,7 @@ from trials import (
 )
 
 import main_finetune
+from util.data.datasets import SAMPLE
 from util.run.checkpoint_folder import CheckpointFolder
 from util.weights.file import CheckpointError, read_checkpoint
 
@@ -239,11 +240,13 @@ def renamings(bench: Bench) -> tuple[str, str]:
 
 
 def units(bench: Bench) -> tuple[str, str]:
-    """Arrays in random units that --mean and --std do not fit, then with the flags that the message gives."""
+    """Arrays in random units that --mean and --std do not fit, then with the flags that the message gives; at last with
+    a few images in units of their own, which are not among those that are looked at before training.
+    """
     folder, total = bench.place / "arrays", bench.args.units
     for number in range(total):
         shutil.rmtree(folder, ignore_errors=True)
-        make_images(folder, 16, channels=2, seed=number)
+        make_images(folder, 2 * SAMPLE, channels=2, seed=number)
         dtype = bench.rng.choice(["uint16", "int16", "float32", "float64"])
         scale = 10 ** bench.rng.uniform(0, math.log10(127)) if "int" in dtype else 10 ** bench.rng.uniform(0, 6)
         for path in folder.iterdir():
@@ -254,10 +257,17 @@ def units(bench: Bench) -> tuple[str, str]:
         pasted = re.search(r"Measured on .*?(--mean [-\d.e+ ]+ --std [-\d.e+ ]+\d)", said)[1].split()
         bench.start(bench.fresh(), *flags, *pasted).finish()
         assert all(line["loss"] < 10 for line in steps_of(bench.place / "out"))
+        unseen, factor = sorted(folder.iterdir())[1::2], 10 ** bench.rng.uniform(2, 5)
+        for path in bench.rng.sample(unseen, bench.rng.randrange(2, 7)):
+            np.save(path, np.load(path).astype("float32") * factor)
+        said = bench.start(bench.fresh(), *flags, *pasted).finish(1)
+        assert (
+            f"so far 2 of {2 * SAMPLE} images are like it. Bring all into one unit" in said and "Traceback" not in said
+        ), said
         bench.report(number + 1, total, "units")
     return (
-        f"{total} sets of arrays in random units",
-        f"{total} stopped before training, {total} ran with the flags printed",
+        f"{total} sets of arrays in random units; as many with 2 to 6 of {2 * SAMPLE} in units of their own",
+        f"{total} stopped before training, {total} ran with the flags printed; {total} stopped in the first epoch",
     )
 
 
