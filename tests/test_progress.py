@@ -9,6 +9,7 @@ import struct
 import sys
 import termios
 import time
+from collections import deque
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from trials import TINY
 import main_finetune
 import main_pretrain
 from util.run import distributed, progress
+from util.run.metrics import StepMeter
 from util.run.progress import with_progress
 
 BAR = re.compile(r"\d+%\|.*\|")
@@ -109,6 +111,9 @@ def test_other_ranks_are_silent(monkeypatch, capfd, caplog):
     assert list(with_progress([1, 2], 2, "evaluation")) == [1, 2]
     bar = progress.TrainingBar(0, 10)
     bar.step()
-    bar.tell(0, {"loss": 1.0, "images_per_second": 1.0}, "a line")
+    scalars = dict.fromkeys(
+        "loss lr grad_norm images_per_second data_wait_share memory_mb seconds_per_step".split(), 1.0
+    )
+    bar.tell(StepMeter(0, 1, 10, 8, torch.device("cpu"), deque()), 1, scalars)
     bar.close()
     assert capfd.readouterr() == ("", "") and not caplog.records

@@ -28,7 +28,7 @@ from PIL import Image
 from util.errors import UserError, unreadable_is_user_error
 from util.run.failures import user_errors
 from util.run.flags import Config, flag, get_parser, given_flags
-from util.run.history import MEASURES, RunHistory, Series, in_words, read_history, read_json
+from util.run.history import RunHistory, Series, in_words, measure_of, read_history, read_json
 from util.run.logger import setup_logging
 from util.run.metrics import MOST_DATA_WAIT, SPIKE_HISTORY, SPIKE_SIGMAS, data_wait_advice
 
@@ -249,9 +249,11 @@ def plots(runs: list[RunHistory], references: list[dict[str, Any]]) -> Iterator[
         x = np.array(reference["epochs"]) / reference["config"]["epochs"] * max(run.config["epochs"] for run in runs)
         losses.append(Curve(f"{reference['name']} (reference, stretched)", GREY, x, np.array(reference["loss"])))
     yield plot("training loss", losses, smooth=True)
-    for name, measure in MEASURES.items():
-        if name != "train_loss" and (found := curves(RunHistory.per_epoch, name)):
-            yield plot(f"{measure.title}{measure.unit and ' (' + measure.unit + ')'}", found)
+    for name in dict.fromkeys(name for run in runs for name in run.measured):
+        if name != "train_loss":
+            measure = measure_of(name)
+            title = f"{measure.title} ({measure.unit})" if measure.unit else measure.title
+            yield plot(title, curves(RunHistory.per_epoch, name))
     yield plot("learning rate", curves(RunHistory.per_step, "lr"))
     yield plot("gradient norm", curves(RunHistory.per_step, "grad_norm"), smooth=True, log=True)
     if speeds := curves(RunHistory.images_per_second):
@@ -289,9 +291,9 @@ def summary(run: RunHistory) -> list[object]:
     _, speed = run.images_per_second()
     spent, size = run.time_spent, "x".join(map(str, run.config.get("input_size") or ()))
     best = [
-        f"{best[0]:.2f}{measure.unit} {measure.title}"
-        for name, measure in MEASURES.items()
-        if measure.unit and not name.endswith(("acc5", "k10")) and (best := run.best(name))
+        f"{run.best(name)[0]:.2f}{measure_of(name).unit} {measure_of(name).title}"
+        for name in run.measured
+        if name not in ("train_loss", "rankme", "knn_acc1_k10") and not name.endswith(("acc5", "loss"))
     ]
     return [
         run.name, f"{run.config.get('model')} at {size}", f"{len(run.epochs)} of {run.config.get('epochs')}",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from util.errors import UserError, unreadable_is_user_error
-from util.run.logger import read_list
+from util.run.logger import RESULTS, read_list
 from util.run.metrics import SPIKE_HISTORY, SPIKE_SIGMAS
 
 Series = tuple[np.ndarray, np.ndarray]  # fractional epochs (n,) and values (n,)
@@ -23,7 +23,7 @@ class Measure:
 
     title: str
     unit: str = "%"
-    best: Callable[[np.ndarray], np.intp] = np.argmax
+    best: Callable[[np.ndarray], np.intp] = np.argmax  # where the best of some values is
 
 
 MEASURES = {
@@ -39,6 +39,11 @@ MEASURES = {
     "test_ema_acc1": Measure("validation top-1, averaged weights"),
     "test_ema_acc5": Measure("validation top-5, averaged weights"),
 }
+
+
+def measure_of(name: str) -> Measure:
+    """One of `MEASURES`, or a guess: another task measures other things."""
+    return MEASURES.get(name) or Measure(name, "", np.argmin if name.endswith("loss") else np.argmax)
 
 
 @dataclass(frozen=True)
@@ -108,12 +113,17 @@ class RunHistory:
         found = [(line["epoch"] + 1, line[name]) for line in self.epochs if line.get(name) is not None]
         return tuple(np.array(found, dtype=float).reshape(-1, 2).T)
 
-    def best(self, name: str) -> tuple[float, int] | None:
-        """The best value of one of `MEASURES` and the number of its epoch, from 0; None where it was not measured."""
+    @property
+    def measured(self) -> list[str]:
+        """The names in log.txt that have a measure (`measure_of`), those of `MEASURES` in its order first."""
+        recorded = {name for line in self.epochs for name, value in line.items() if value is not None}
+        others = {name for name in recorded if name.startswith(RESULTS)} - MEASURES.keys()
+        return [name for name in MEASURES if name in recorded] + sorted(others)
+
+    def best(self, name: str) -> tuple[float, int]:
+        """The best value of one of `measured`, and the number of its epoch, from 0."""
         epochs, values = self.per_epoch(name)
-        if not len(values):
-            return None
-        place = MEASURES[name].best(values)
+        place = measure_of(name).best(values)
         return float(values[place]), int(epochs[place]) - 1
 
     @cached_property
@@ -186,12 +196,11 @@ class RunHistory:
             lines.append(
                 f"unreadable images, replaced by others: {len(self.bad_images)} ({self.folder}/bad_images.txt)"
             )
-        for name, measure in MEASURES.items():
-            if (best := self.best(name)) is not None:
-                (value, epoch), last = best, self.per_epoch(name)[1][-1]
-                lines.append(
-                    f"{measure.title}: best {value:.4g}{measure.unit} (epoch {epoch}), last {last:.4g}{measure.unit}"
-                )
+        for name in self.measured:
+            (value, epoch), last, measure = self.best(name), self.per_epoch(name)[1][-1], measure_of(name)
+            lines.append(
+                f"{measure.title}: best {value:.4g}{measure.unit} (epoch {epoch}), last {last:.4g}{measure.unit}"
+            )
         return "\n".join(lines)
 
 

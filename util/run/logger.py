@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +25,18 @@ import timm
 import torch
 import torchvision
 from PIL import Image
+from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 
+from util.data.datasets import ImageDataset
 from util.errors import UserError
 from util.run import distributed
 from util.run.failures import process_age
 from util.run.progress import Bar
 
 logger = logging.getLogger(__name__)
+
+RESULTS = ("test_", "knn_", "probe_", "rankme")  # begin the names of what is measured, in log.txt
 
 
 class LinesAboveBars(logging.StreamHandler):
@@ -153,11 +157,7 @@ class RunLog:
             return
         self.epochs_file.append([record])
         self._note_time({"epoch": record["epoch"] + 1, "step": record["step"]})
-        results = {
-            f"perf/{tag}": value
-            for tag, value in record.items()
-            if tag.startswith(("test_", "knn_", "probe_", "rankme"))
-        }
+        results = {f"perf/{tag}": value for tag, value in record.items() if tag.startswith(RESULTS)}
         if not self.epochs_file.waiting:
             self.tensorboard.scalars(results, epoch_1000x)
 
@@ -171,10 +171,14 @@ class RunLog:
             image.save(path)
         self.tensorboard.picture(tag, image, epoch_1000x)
 
-    def bad_images(self, paths: Sequence[str]) -> None:
-        """Add unreadable images to bad_images.txt, each once."""
-        if not self.enabled or not paths:
+    def bad_images(self, dataset: Dataset) -> None:
+        """List the images that any rank has skipped in bad_images.txt; all ranks call this together."""
+        if not isinstance(dataset, ImageDataset) or not dataset.skip_bad:
             return
+        found = {number for numbers in distributed.gather_objects(dataset.bad_images()) for number in numbers}
+        if not self.enabled or not found:
+            return
+        paths = [dataset.path_of(number) for number in sorted(found)]
         path = self.output_dir / "bad_images.txt"
         with going_on_without(f"{path} could not be written"):
             listed = read_list(path)

@@ -7,12 +7,13 @@ Bars are drawn on stderr, log lines go to stdout: where both are one terminal, l
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from util.run import distributed
+from util.run.metrics import StepMeter
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +86,10 @@ class TrainingBar:
         """One more optimizer step is done."""
         self.bar.update()
 
-    def tell(self, epoch: int, scalars: Mapping[str, float], line: str) -> None:
-        """Show the most important of the `scalars` of a log line beside the bar; where no bar is seen, log `line`."""
-        self.bar.set_description_str(f"epoch {epoch}", refresh=False)
+    def tell(self, meter: StepMeter, step_in_epoch: int, scalars: dict[str, float]) -> None:
+        """Show the most important of a meter's scalars beside the bar; where no bar is seen, log its line."""
+        line = meter.line(step_in_epoch, scalars)
+        self.bar.set_description_str(f"epoch {meter.epoch}", refresh=False)
         self.bar.set_postfix_str(f"loss {scalars['loss']:.4f}, {scalars['images_per_second']:.0f} images/s")
         if needs_lines():
             logger.info("%s", line)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from util.data.datasets import ImageDataset
 from util.data.decoding import BadImageError
 from util.data.transforms import Normalize
 from util.errors import unreadable_is_user_error
@@ -163,6 +162,7 @@ class Run:
     preemption: Preemption
     operations: float = 0.0  # of training on one image; known to rank 0, which logs
     usual_losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_HISTORY))
+    bar: TrainingBar = field(init=False)
 
     def __post_init__(self) -> None:
         steps = self.steps_per_epoch
@@ -230,7 +230,7 @@ class Run:
         if save or last or progress.step % config.print_freq == 0:
             self.report(meter)
         elif distributed.is_main_process() and (scalars := meter.meanwhile()):
-            self.tell(meter, scalars)
+            self.bar.tell(meter, progress.step_in_epoch, scalars)
         if save:
             self.save()
         if stop:
@@ -245,26 +245,14 @@ class Run:
         for record in records:  # one by one: the same sum, to the bit, however the steps fall into reports
             progress.epoch_loss += record["loss"]
         self.log.steps(records, self.epoch_1000x, scalars)
-        self.tell(meter, scalars)
-
-    def tell(self, meter: StepMeter, scalars: dict[str, float]) -> None:
-        """Show on the console what `meter` says of the last steps."""
-        progress = self.state.progress
-        self.bar.tell(progress.epoch, scalars, meter.line(progress.step_in_epoch, scalars))
+        self.bar.tell(meter, progress.step_in_epoch, scalars)
 
     def save(self, milestone: bool = False, best: bool = False) -> None:
         """Write a checkpoint (rank 0), once the last step is known to be good (all ranks)."""
         self.guard.check()
-        self.note_bad_images()
+        self.log.bad_images(self.loader.dataset)
         if self.folder is not None:
             self.folder.save(self.state.checkpoint(), milestone=milestone, best=best)
-
-    def note_bad_images(self) -> None:
-        """List in the run's folder the images that any rank could not read so far."""
-        dataset = self.loader.dataset
-        if isinstance(dataset, ImageDataset) and dataset.skip_bad:
-            found = {number for numbers in distributed.gather_objects(dataset.bad_images()) for number in numbers}
-            self.log.bad_images([dataset.path_of(number) for number in sorted(found)])
 
     def finish_epoch(self, record: dict, best: bool = False) -> None:
         """Move to the next epoch, save when due, and write the epoch's line of log.txt with `record` in it.
