@@ -98,7 +98,7 @@ def deep_grey(path: Path, seed: int) -> None:
     Image.fromarray(bands(1, seed=seed)[:, :, 0] * 6).save(path.with_suffix(".png"))
 
 
-@pytest.mark.parametrize("write, in_chans", [(satellite_bands, 13), (deep_grey, 1)])
+@pytest.mark.parametrize("write, in_chans", [(satellite_bands, 13), pytest.param(deep_grey, 1, marks=pytest.mark.slow)])
 def test_images_of_16_bits_from_check_data_to_pictures(tmp_path, capfd, write, in_chans):
     """With the statistics that check_data gives: pretrain, resume, kNN, fine-tune, evaluate, draw, embed."""
     data, out, tuned = (tmp_path / name for name in ("data", "out", "tuned"))

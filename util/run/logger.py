@@ -181,7 +181,7 @@ class RunLog:
         paths = [dataset.path_of(number) for number in sorted(found)]
         path = self.output_dir / "bad_images.txt"
         with going_on_without(f"{path} could not be written"):
-            listed = read_list(path)
+            listed = set(read_list(path))
             if new := [name for name in paths if name not in listed]:
                 with open(path, "a", encoding="utf-8", errors="surrogateescape") as file:  # names as on the disk
                     file.writelines(f"{name}\n" for name in new)
