@@ -291,10 +291,12 @@ def export_metadata(path: Path) -> dict[str, str]:
         (["--format", "safetensors", "--part", "pyramid"], "--part pyramid is not for --format safetensors"),
         (["--format", "authors", "--part", "encoder"], "leave out --part"),
         (["--format", "onnx"], "--format onnx writes a .onnx file: give --out x.onnx"),
+        (["--format", "authors"], "exists already: give another name, or remove it first"),
         ([], "--format is missing"),
     ],
 )
 def test_flags_that_contradict_each_other(checkpoint, tmp_path, capfd, flags, message):
+    (tmp_path / "x.pth").touch()
     fails(export, capfd, message, "--checkpoint", checkpoint, "--out", tmp_path / "x.pth", *flags)
 
 
@@ -320,6 +322,8 @@ def test_images_to_compare_with_are_prepared_as_for_evaluation(images):
 def test_records_of_others_are_told_from_ours(missing):
     record = {"part": "encoder", "args": {}, "format": 1, "epoch": None, "classes": None}
     parse_record(json.dumps(record), "a.onnx")
+    with pytest.raises(CheckpointError, match=r"a\.onnx was written by a newer version of this project \(format 99"):
+        parse_record(json.dumps(record | {"format": 99}), "a.onnx")
     del record[missing]
     with pytest.raises(CheckpointError, match=r"a\.onnx was not written by `python -m util\.export`"):
         parse_record(json.dumps(record), "a.onnx")

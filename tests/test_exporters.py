@@ -97,6 +97,20 @@ def test_exported_models_compute_the_same(model, imgs, export, gradients, warm):
 
 
 @SLOW
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_model_is_of_one_size(model, imgs):
+    """Layouts are numbers: an open height or width is refused, and so are images of another size."""
+    model.patch_embed.strict_img_size = False
+    sides = {2: torch.export.Dim("height", min=8, max=64), 3: torch.export.Dim("width", min=8, max=64)}
+    with pytest.raises(Exception, match=r"height.*specialized"):
+        torch.export.export(model, (imgs,), dynamic_shapes=(sides,))
+    traced = torch.jit.trace(model, imgs)
+    for size in ((24, 16), (16, 8)):
+        with pytest.raises(RuntimeError):
+            traced(torch.zeros(1, 1, *size))
+
+
+@SLOW
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 def test_compiled_code_computes_the_same(model, imgs):
     torch._dynamo.reset()

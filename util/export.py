@@ -40,7 +40,15 @@ from util.run.failures import user_errors
 from util.run.flags import flag, get_parser, given_flags
 from util.run.logger import setup_logging
 from util.seeding import keyed_generator
-from util.weights.file import FORMAT, RECORD, read_checkpoint, sync_folder, temporary_path, write_checkpoint
+from util.weights.file import (
+    FORMAT,
+    RECORD,
+    make_folder,
+    read_checkpoint,
+    sync_folder,
+    temporary_path,
+    write_checkpoint,
+)
 from util.weights.parts import PARTS, Part, as_list, load_part, make_record, output_names
 from util.weights.runtimes import Runner, open_onnx, open_torch_export
 from util.weights.settings import WeightSettings
@@ -201,7 +209,10 @@ class ExportConfig(CheckpointFlags, DecodingFlags):
     TITLE: ClassVar[str] = "export"
 
     format: str = flag("", "what to write", choices=tuple(FORMATS), required=f"one of {', '.join(FORMATS)}")
-    out: str = flag("", "the file to write; for timm a folder", "PATH", required="the file, or for timm the folder")
+    out: str = flag(
+        "", "the file to write, for timm a folder; it must not exist yet", "PATH",
+        required="the file, or for timm the folder",
+    )  # fmt: skip
     part: str | None = flag(
         None,
         "logits; the mean of the last stage; the maps of the four stages (default: classifier if there is a head)",
@@ -272,18 +283,18 @@ def export_model(config: ExportConfig) -> None:
         UserError: for what the user can put right.
     """
     out = Path(config.out)
-    if out.is_dir() or (out.exists() and config.format == "timm"):
-        raise UserError(f"--out {out} exists already: give another name")
     fixed = [name for name in ("part", "input_size", "mean", "std") if getattr(config, name) is not None]
     if fixed and config.format == "authors":
         raise UserError(f"--format authors keeps the checkpoint as it is: leave out --{fixed[0]}")
+    if os.path.lexists(out):
+        raise UserError(f"--out {out} exists already: give another name, or remove it first")
     weights, info = read_weights(config.checkpoint, ema=config.model_ema)
     part, settings, report = load_part(weights, info, config.as_dict(), config.part)
     logger.info("%s", report)
     export = Export(part, settings, info, example_images(with_settings(config, settings)), config.model_ema)
     write, load_back = FORMATS[config.format]
     with ExitStack() as cleaning, unreadable_is_user_error(f"--out {out} cannot be written"):
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         temporary = temporary_path(out)
         cleaning.callback(shutil.rmtree, temporary, ignore_errors=True)
         cleaning.callback(temporary.unlink, missing_ok=True) if config.format != "timm" else None

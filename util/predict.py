@@ -49,7 +49,7 @@ from util.run.logger import setup_logging
 from util.run.once_per_node import read_weights_together
 from util.run.optim import autocast
 from util.run.progress import with_progress
-from util.weights.file import temporary_path
+from util.weights.file import make_folder, temporary_path
 from util.weights.parts import as_list, load_part, output_names
 from util.weights.runtimes import Runner, open_onnx
 from util.weights.settings import weight_settings
@@ -68,7 +68,7 @@ class PredictConfig(CheckpointFlags, ReadingFlags, DeviceFlags, ProcessFlags):
     features: bool = flag(False, "embeddings instead of classes: the mean of the encoder's last stage")
     dense: bool = flag(False, "the maps of the encoder's four stages instead of classes (needs an .npz)")
     top: int = flag(5, "how many classes per image", "K", AT_LEAST_1)
-    out: str = flag("", "what to write; without it classes are shown", "FILE.csv|FILE.npz")
+    out: str = flag("", "what to write, over an older one; without it classes are shown", "FILE.csv|FILE.npz")
     bad_images: str = flag(
         "error", "stop at an unreadable image, or name it and leave it out", choices=("error", "skip")
     )
@@ -278,7 +278,7 @@ def shared_folder(out: str) -> Iterator[Path]:
     if distributed.is_main_process():
         with unreadable_is_user_error(f"--out {out} cannot be written"):
             parent = Path(out).parent if out else Path(tempfile.gettempdir())
-            parent.mkdir(parents=True, exist_ok=True)
+            make_folder(parent)
             if os.path.isdir(out):
                 raise UserError(f"--out {out} is a folder: name a file")
             prefix = f".{Path(out).name}.{socket.gethostname()}.{os.getpid()}."

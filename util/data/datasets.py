@@ -148,14 +148,15 @@ class ImageDataset(Dataset):
 
     def _first_image_pixels(self) -> PixelType:
         """The pixel type of the first image, or with `skip_bad` the first readable one: all become it."""
-        tries = min(len(self), REPLACEMENT_TRIES)
+        tries, reasons = min(len(self), REPLACEMENT_TRIES), []
         for index in range(tries):
             try:
                 return PixelType(self._read(index)[0].dtype)
-            except BadImageError:
+            except BadImageError as error:
                 if not self.skip_bad:
                     raise
-        raise BadImageError(f"none of the first {tries} images can be read, e.g. {self.path_of(0)!r}")
+                reasons.append(error)
+        raise BadImageError(f"none of the first {tries} images can be read: {reasons[0]}")
 
     def _read(self, index: int, transform: Callable = decoded, seeds: tuple[int, ...] = ()) -> tuple[torch.Tensor, int]:
         """An image after `transform`, before which all generators are seeded with `seeds`, if any; and its target."""

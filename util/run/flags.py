@@ -8,6 +8,7 @@ check, and what a change of it means for a run that is resumed. `get_parser` mak
 import argparse
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -105,7 +106,27 @@ class Config:
 
 
 class Parser(argparse.ArgumentParser):
-    """Names the flag that an unknown one may have been meant to be."""
+    """Names the flag that an unknown one may have been meant to be, and ends a list of numbers where they end."""
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """With lists of numbers put last, where they cannot take the images that follow them for more numbers."""
+        args = sys.argv[1:] if args is None else list(args)
+        end = args.index("--") if "--" in args else len(args)
+        several = {
+            name: action.type
+            for name, action in self._option_string_actions.items()
+            if action.nargs == argparse.ONE_OR_MORE and action.type in (int, float)
+        }
+        others, lists, kind = [], [], None
+        for before, argument in zip([None, *args], args[:end]):
+            if argument in several:
+                kind = several[argument]
+            elif argument.startswith("--") or not (before in several or is_a(kind, argument)):
+                kind = None
+            (lists if kind else others).append(argument)
+        return super().parse_known_args([*others, *lists, *args[end:]], namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -119,6 +140,14 @@ class Parser(argparse.ArgumentParser):
             hints = [f"{name}: did you mean {match[0]}?" for name, match in zip(given, meant) if match]
             self.error("; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
         return parsed
+
+
+def is_a(kind: Callable[[str], Any] | None, text: str) -> bool:
+    """Whether `kind` understands `text`; None understands nothing."""
+    try:
+        return kind is not None and kind(text) is not None
+    except ValueError:
+        return False
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

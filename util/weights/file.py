@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import pickle
@@ -27,6 +28,8 @@ from safetensors.torch import load_file as read_safetensors
 from torch import Tensor, nn
 
 from util.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 RECORD = "mixmae"  # under which exported files keep what belongs to their weights, as JSON
 FORMAT = 1  # the number under 'format' in our files: raised when an older reader could misread a newer file
@@ -134,6 +137,13 @@ class _HashingWriter:
 def temporary_path(path: Path) -> Path:
     """A hidden name beside `path` for a file in the making; its host and process tell whose leftover it is."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that the user named, and say so, for it may be a typing error."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        logger.info("made the folder %s", folder)
 
 
 def sync_folder(folder: Path) -> None:
