@@ -287,14 +287,15 @@ def timm_tests() -> ModuleType:
         warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
         spec.loader.exec_module(module)
     create_model = module.create_model
-    module.create_model = lambda name, *args, **kwargs: create_model(name, *args, **FEW_BLOCKS | kwargs)
+    module.create_model = lambda name, *args, **kwargs: create_model(name, *args, **FEWER[name] | kwargs)
     torch._C._jit_set_profiling_executor(True)  # the module sets them for itself
     torch._C._jit_set_profiling_mode(True)
     return module
 
 
 SMALL = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
-FEW_BLOCKS = dict(depths=(1, 1, 2, 1))  # of our models, whose other blocks would only take time
+# Of our models, whose other channels and blocks would only take time: the tests are of the interface.
+FEWER = {name: dict(depths=(1, 1, 2, 1), embed_dim=width) for name, width in zip(OURS, (16, 24, 32))}
 
 
 def call(test, model_name: str) -> None:
@@ -347,7 +348,8 @@ NOT_PASSED = {
     "test_swin_family_set_input_size": (INTERNALS, AttributeError, "window_size"),
     "test_swin_family_set_input_size_stage_windows": (WINDOWS, AttributeError, "input_resolution"),
     "test_swin_family_set_input_size_invalid_and_min_windows": (INTERNALS, AttributeError, "window_size"),
-    "test_swin_family_resize_odd_stage_sizes": (INTERNALS, AttributeError, "input_resolution"),
+    # The quickstart's patches are of one pixel, where the test expects four: an assertion without a message.
+    "test_swin_family_resize_odd_stage_sizes": (INTERNALS, (AttributeError, AssertionError), "input_resolution|^$"),
     "test_swin_family_window_padding": (INTERNALS, AttributeError, "attn_mask"),
 }
 
