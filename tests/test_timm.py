@@ -10,8 +10,8 @@ import importlib.util
 import inspect
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import timm
@@ -277,20 +277,25 @@ def timm_tests_folder() -> Path | None:
 
 
 @pytest.fixture(scope="module")
-def timm_tests() -> ModuleType:
+def timm_tests() -> dict[str, Callable]:
+    """timm's tests of models and of their input sizes, by name."""
     folder = timm_tests_folder()
     if folder is None:
         pytest.skip("timm's tests are not here: set MIXMAE_TIMM_TESTS to the tests of its source distribution")
-    spec = importlib.util.spec_from_file_location("timm_tests_of_models", folder / "test_models.py")
-    module = importlib.util.module_from_spec(spec)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
-        spec.loader.exec_module(module)
-    create_model = module.create_model
-    module.create_model = lambda name, *args, **kwargs: create_model(name, *args, **FEWER[name] | kwargs)
-    torch._C._jit_set_profiling_executor(True)  # the module sets them for itself
+    tests = {}
+    for file in ("test_models.py", "test_model_input.py"):
+        spec = importlib.util.spec_from_file_location(f"timm_{file[:-3]}", folder / file)
+        module = importlib.util.module_from_spec(spec)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
+            spec.loader.exec_module(module)
+        if hasattr(module, "create_model"):
+            create = module.create_model
+            module.create_model = lambda name, *args, create=create, **given: create(name, *args, **FEWER[name] | given)
+        tests |= {name: value for name, value in vars(module).items() if name.startswith("test_")}
+    torch._C._jit_set_profiling_executor(True)  # the first sets them for itself
     torch._C._jit_set_profiling_mode(True)
-    return module
+    return tests
 
 
 SMALL = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
@@ -298,16 +303,20 @@ SMALL = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
 FEWER = {name: dict(depths=(1, 1, 2, 1), embed_dim=width) for name, width in zip(OURS, (16, 24, 32))}
 
 
-def call(test, model_name: str) -> None:
+def call(test: Callable, model_name: str, tmp_path: Path) -> None:
     """Run one of timm's tests, which takes some of these arguments."""
+    side = timm.get_pretrained_cfg(model_name).input_size[-1]
     arguments = {
         "model_name": model_name,
+        "name": model_name,
         "batch_size": 2 if "backward" in test.__name__ else 1,
         "cfg_device": "meta",
-        "img_size": timm.get_pretrained_cfg(model_name).input_size[-1],
+        "img_size": side,
+        "new_size": 2 * side,
         "kwargs": SMALL,
         "model_kwargs": SMALL,
         "spec": "default",
+        "tmp_path": tmp_path,
     }
     test(**{name: arguments[name] for name in inspect.signature(test).parameters})
 
@@ -326,6 +335,8 @@ PASSED = (
     "test_headless_checkpoint_reload",
     "test_relpos_non_square_checkpoint_reload",
     "test_relpos_non_square_set_input_size",
+    "test_windowed_model_resize_roundtrip",
+    "test_default_resize_hub_roundtrip",
 )
 
 # What timm's swin_tiny_patch4_window7_224 passes and ours cannot, with the reason and the error that shows it.
@@ -357,19 +368,19 @@ NOT_PASSED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("model_name", OURS)
 @pytest.mark.parametrize("test", PASSED)
-def test_of_timm(timm_tests, test, model_name):
-    call(getattr(timm_tests, test), model_name)
+def test_of_timm(timm_tests, test, model_name, tmp_path):
+    call(timm_tests[test], model_name, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_name", OURS)
 @pytest.mark.parametrize("test", NOT_PASSED)
-def test_of_timm_that_cannot_pass(timm_tests, test, model_name):
+def test_of_timm_that_cannot_pass(timm_tests, test, model_name, tmp_path):
     """It fails for the reason that is given, so that the list is kept."""
     _, error, message = NOT_PASSED[test]
     with pytest.raises(error, match=message):
-        call(getattr(timm_tests, test), model_name)
+        call(timm_tests[test], model_name, tmp_path)
 
 
 @pytest.mark.slow
@@ -381,6 +392,6 @@ def test_every_test_of_timms_swin_is_in_one_of_the_lists(timm_tests):
         names = [str(value[0] if isinstance(value, tuple) else value) for value in values]
         return any(name.split(".")[0] == "swin_tiny_patch4_window7_224" for name in names)
 
-    tests = {name for name, value in vars(timm_tests).items() if name.startswith("test_") and runs_on_swin(value)}
+    tests = {name for name, test in timm_tests.items() if runs_on_swin(test)}
     tests -= {"test_model_load_pretrained", "test_model_features_pretrained"}  # they fetch weights
     assert tests == {*PASSED, *NOT_PASSED}
