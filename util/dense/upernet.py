@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from util.data.label_maps import IGNORED
 from util.dense.encoder import DenseEncoder
-from util.layers.windows import NUM_STAGES
+from util.layers.sizes import NUM_STAGES
 
 POOLED = (1, 2, 3, 6)  # sides of the pooled maps of the pyramid pooling module
 GROUP = 16  # channels that are normed together
