@@ -453,6 +453,7 @@ def test_reductions_and_gathering_across_ranks(tmp_path):
     own = torch.full((2,), float(rank))
     assert distributed.all_reduce_sum(own).tolist() == [3.0, 3.0] and own[0] == rank
     assert distributed.gather_objects({"rank": rank}) == [{"rank": i} for i in range(3)]
+assert distributed.on_main_process(lambda: f"of rank {rank}") == "of rank 0"
     distributed.barrier()
     if rank == 0:
         time.sleep(1)  # its last write
