@@ -69,6 +69,8 @@ def evaluate(
 ) -> tuple[dict[str, float], list[Result]]:
     """Detect in every image of the loader's data set exactly once over all ranks.
 
+    Images are taken one by one: padded to the size of others, they would give results that depend on the batches.
+
     Args:
         model: not wrapped.
         loader: with an `EvalBatchSampler`, of a data set with a `CocoSource`.
@@ -87,8 +89,8 @@ def evaluate(
     found: dict[int, list[Result]] = {}  # by the number of the image
     batches = with_progress(loader, len(loader.dataset), "evaluation")
     for keys, (imgs, _) in zip(loader.batch_sampler, batches):
-        for (_, index), detections in zip(keys, model(normalised(imgs, normalize, device))):
-            found[index] = results_of(detections, index, annotations)
+        for (_, index), img in zip(keys, normalised(imgs, normalize, device)):
+            found[index] = results_of(model([img])[0], index, annotations)
     model.train(was_training)
     of_ranks = distributed.gather_on_main(found)
     measured, results = None, []
