@@ -79,8 +79,9 @@ def test_lists_train_probe_and_evaluate_as_folders_do(folders, tmp_path, capfd):
 def test_mistakes_with_lists(folders, tmp_path, capfd):
     place = lists(folders, tmp_path / "lists")
     flags = [*TRAIN, "--output_dir", tmp_path / "out", "--data_path"]
+    other = shutil.copy(folders / "val" / "ant" / "0000.png", tmp_path)
     with (place / "val.txt").open("a") as file:
-        file.write(f"{folders}/val/ant/0000.png 7\n")
+        file.write(f"{other} 7\n")
     fails(main_finetune, capfd, r"has classes that the training set lacks: \['3', '4', '5', '6', '7'\]", *flags, place)
     (place / "val.txt").write_text(f"{folders}/val/ant/0000.png\n")
     fails(main_finetune, capfd, r"the images of .* \(val\) have no labels", *flags, place)
