@@ -30,31 +30,31 @@ output=$(cd -- "$output" && pwd)
 cd -- "$here/../.."
 sh exp/setup.sh pycocotools
 python=.venv/bin/python
-# The model is too small for more threads to help, and idle threads should not spin while others need the CPU.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # idle threads should not spin while others need the CPU
 
 step() { printf '\n=== %s\n' "$1"; }
 
 # What both programs are given; mean and standard deviation are those of the tiles.
 common() {
-    folder=$1
-    shift
-    $python "$@" --output_dir "$output/$folder" --seed "$seed" --resume auto --patch_size 4 --input_size 128 \
-        --mean 0.518 0.571 0.479 --std 0.229 0.213 0.161 --keep_checkpoints 1 --save_every 5 --print_freq 50
+    threads=$1 folder=$2
+    shift 2
+    OMP_NUM_THREADS=$threads $python "$@" --output_dir "$output/$folder" --seed "$seed" --resume auto \
+        --patch_size 4 --input_size 128 --mean 0.518 0.571 0.479 --std 0.229 0.213 0.161 \
+        --keep_checkpoints 1 --save_every 5 --print_freq 50
 }
 # The same budget with and without pretraining.
 detect() {
     folder=$1
     shift
-    common "$folder" -m exp.coco.mask_rcnn --data_path exp/trees/tiles --model swin_quickstart \
-        --detector faster_rcnn --head_channels 32 --sampled_boxes 64 --min_size 192 --batch_size 4 --epochs 12 \
-        --warmup_epochs 1 --lr 1e-3 --layer_decay 1 --drop_path 0 --num_workers 0 --eval_every 6 "$@"
+    common 1 "$folder" -m exp.coco.mask_rcnn --data_path exp/trees/tiles --model swin_quickstart \
+        --detector faster_rcnn --head_channels 32 --sampled_boxes 64 --min_size 192 --batch_size 4 --epochs 20 \
+        --warmup_epochs 1 --lr 1e-3 --layer_decay 1 --drop_path 0 --num_workers 0 --eval_every 10 "$@"
 }
 
 start=$(date +%s)
 for seed in $seeds; do
     step "Seed $seed: pretraining on all tiles, without labels"
-    common "pretrained_encoder_$seed" main_pretrain.py --data_path exp/trees/tiles/images --model mixmae_quickstart \
+    common 2 "pretrained_encoder_$seed" main_pretrain.py --data_path exp/trees/tiles/images --model mixmae_quickstart \
         --batch_size 30 --epochs 60 --warmup_epochs 5 --lr 2e-3 --num_workers 1 --vis_every 60
     step "Seed $seed: training detectors, from the pretrained encoder and from scratch, both at once"
     detect "scratch_$seed" >"$output/scratch_$seed.txt" 2>&1 &
