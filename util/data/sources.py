@@ -331,11 +331,11 @@ def _read_list(path: Path, extensions: Sequence[str]) -> ImageIndex:
             )
         names.append(os.fsencode(match[1]))
         labels.append(-1 if match[2] is None else int(match[2]))
+        if labels[-1] >= MAX_CLASSES:
+            raise UserError(f"{path}, line {number}: a label is a class from 0 to {MAX_CLASSES - 1}, got {match[2]}")
         if known.setdefault(names[-1], labels[-1]) != labels[-1]:
             before = known[names[-1]]
             raise UserError(f"{path}, line {number}: {match[1]} has another label, {before}, in a line before")
-        if labels[-1] >= MAX_CLASSES:
-            raise UserError(f"{path}, line {number}: a label is a class from 0 to {MAX_CLASSES - 1}, got {match[2]}")
     if not names:
         raise UserError(f"the image list {path} is empty; write one image file per line")
     if len(known) < len(names):
