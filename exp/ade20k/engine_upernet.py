@@ -71,8 +71,7 @@ def predict(model: UPerNet, imgs: Tensor, size: tuple[int, int], config: Evaluat
         model: in evaluation mode, not wrapped.
         size: of the result; logits are enlarged to it.
     """
-    # Images differ in size, and are not worth compiling for.
-    with torch.compiler.set_stance("force_eager"), autocast(config.precision, imgs.device):
+    with autocast(config.precision, imgs.device):
         if config.slide:
             stride = tuple(max(1, 2 * side // 3) for side in config.input_size)
             logits = sliding_logits(model, imgs, config.input_size, stride)

@@ -111,7 +111,6 @@ class SegmentationConfig(DenseConfig):
     predictions: str = flag(
         "", "with --eval: write label maps and pictures of all images into this folder", "DIR", on_resume=FREE
     )
-    compile: bool | None = with_default(TrainingConfig, "compile", False)
     drop_path: float = with_default(TrainingConfig, "drop_path", 0.1)
 
     def __post_init__(self) -> None:
@@ -130,7 +129,9 @@ def choose(given: SegmentationConfig, launch: Launch, known: Mapping[str, Any]) 
     """Values for what is not known."""
     chosen = {name: value for name, value in DEFAULTS.items() if known.get(name) is None}
     if known.get("lr") is not None:
-        del chosen["blr"]
+        chosen.pop("blr", None)
+    for name, value in chosen.items():
+        logger.info("not given, so chosen: --%s %s", name, value)
     return chosen
 
 
@@ -168,12 +169,12 @@ def build_validation(config: SegmentationConfig, launch: Launch) -> DataLoader:
 def prepare(start: Start) -> tuple[Run, DataLoader]:
     """Everything before the first step: the run, and the validation images."""
     launch = start.launch
-    config = complete(start.resolve(choose), start.checkpoint["args"] if start.checkpoint else {})
+    resumed = start.checkpoint or {}
+    config = complete(start.resolve(choose), resumed.get("args", {}))
     transform = RandomScaleAndCrop(config.input_size, config.short_side, SCALES, config.mean, config.color_jitter)
     dataset = build_segmentation_dataset(config, "train", transform)
     check_statistics(config, dataset, f"{config.data_path} (train)")
-    if start.checkpoint is not None:
-        check_class_names(dataset.classes, start.checkpoint["classes"], "the checkpoint to resume")
+    check_class_names(dataset.classes, resumed.get("classes") or dataset.classes, "the checkpoint to resume")
     sampler = TrainBatchSampler(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
     )
@@ -210,7 +211,8 @@ def train(run: Run, validation: DataLoader) -> None:
     if run.folder is not None:
         run.folder.wait(final=True)  # what the result is said to be of
     logger.info(describe_result(config, scores, f"{config.output_dir}/checkpoint.pth", len(validation.dataset)))
-    logger.info("best mIoU of all evaluations: %.2f%% (checkpoint-best.pth)", progress.best)
+    if progress.best is not None:
+        logger.info("best mIoU of all evaluations: %.2f%% (checkpoint-best.pth)", progress.best)
 
 
 @torch.inference_mode()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from util.data.label_maps import IGNORED
 from util.dense.encoder import DenseEncoder
-from util.layers.sizes import NUM_STAGES
 
 POOLED = (1, 2, 3, 6)  # sides of the pooled maps of the pyramid pooling module
 GROUP = 16  # channels that are normed together
@@ -106,7 +105,7 @@ class UPerNet(nn.Module):
         logits = enlarge(self.head(maps), patch, size)
         if not self.training:
             return logits
-        return logits, enlarge(self.auxiliary(maps[-2]), patch * 2 ** (NUM_STAGES - 2), size)
+        return logits, enlarge(self.auxiliary(maps[-2]), patch * 2 ** (len(maps) - 2), size)
 
 
 def enlarge(x: Tensor, factor: int, size: torch.Size) -> Tensor:
