@@ -19,6 +19,6 @@ effective_batch=16 launch exp/ade20k/upernet.py \
     --finetune "$here/../base_600ep/ckpt/checkpoint.pth" \
     --batch_size 2 --epochs 128 --warmup_epochs 1.2 --eval_every 8 \
     --blr 1.6e-3 --min_lr 0 --layer_decay 0.75 --weight_decay 0.05 --drop_path 0.2 --color_jitter 0.3 \
-    --head_channels 512 \
+    --head_channels 512 --scales 0.5 2 \
     --output_dir "$here/ckpt_finetune" --resume auto \
     "$@"

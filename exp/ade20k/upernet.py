@@ -58,7 +58,6 @@ from util.weights.settings import weight_settings
 logger = logging.getLogger(__name__)
 
 DEFAULTS = {"model": "swin_base_w14", "batch_size": 4, "epochs": 100, "warmup_epochs": 1, "blr": 1.6e-3}
-SCALES = (0.5, 2.0)
 PICTURE_IMAGES = 4
 
 
@@ -97,11 +96,15 @@ class SegmentationConfig(DenseConfig):
     )
     short_side: int | None = flag(
         None,
-        "shorter side of images at scale 1; training scales them by 0.5 to 2 and crops --input_size of them "
-        "(default: that of the weights, else the shorter side of --input_size)",
+        "shorter side of images at scale 1, at which they are evaluated; training crops --input_size of them (default: "
+        "that of the weights, else the shorter side of --input_size)",
         "PIXELS",
         AT_LEAST_1,
     )
+    scales: tuple[float, float] = flag(
+        (0.5, 2.0), "smallest and largest scale of images in training", ("MIN", "MAX"),
+        (lambda value: 0 < value[0] <= value[1], "takes MIN and MAX, 0 < MIN <= MAX"),
+    )  # fmt: skip
     color_jitter: float = flag(
         0.0, "strength of random brightness, contrast and saturation in training", "X", NOT_NEGATIVE
     )
@@ -171,7 +174,9 @@ def prepare(start: Start) -> tuple[Run, DataLoader]:
     launch = start.launch
     resumed = start.checkpoint or {}
     config = complete(start.resolve(choose), resumed.get("args", {}))
-    transform = RandomScaleAndCrop(config.input_size, config.short_side, SCALES, config.mean, config.color_jitter)
+    transform = RandomScaleAndCrop(
+        config.input_size, config.short_side, config.scales, config.mean, config.color_jitter
+    )
     dataset = build_segmentation_dataset(config, "train", transform)
     check_statistics(config, dataset, f"{config.data_path} (train)")
     check_class_names(dataset.classes, resumed.get("classes") or dataset.classes, "the checkpoint to resume")
