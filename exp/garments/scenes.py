@@ -131,5 +131,5 @@ if __name__ == "__main__":
         "--unlabelled", type=int, default=3000, metavar="N", help="scenes to pretrain on (default: 3000)"
     )
     parser.add_argument("--labelled", type=int, default=200, metavar="N", help="labelled of these (default: 200)")
-    parser.add_argument("--val", type=int, default=400, metavar="N", help="scenes for validation (default: 400)")
+    parser.add_argument("--val", type=int, default=200, metavar="N", help="scenes for validation (default: 200)")
     main(parser.parse_args())
