@@ -48,7 +48,7 @@ run() {
 # The same budget with and without pretraining.
 segment() {
     run exp.ade20k.upernet "$@" --seed "$seed" --data_path "$scenes/labelled" --model swin_quickstart \
-        --head_channels 32 --scales 0.8 1.25 --batch_size 10 --epochs 25 --warmup_epochs 1 --lr 4e-3 \
+        --head_channels 32 --scales 0.8 1.25 --batch_size 20 --epochs 25 --warmup_epochs 1 --lr 3e-3 \
         --layer_decay 1 --drop_path 0 --eval_every 25
 }
 

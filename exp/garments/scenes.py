@@ -21,8 +21,8 @@ from PIL import Image
 
 FASHION_MNIST = Path(__file__).resolve().parents[1] / "quickstart" / "fashion_mnist.tar.xz"
 SIDE = 64  # of a scene, in pixels
-GARMENTS = (1, 3)  # in a scene
-SCALES = (1.0, 1.7)  # of a garment of 28 x 28 pixels
+GARMENTS = (1, 2)  # in a scene
+SCALES = (1.3, 1.9)  # of a garment of 28 x 28 pixels
 BORDER = 2  # empty pixels around garments in the archive
 DARK = 20  # of 255: darker pixels that touch the border are not the garment's
 
