@@ -1,5 +1,6 @@
 #!/bin/sh
-# Find trees in aerial photographs, with and without pretraining: three seeds, on a CPU.
+# Find trees in aerial photographs, with and without pretraining, on a CPU: one encoder is pretrained, and two detectors are
+# trained with each of three seeds, from it and from scratch.
 #     sh exp/trees/run.sh [--seeds "0 1 2"] [output folder, default exp/trees/result]
 #
 # Data      122 tiles of five photographs, included in the repository (exp/trees/README.md)
@@ -40,7 +41,7 @@ common() {
     shift 2
     OMP_NUM_THREADS=$threads $python "$@" --output_dir "$output/$folder" --seed "$seed" --resume auto \
         --patch_size 4 --input_size 128 --mean 0.518 0.571 0.479 --std 0.229 0.213 0.161 \
-        --keep_checkpoints 1 --save_every 5 --print_freq 50
+        --keep_checkpoints 1 --save_every 10 --print_freq 50
 }
 # The same budget with and without pretraining.
 detect() {
@@ -52,14 +53,15 @@ detect() {
 }
 
 start=$(date +%s)
+seed=0
+step "Pretraining on all tiles, without labels"
+common 2 pretrained_encoder main_pretrain.py --data_path exp/trees/tiles/images --model mixmae_quickstart \
+    --batch_size 30 --epochs 300 --warmup_epochs 20 --lr 2e-3 --num_workers 1 --vis_every 100
 for seed in $seeds; do
-    step "Seed $seed: pretraining on all tiles, without labels"
-    common 2 "pretrained_encoder_$seed" main_pretrain.py --data_path exp/trees/tiles/images --model mixmae_quickstart \
-        --batch_size 30 --epochs 60 --warmup_epochs 5 --lr 2e-3 --num_workers 1 --vis_every 60
     step "Seed $seed: training detectors, from the pretrained encoder and from scratch, both at once"
     detect "scratch_$seed" >"$output/scratch_$seed.txt" 2>&1 &
     scratch=$!
-    detect "pretrained_$seed" --finetune "$output/pretrained_encoder_$seed/checkpoint.pth"
+    detect "pretrained_$seed" --finetune "$output/pretrained_encoder/checkpoint.pth"
     wait "$scratch" || {
         tail "$output/scratch_$seed.txt" >&2
         exit 1

@@ -61,7 +61,7 @@ def draw_boxes(
         names: of the classes, where they are to be written.
     """
     height, width = pixels.shape[:2]
-    factor = max(1, round(SIDE / max(height, width)))
+    factor = max(1, SIDE // max(height, width))
     image = Image.fromarray(pixels).resize((factor * width, factor * height), Image.Resampling.BICUBIC)
     colours = [COLOURS[label % len(COLOURS)] for label in labels]
     for mask, colour in zip(masks, colours):
