@@ -209,7 +209,7 @@ def prepare(config: FinetuneConfig, start: Start) -> tuple[Run, DataLoader]:
     if config.freeze_encoder and not (config.finetune or config.resume):
         logger.warning("--freeze_encoder without --finetune probes an encoder of random weights")
     dataset = build_dataset(config, "train", train_transform(config), require_labels=True)
-    check_statistics(config, dataset, config.data_path)
+    check_statistics(config, dataset, config.data_path, training=True)
     if dataset.pixels.dtype != torch.uint8 and config.in_chans == 3 and (config.aa or config.color_jitter):
         logger.warning("auto-augment and colour jitter need 8-bit images; on these, of more bits, they are off")
     num_classes = classes.number_classes(config, dataset, start)

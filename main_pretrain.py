@@ -127,7 +127,7 @@ def prepare(config: PretrainConfig, start: Start) -> tuple[Run, list[ImageDatase
     launch = start.launch
     model = build_model(config).to(launch.device)
     dataset = build_dataset(config, "train", pretrain_transform(config))
-    check_statistics(config, dataset, config.data_path)
+    check_statistics(config, dataset, config.data_path, training=True)
     sampler = TrainBatchSampler(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
     )

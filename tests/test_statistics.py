@@ -139,24 +139,62 @@ def test_one_channel_with_a_far_too_large_deviation_is_told():
     assert not error and "Measured on" in warning
 
 
-def test_every_image_is_looked_at_while_it_is_read(tmp_path, caplog):
-    make_images(tmp_path, 40, (16, 16), channels=2)
-    for number, path in enumerate(sorted(tmp_path.iterdir())):
-        np.save(path, np.load(path) * (1e4 if number in (7, 9, 12) else 1.0))
-    args = data_args(tmp_path, in_chans=2)
-    for allowed, numbered in ((False, False), (False, True), (True, False)):
-        dataset = build_dataset(args, "train", lambda image: image)
-        dataset = NumberedImages(dataset.source, lambda image: image, 0, True) if numbered else dataset
-        dataset.sample = lambda: []
-        check_statistics(SimpleNamespace(mean=(128,) * 2, std=(74,) * 2, allow_odd_statistics=allowed), dataset, "x")
-        caplog.clear()
-        for index in [*range(9), 7]:
-            dataset[(0, index)]
-        assert ("0007.npy': normalised, the root mean square" in caplog.text) == (not allowed)
-        if not allowed:
-            with pytest.raises(BadImageError, match=r"0009\.npy'.*so far 2 of 40 images are like it\. Bring all"):
-                dataset[(0, 9)]
-    assert [dataset[(0, index)][0].max() > 1000 for index in (8, 9)] == [False, True]
+def watched(folder: Path, factors: dict[int, float], count: int = 40, numbered=False, training=True, **flags):
+    """A data set of float arrays of 2 channels, of which some are multiplied by `factors`, watched as in a run."""
+    make_images(folder, count, (16, 16), channels=2)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        np.save(path, np.load(path) * np.float32(factors.get(number, 1.0)))
+    dataset = build_dataset(data_args(folder, in_chans=2), "train", flags.pop("transform", lambda image: image))
+    dataset = NumberedImages(dataset.source, lambda image: image, 0, True) if numbered else dataset
+    dataset.sample = lambda: []
+    config = SimpleNamespace(**{"mean": (128,) * 2, "std": (74,) * 2, "allow_odd_statistics": False} | flags)
+    check_statistics(config, dataset, "x", training)
+    return dataset
+
+
+@pytest.mark.parametrize("kind", ["training", "skipping", "evaluation", "prediction", "allowed"])
+def test_every_image_is_looked_at_while_it_is_read(tmp_path, caplog, kind):
+    """Evaluation and prediction go on: two bright frames ended a prediction, or lost an epoch."""
+    numbered, training = kind == "prediction", kind not in ("evaluation", "prediction")
+    dataset = watched(
+        tmp_path, {7: 1e4, 9: 1e4, 12: 1e4}, 40, numbered, training, allow_odd_statistics=kind == "allowed"
+    )
+    dataset.skip_bad = kind == "skipping"
+    for index in [*range(9), 7]:
+        dataset[(0, index)]
+    assert ("0007.npy is far from --mean and --std: normalised" in caplog.text) == (kind != "allowed")
+    assert ("Training stops when more than 1% of the images are" in caplog.text) == (kind in ("training", "skipping"))
+    if kind in ("training", "skipping"):
+        with pytest.raises(BadImageError, match=r"^2 of 10 images read so far are far .*; the last one: .*0009\.npy\."):
+            dataset[(0, 9)]
+    else:
+        assert [dataset[(0, index)][0].max() > 1000 for index in (8, 9, 12)] == [False, True, True]
+    assert caplog.text.count("far from --mean") == (kind != "allowed") and dataset.bad_count() == 0
+
+
+def test_a_run_goes_on_with_images_that_the_start_accepts(tmp_path, caplog):
+    """Crops of bright spots added up over epochs until a run of hours died; so did the worst of many channels."""
+    spots = torch.full((2, 16, 16), 128.0)
+    spots[:, :2, :2] += 74 * 300
+    crop = lambda image: spots[:, :2, :2]  # noqa: E731
+    far_channel = watched(tmp_path / "a", {}, transform=crop, mean=(128, 1e6))
+    offset = watched(tmp_path / "b", {}, mean=(128 - 9.5 * 74,) * 2, std=(74 / 4.5,) * 2)
+    for dataset in (far_channel, offset):
+        for epoch in range(3):
+            for index in range(len(dataset)):
+                dataset[(epoch, index)]
+    assert "far from" not in caplog.text
+
+
+def test_one_in_a_hundred_images_may_be_far(tmp_path, caplog):
+    """Of the set, or of those read so far in a large one; none is counted again in a later epoch."""
+    dataset = watched(tmp_path, {0: 1e4, 1: 1e4, 2: 1e4, 3: 1e4}, 300)
+    for epoch in range(3):
+        for index in (*range(3), *range(4, 300)):
+            dataset[(epoch, index)]
+    assert caplog.text.count("far from --mean") == 1
+    with pytest.raises(BadImageError, match="4 of 300 images read so far"):
+        dataset[(3, 3)]
 
 
 def test_a_run_stops_at_images_in_other_units_that_the_sample_did_not_show(tmp_path):
@@ -166,8 +204,8 @@ def test_a_run_stops_at_images_in_other_units_that_the_sample_did_not_show(tmp_p
         np.save(path, np.load(path) * (1.0 if number in sampled else 1e4))
     flags = [*PRETRAIN, "--in_chans", 2, "--mean", 128, 128, "--std", 74, 74, "--data_path", tmp_path / "data"]
     said = Trial(tmp_path, *flags, "--num_workers", 2, "--output_dir", tmp_path / "out").finish(1)
-    assert said.count("far from --mean and --std is image") == 2 and "Traceback" not in said
-    assert "so far 2 of 100 images are like it" in said
+    assert said.count("is far from --mean and --std") == 1 and "Traceback" not in said
+    assert re.search(r"[2-9] of \d+ images read so far are far from --mean and --std", said)
 
 
 def test_a_sample_comes_from_all_over_and_draws_nothing(tmp_path):

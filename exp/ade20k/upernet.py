@@ -178,7 +178,7 @@ def prepare(start: Start) -> tuple[Run, DataLoader]:
         config.input_size, config.short_side, config.scales, config.mean, config.color_jitter
     )
     dataset = build_segmentation_dataset(config, "train", transform)
-    check_statistics(config, dataset, f"{config.data_path} (train)")
+    check_statistics(config, dataset, f"{config.data_path} (train)", training=True)
     check_class_names(dataset.classes, resumed.get("classes") or dataset.classes, "the checkpoint to resume")
     sampler = TrainBatchSampler(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed

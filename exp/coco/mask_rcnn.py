@@ -131,7 +131,7 @@ def prepare(start: Start) -> tuple[Run, DataLoader]:
     validation = build_validation(config, launch)
     validation.dataset.source.number_classes_as(classes, "training")
     for images, split in ((dataset, "train"), (validation.dataset, "val")):
-        check_statistics(config, images, f"{config.data_path} ({split})")
+        check_statistics(config, images, f"{config.data_path} ({split})", training=split == "train")
     sampler = TrainBatchSampler(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
     )

@@ -21,7 +21,7 @@ from util.data.decoding import BadImageError, PixelType, decoded
 from util.data.image_index import abbreviate
 from util.data.settings import DataSettings
 from util.data.sources import Source, open_source
-from util.data.statistics import MOST, deviation_of
+from util.data.statistics import magnitude
 from util.errors import UserError, unreadable_is_user_error
 from util.seeding import derive_seed, keyed_generator, seed_all
 
@@ -29,7 +29,10 @@ logger = logging.getLogger(__name__)
 
 REPLACEMENT_TRIES = 100
 SAMPLE = 32  # images that are looked at before a run
-MOST_ODD = 0.01  # share of images far from the mean and deviation: of these very images, it would be less
+LARGEST = 100.0  # magnitude of an image in its units: wrong ones differ by 1e2 to 1e4 (a sample may have 14 altogether)
+MOST_FAR = 0.01  # share of the images that may be larger
+ENOUGH = 2000  # images, to estimate this share
+NEAR, FAR = 1, 2  # what is known of an image; 0 before it is read
 # Forked workers share the index of a data set; Linux's own default since Python 3.14 would send each a copy.
 WORKERS = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 
@@ -62,9 +65,10 @@ class ImageDataset(Dataset):
         self.classes = source.classes
         self._numbers: np.ndarray | None = None  # of the source's classes in `classes`, where they differ
         self._bad = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # shared with the workers
-        self._bad_lock = WORKERS.Lock()
+        self._lock = WORKERS.Lock()
         self._statistics: tuple[torch.Tensor, torch.Tensor] | None = None  # (C, 1, 1) each
-        self._odd = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
+        self._looked_at: torch.Tensor | None = None  # NEAR or FAR of each image; shared with the workers
+        self._stop_when_far = False
         self._reduced = torch.zeros(1, dtype=torch.uint8).share_memory_()  # whether an image lost bits, and it was said
         self.pixels = self._first_image_pixels()
 
@@ -121,13 +125,18 @@ class ImageDataset(Dataset):
         """How many these are."""
         return int(self._bad.sum())
 
-    def watch(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Compare every image of more than 8 bits that is read from now on with `mean` and `std`.
+    def watch(self, mean: Sequence[float], std: Sequence[float], stop: bool) -> None:
+        """Compare each image of more than 8 bits with `mean` and `std` when this process or a worker first reads it.
 
-        The first one far from them is a warning, more than `MOST_ODD` of all images a BadImageError. To be called
-        before other processes read the data set.
+        Compared is what is read, before the transform. A warning names the first image that is far from them. With
+        `stop`, a BadImageError is raised, whatever `skip_bad` is, when more than one image is, and more than `MOST_FAR`
+        of those read so far (while these are few: of the whole data set, or of `ENOUGH`). To be called before other
+        processes read the data set.
         """
-        self._statistics = tuple(torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+        if self.pixels is not PixelType.BYTES:  # of bytes, the sample says all of their units
+            self._statistics = tuple(torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+            self._looked_at = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
+            self._stop_when_far = stop
 
     def sample(self, most: int = SAMPLE, seconds: float = 1.0) -> list[torch.Tensor]:
         """Images from all over the data set, as they are read, without a transform: nothing random is drawn.
@@ -172,6 +181,8 @@ class ImageDataset(Dataset):
                 image = self.pixels.convert(image)
             if not getattr(transform, "takes_encoded", False):
                 image = decoded(image)
+            if self._looked_at is not None and not self._looked_at[index]:
+                self._look_at(index, image)
             if seeds:
                 seed_all(*seeds)
             return transform(image, target) if getattr(transform, "takes_target", False) else (transform(image), target)
@@ -198,36 +209,39 @@ class ImageDataset(Dataset):
                         raise BadImageError(f"{error}. {advice}") from None
                     self._record_bad(candidate, error)
                 else:
-                    self._compare(candidate, image)
+                    if self._stop_when_far and self._looked_at[candidate] == FAR:
+                        self._refuse_too_many_far(candidate)
                     return image, target
             candidate = derive_seed("replacement", self.seed, epoch, index, attempt) % len(self)
         raise BadImageError(f"no readable image found in {REPLACEMENT_TRIES} tries to replace {self.path_of(index)!r}")
 
-    def _compare(self, index: int, image: torch.Tensor) -> None:
-        """See `watch`. Bytes are left alone: a sample says all of their units."""
-        if self._statistics is None or image.dtype == torch.uint8:
+    def _look_at(self, index: int, image: torch.Tensor) -> None:
+        """See `watch`."""
+        size = magnitude(image, *self._statistics)
+        if size <= LARGEST:
+            self._looked_at[index] = NEAR
             return
-        deviation = deviation_of(image, *self._statistics)
-        if deviation <= MOST:
-            return
-        with self._bad_lock:
-            known = bool(self._odd[index])
-            self._odd[index] = 1
-            count = int(self._odd.sum())
-        what = (
-            f"far from --mean and --std is image {self.path_of(index)!r}: normalised, the root mean square of its "
-            f"values is {deviation:.3g}, not about 1"
-        )
-        if count > max(1, MOST_ODD * len(self)):
+        with self._lock:
+            first = not (self._looked_at == FAR).any()
+            self._looked_at[index] = FAR
+        if first:
+            logger.warning(
+                "image %s is far from --mean and --std: normalised by them, its values are about %.3g in size, where 1 "
+                "is usual%s", self.path_of(index), size,
+                f". Training stops when more than {MOST_FAR:.0%} of the images are" if self._stop_when_far else "",
+            )  # fmt: skip
+
+    def _refuse_too_many_far(self, index: int) -> None:
+        far, looked_at = int((self._looked_at == FAR).sum()), int(self._looked_at.count_nonzero())
+        if far > max(1, MOST_FAR * max(looked_at, min(len(self), ENOUGH))):
             raise BadImageError(
-                f"{what}; so far {count} of {len(self)} images are like it. Bring all into one unit, or give the "
-                "--mean and --std of python -m util.check_data; --allow_odd_statistics goes on all the same"
+                f"{far} of {looked_at} images read so far are far from --mean and --std, as if in another unit; the "
+                f"last one: {self.path_of(index)}. Bring all images into one unit, or give the --mean and --std that "
+                "python -m util.check_data measures; --allow_odd_statistics goes on all the same"
             )
-        if not known and count == 1:
-            logger.warning("%s; of more than one image in a hundred this is an error", what)
 
     def _record_bad(self, index: int, error: BadImageError) -> None:
-        with self._bad_lock:
+        with self._lock:
             known = bool(self._bad[index])
             self._bad[index] = 1
             count = self.bad_count()
@@ -254,7 +268,6 @@ class NumberedImages(ImageDataset):
             if not self.skip_bad:
                 raise
             return self.transform(self._blank), -1
-        self._compare(index, image)
         return image, index
 
     def why_bad(self, index: int) -> str:

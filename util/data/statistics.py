@@ -36,14 +36,15 @@ def measure(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, (torch.stack(squares)[ordinary].mean(dim=0) - mean.square()).clamp(min=0).sqrt()
 
 
-def deviation_of(image: Tensor, mean: Tensor, std: Tensor) -> float:
-    """The root mean square of a float image (C, h, w) normalised by `mean` and `std` (C, 1, 1), of its worst channel.
+def magnitude(image: Tensor, mean: Tensor, std: Tensor) -> float:
+    """Root mean square of a float image (C, h, w) normalised by `mean` and `std` (C, 1, 1): the channels' median.
 
-    1 for most, and by these very numbers above `MOST` for less than a hundredth of the images.
+    Around 1. By the mean and deviation that `measure` gives for a set of images, above 100 for less than 1 in 5000 of
+    them: over all, the mean square of each channel is 1, and half of an image's channels would be above 10,000.
     """
     step = max(1, min(image.shape[1:]) // PIXELS)
     values = (image[:, ::step, ::step] - mean) / std
-    return float(values.square().mean(dim=(1, 2)).max().sqrt())
+    return float(values.square().mean(dim=(1, 2)).median().sqrt())
 
 
 def check_units(images: Sequence[Tensor]) -> tuple[str, str]:

@@ -122,12 +122,14 @@ def check_overlap(train: ImageDataset, val: ImageDataset) -> None:
             )  # fmt: skip
 
 
-def check_statistics(config: Config, dataset: ImageDataset, what: str) -> None:
+def check_statistics(config: Config, dataset: ImageDataset, what: str, training: bool = False) -> None:
     """Look at a sample of the images, on rank 0 for all, before anything is made of them; and let all be watched.
 
     Args:
         config: `mean`, `std`, `allow_odd_statistics`.
         what: which images these are, for messages.
+        training: whether they are trained on, which then stops where too many are in another unit; else one warning
+            tells (see `ImageDataset.watch`).
 
     Raises:
         UserError: they are not in the units of `config.mean` and `config.std`, or of each other, and no
@@ -145,4 +147,4 @@ def check_statistics(config: Config, dataset: ImageDataset, what: str) -> None:
     if error or warning:
         logger.warning("%s: %s", what, error or warning)
     if not config.allow_odd_statistics:
-        dataset.watch(config.mean, config.std)
+        dataset.watch(config.mean, config.std, stop=training)
