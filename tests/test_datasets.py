@@ -19,6 +19,7 @@ from util.data import timm_source
 from util.data.datasets import BadImageError, build_dataset, build_loader
 from util.data.transforms import eval_transform, pretrain_transform, train_transform
 from util.errors import UserError
+from util.run.checks import check_data
 
 CPU = torch.device("cpu")
 
@@ -197,6 +198,11 @@ def test_what_a_tar_holds_besides_its_images(tmp_path, caplog):
     assert [source.read(i)[1] for i in range(2)] == [0, 1]
     assert "left out are 1 .jxl" in caplog.text
     before = plain(data_args(tmp_path)).fingerprint()
+    older = before | {"names": f"{(tmp_path / 'train.tar').stat().st_size} bytes", "labels": "", "sizes": ""}
+    check_data({"data": {"train": older}}, {"train": before})
+    assert "images are not those" not in caplog.text
+    check_data({"data": {"train": older | {"names": "7 bytes"}}}, {"train": before})
+    assert "images are not those" in caplog.text
     make_tar(tmp_path / "train.tar", "./", ["ant/2.png", "ant/._1.png", ".thumbs/1.png", "bee/1.webp", "bee/3.jxl"])
     assert plain(data_args(tmp_path)).fingerprint()["names"] != before["names"]  # though the tar is as large
     make_tar(tmp_path / "train.tar", "", ["ant/1.png", "0.png"])

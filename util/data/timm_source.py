@@ -114,7 +114,8 @@ class TarSource(ReaderSource):
             self.classes, self.targets = None, np.full(len(chosen), -1, np.int32)
         reader.targets = self.targets
         self.fingerprint = _digest("\n".join(names[i] for i in chosen).encode("utf-8", "surrogateescape"))
-        self.sizes = _digest(np.array([member.size for member, _, _ in reader.samples], "<i8").tobytes())
+        sizes = np.array([member.size for member, _, _ in reader.samples], "<i8")
+        self.sizes = f"{path.stat().st_size} bytes, {_digest(sizes.tobytes())}"
 
 
 class PillowSource:
