@@ -18,7 +18,9 @@ def shared_with_training(train: Source, val: Source) -> tuple[int, int]:
     """
     if not isinstance(train, FileSource) or not isinstance(val, FileSource):
         return 0, 0
-    if train.numbered or train.index.root == val.index.root:  # lists; or one folder, be it divided or given twice
+    if not train.numbered and train.index.root == val.index.root:  # one folder: given twice, or divided by --val_share
+        return (len(val) if train.fingerprint == val.fingerprint else 0), len(val)
+    if train.numbered:
         paths = {os.path.normpath(train.path(i)) for i in range(len(train))}
         return sum(os.path.normpath(val.path(i)) in paths for i in range(len(val))), len(val)
     chosen = np.unique(np.linspace(0, len(val) - 1, min(len(val), LOOKED_AT), dtype=int))
