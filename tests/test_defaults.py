@@ -18,7 +18,7 @@ from trials import Trial
 
 import main_finetune
 import main_pretrain
-from util.data.survey import Survey, shape_in_header
+from util.data.survey import Survey, channels_come_first, shape_in_header
 from util.run.defaults import choose_for_finetuning, choose_for_pretraining
 from util.run.flags import given_flags
 from util.run.preemption import EXIT_REQUEUE
@@ -156,6 +156,9 @@ def test_arrays_with_their_channels_first_are_not_taken_for_images_of_many(tmp_p
     message = r"look like arrays \(channels, H, W\) = \(3, 24, 24\).*if they are 24 channels of 3 x 24 .*--in_chans 24"
     fails(main_pretrain, capfd, message, *flags)
     run(main_pretrain, *flags, "--in_chans", "24")
+    assert all(map(channels_come_first, [(3, 24, 24), (13, 20, 30), (32, 64, 128), (1, 28, 28)]))
+    ordinary = [(64, 96, 200), (24, 24, 3), (16, 16, 32), (20, 30, 200), (145, 145, 200), (33, 80, 80)]
+    assert not any(map(channels_come_first, ordinary))
 
 
 def test_arrays_of_several_channels(tmp_path, capfd):

@@ -16,6 +16,7 @@ from util.errors import UserError
 logger = logging.getLogger(__name__)
 
 SAMPLE = 100  # images whose headers are read
+MOST_CHANNELS_FIRST = 32  # more may be rows of pixels
 GREY_MODES = ("1", "L", "LA", "La", "I", "F")
 
 
@@ -66,8 +67,14 @@ def survey_images(source: Source, reader: str = "", in_chans: int | None = None)
 
 
 def channels_come_first(shape: tuple[int, int, int]) -> bool:
-    """Whether an array (height, width, channels) would be a flat strip of many channels."""
-    return shape[0] < shape[1] and 2 * shape[0] <= shape[2]
+    """Whether an array taken for (height, width, channels) is rather (channels, height, width).
+
+    The first axis is then short, and the others are sides, neither more than twice the other: not so in images of
+    64 x 96 pixels with 200 bands.
+    """
+    first, second, third = shape
+    short = first <= MOST_CHANNELS_FIRST and first < second and 2 * first <= third
+    return short and max(second, third) <= 2 * min(second, third)
 
 
 def shape_in_header(path: str) -> tuple[int, int, int]:
