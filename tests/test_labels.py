@@ -265,7 +265,8 @@ def test_where_nothing_can_be_divided(folders, tmp_path, capfd):
     )
     (tmp_path / "tar").mkdir()
     shutil.make_archive(str(tmp_path / "tar" / "train"), "tar", folders / "train")
-    fails(main_finetune, capfd, r"divides folders and lists of images, not --dataset tar", *flags, tmp_path / "tar")
+    message = r"not the tar of --data_path .*/tar: unpack it, or make a val\.tar beside a train\.tar"
+    fails(main_finetune, capfd, message, *flags, tmp_path / "tar")
 
 
 def test_pretraining_leaves_the_part_out_and_tests_on_it(folders, tmp_path, capfd):

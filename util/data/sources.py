@@ -261,7 +261,12 @@ def _list_file(data_path: Path, split: str) -> Path | None:
 def _refuse_to_divide(path: Path, config: DataSettings, source: Source) -> None:
     """Raise a UserError where --val_share cannot divide the images, or there are validation images already."""
     if not isinstance(source, FileSource):
-        raise UserError(f"--val_share divides folders and lists of images, not --dataset {config.dataset or 'tar'}")
+        if config.dataset not in FOLDER_DATASETS:
+            raise UserError(f"--val_share divides folders and lists of images, not --dataset {config.dataset}")
+        raise UserError(
+            f"--val_share divides folders and lists of images, not the tar of --data_path {path}: unpack it, or make a "
+            "val.tar beside a train.tar and give their folder without --val_share"
+        )
     if (found := find_validation(path)) is not None:
         raise UserError(f"--val_share {config.val_share:g} divides the images, but {found} is there: use one of both")
 
