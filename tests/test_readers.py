@@ -74,6 +74,15 @@ def test_of_pages_that_are_no_bands_the_first_counts():
     assert torch.equal(image[0], torch.from_numpy(array[:, :, 0]))
 
 
+def test_pages_that_are_rows_say_how_to_write_bands():
+    """What tifffile makes of an array (H, W, bands) by default."""
+    message = r"^the TIFF file has 20 pages of 24 x 13 pixels, 13 are needed \(--in_chans 13\)\. If .* \(20, 24, 13\)"
+    with pytest.raises(BadImageError, match=message + r', .*planarconfig="contig", photometric="minisblack"\)$'):
+        decode(tiff(bands(13)), 13)
+    with pytest.raises(BadImageError, match=r"has 20 pages of 24 x 13 pixels, 7 are needed \(--in_chans 7\)$"):
+        decode(tiff(bands(13)), 7)
+
+
 def test_what_cannot_be_an_image_says_why(monkeypatch):
     data = tiff(bands(13), photometric="minisblack", planarconfig="contig")
     with pytest.raises(BadImageError, match=r"shape \(20, 24, 13\), \(H, W, 4\) is needed"):

@@ -238,10 +238,24 @@ def _decode_tiff(data: bytes, in_chans: int, max_pixels: int) -> torch.Tensor:
     if bands == ["S"] and in_chans == 3 and array.shape[2] == 4:
         array = array[:, :, :3]  # without alpha
     elif bands not in ([], ["S"]) and array.shape[2] != in_chans:
+        if in_chans > 1:
+            raise BadImageError(_pages_are_no_bands(*array.shape, in_chans))
         array = array[:, :, :1]  # pages that are no bands: the first
     image = image_of(array, in_chans, max_pixels)
     # In one or three channels a picture, as a PNG of 16 bits.
     return image.to(torch.uint16) if in_chans in (1, 3) and array.dtype == np.uint16 else image
+
+
+def _pages_are_no_bands(height: int, width: int, pages: int, in_chans: int) -> str:
+    message = (
+        f"the TIFF file has {pages} pages of {height} x {width} pixels, {in_chans} are needed (--in_chans {in_chans})"
+    )
+    if width == in_chans:  # what tifffile makes of (H, W, bands) when it is not told
+        message += (
+            f". If it was written from an array ({pages}, {height}, {in_chans}), write it by tifffile.imwrite(..., "
+            'planarconfig="contig", photometric="minisblack")'
+        )
+    return message
 
 
 def _is_deep_png(data: bytes) -> bool:
