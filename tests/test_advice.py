@@ -101,20 +101,22 @@ def test_commands_read_images_as_the_run_did(tmp_path):
 def test_going_on_is_from_the_runs_own_checkpoint(monkeypatch, given):
     """The last of several flags counts."""
     monkeypatch.setattr(sys, "argv", ["main_pretrain.py", "--data_path", "my data", *given])
-    words = shlex.split(advice.to_continue())
+    words = shlex.split(advice.to_continue(1))
     assert words[-2:] == ["--resume", "auto"] and "my data" in words and words.count("auto") == 1
 
 
 def test_going_on_with_several_ranks(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main_pretrain.py", "--data_path", "d"])
     ours = ["main_pretrain.py", "--data_path", "d", "--resume", "auto"]
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")  # as Open MPI, which sets no WORLD_SIZE
+    assert advice.to_continue(4).startswith("start all processes again")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert advice.to_continue().startswith("start all processes again")  # who has started them is not known
+    assert advice.to_continue(4).startswith("start all processes again")  # who has started them is not known
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
-    assert shlex.split(advice.to_continue())[1:] == launcher + ours
+    assert shlex.split(advice.to_continue(4))[1:] == launcher + ours
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # on two machines
-    assert advice.to_continue().startswith("start all processes again")
+    assert advice.to_continue(4).startswith("start all processes again")
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    assert advice.to_continue() == ""
+    assert advice.to_continue(4) == ""

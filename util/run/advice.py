@@ -104,10 +104,13 @@ def at_the_end(what: str, output_dir: str, steps: list[tuple[str, str]]) -> str:
     return "\n".join([done, "what can be done next:", *(f"  # {purpose}\n  {line}" for purpose, line in steps)])
 
 
-def to_continue() -> str:
+def to_continue(world_size: int) -> str:
     """How to go on with the run of this process, as a command where there is one; '' in a Slurm job.
 
     (Of jobs, `util.run.preemption` says whether they are queued again.)
+
+    Args:
+        world_size: processes of the run.
     """
     if "SLURM_JOB_ID" in os.environ:
         return ""
@@ -115,9 +118,8 @@ def to_continue() -> str:
     script = Path(words[0]).resolve()
     if script.is_relative_to(ROOT / "exp"):  # it finds this repository only as a part of it
         words = ["-m", ".".join(script.relative_to(ROOT).with_suffix("").parts), *words[1:]]
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks == "1":
+    if world_size == 1:
         return command(*words)
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_WORLD_SIZE") == ranks:
-        return command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *words)
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        return command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world_size, *words)
     return "start all processes again as before, with --resume auto"

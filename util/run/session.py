@@ -381,7 +381,7 @@ def orderly_end(run: Run) -> Iterator[None]:
                 run.close()
         except Preempted as stopped:
             logger.warning("%s", stopped)
-            if how := to_continue():
+            if how := to_continue(run.config.world_size):
                 logger.warning("to go on: %s", how)
             if run.folder is not None:
                 run.folder.wait(final=True)
