@@ -38,9 +38,12 @@ def refuse_another_programs_run(checkpoint: dict[str, Any], given: TrainingConfi
     program = program_of(checkpoint)
     if program not in (None, given.PROGRAM):
         path = Path(given.output_dir) / "checkpoint.pth" if given.resume == "auto" else Path(given.resume)
+        advice = "give another --output_dir"
+        # Pretraining starts from pretraining's weights alone; what a detector learned fits no other program.
+        if not given.PRETRAINS and program in ("main_pretrain.py", "main_finetune.py"):
+            advice += f", and --finetune {path} to start a run of {given.PROGRAM} from its weights"
         raise CheckpointError(
-            f"--resume {given.resume}: {path.parent} holds a run of {program}, which that program continues. To start "
-            f"a run of {given.PROGRAM} from its weights, give --finetune {path} and another --output_dir"
+            f"--resume {given.resume}: {path.parent} holds a run of {program}, which that program continues; {advice}"
         )
 
 
