@@ -10,6 +10,7 @@ import sys
 import termios
 import time
 from collections import deque
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,14 +20,15 @@ from trials import TINY
 import main_finetune
 import main_pretrain
 from util.run import distributed, progress
+from util.run.logger import setup_logging
 from util.run.metrics import StepMeter
-from util.run.progress import with_progress
+from util.run.progress import Bar, with_progress
 
 BAR = re.compile(r"\d+%\|.*\|")
 
 
-def on_a_terminal(*flags: object, main=main_pretrain) -> list[str]:
-    """The lines on the screen of a terminal in which a main has run: what was overwritten is gone."""
+def on_a_terminal(action: Callable[[], None]) -> list[str]:
+    """The lines on the screen of a terminal in which `action` was done: what was overwritten is gone."""
     sys.stdout.flush()
     child, terminal = pty.fork()
     if not child:
@@ -35,7 +37,7 @@ def on_a_terminal(*flags: object, main=main_pretrain) -> list[str]:
             fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 500, 250, 0, 0))
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
             torch.set_num_threads(1)
-            run(main, *flags)
+            action()
             code = 0
         finally:
             sys.stdout.flush()
@@ -52,7 +54,7 @@ def on_a_terminal(*flags: object, main=main_pretrain) -> list[str]:
 
 def screen(text: str) -> list[str]:
     lines, row, column = [""], 0, 0
-    for part in re.findall(r"\r|\n|\x1b\[A|[^\r\n\x1b]+", text):
+    for part in re.findall(r"\r|\n|\x1b\[[AK]|[^\r\n\x1b]+", text):
         if part == "\r":
             column = 0
         elif part == "\n":
@@ -60,6 +62,8 @@ def screen(text: str) -> list[str]:
             lines += [""] * (row == len(lines))
         elif part == "\x1b[A":
             row -= 1
+        elif part == "\x1b[K":
+            lines[row] = lines[row][:column]
         else:
             line = lines[row].ljust(column)
             lines[row], column = line[:column] + part + line[column + len(part) :], column + len(part)
@@ -71,7 +75,8 @@ def test_a_terminal_shows_a_bar_and_whole_lines(tmp_path):
     for folder in ("train/a", "train/b", "val/a", "val/b"):
         make_images(tmp_path / "data" / folder, 12)
     out = ("--data_path", tmp_path / "data", "--output_dir")
-    said = on_a_terminal(*TINY, "--epochs", 3, "--knn_every", 1, "--rank_every", 1, *out, tmp_path / "out")
+    flags = (*TINY, "--epochs", 3, "--knn_every", 1, "--rank_every", 1, *out, tmp_path / "out")
+    said = on_a_terminal(lambda: run(main_pretrain, *flags))
     bars = [line for line in said if BAR.search(line)]
     assert len(bars) == 1, "\n".join(said)  # those of measures are gone when these are done
     assert re.match(r"epoch 2: 100%\|.*\| 18/18 \[.*, loss \d\.\d{4}, \d+ images/s\]$", bars[0])
@@ -81,8 +86,26 @@ def test_a_terminal_shows_a_bar_and_whole_lines(tmp_path):
 
     classifier = ("--model", "swin_quickstart", "--in_chans", 1, "--device", "cpu", "--num_workers", 0, "--epochs", 2)
     classifier = (*classifier, "--batch_size", 4, "--aa", "")
-    said = on_a_terminal(*classifier, *out, tmp_path / "tuned", main=main_finetune)
+    said = on_a_terminal(lambda: run(main_finetune, *classifier, *out, tmp_path / "tuned"))
     assert sum(bool(BAR.search(line)) for line in said) == 1 and any("result: top-1" in line for line in said)
+
+
+def test_a_forked_process_draws_no_bar():
+    """A data-loading process has the bar as it was at the fork, and drew that below each of its lines."""
+
+    def log_from_a_fork() -> None:
+        setup_logging()
+        bar = Bar(total=10, desc="training")
+        if not (worker := os.fork()):
+            Bar.get_lock = None  # nor does it wait for others who draw
+            logging.info("a bad image")
+            os._exit(0)
+        os.waitpid(worker, 0)
+        bar.update(5)
+        bar.close()
+
+    lines = on_a_terminal(log_from_a_fork)
+    assert len(lines) == 2 and lines[0].endswith("] a bad image") and BAR.search(lines[1])
 
 
 @pytest.mark.parametrize("shown", ["stderr", "both", "neither"])

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import timm
@@ -40,10 +41,18 @@ RESULTS = ("test_", "knn_", "probe_", "rankme")  # begin the names of what is me
 
 
 class LinesAboveBars(logging.StreamHandler):
-    """Writes to a terminal, on which progress bars may be."""
+    """Writes to a terminal, on which progress bars of this process may be."""
+
+    def __init__(self, stream: TextIO):
+        super().__init__(stream)
+        self.process = os.getpid()
 
     def emit(self, record: logging.LogRecord) -> None:
-        with Bar.external_write_mode(self.stream):
+        if os.getpid() == self.process:
+            with Bar.external_write_mode(self.stream):
+                super().emit(record)
+        else:  # a data-loading process, which knows the bar as it was when that was forked: erase what is drawn of it
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             super().emit(record)
 
 
