@@ -11,6 +11,7 @@ import termios
 import time
 from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from util.run import distributed, progress
 from util.run.logger import setup_logging
 from util.run.metrics import StepMeter
 from util.run.progress import Bar, with_progress
+from util.run.session import Run
+from util.run.state import Progress
 
 BAR = re.compile(r"\d+%\|.*\|")
 
@@ -106,6 +109,15 @@ def test_a_forked_process_draws_no_bar():
 
     lines = on_a_terminal(log_from_a_fork)
     assert len(lines) == 2 and lines[0].endswith("] a bad image") and BAR.search(lines[1])
+
+
+def test_the_bar_starts_where_the_run_does():
+    """To the step, which the fraction of an epoch, in floating point, does not tell."""
+    loader = SimpleNamespace(batch_sampler=SimpleNamespace(steps_per_epoch=49))
+    for step in range(1, 49):
+        state = SimpleNamespace(progress=Progress(epoch=1, step_in_epoch=step))
+        run = Run(SimpleNamespace(epochs=2), None, None, state, loader, *[None] * 5)
+        assert (run.bar.bar.n, run.bar.bar.total) == (49 + step, 98)
 
 
 @pytest.mark.parametrize("shown", ["stderr", "both", "neither"])

@@ -165,8 +165,9 @@ class Run:
     bar: TrainingBar = field(init=False)
 
     def __post_init__(self) -> None:
-        steps = self.steps_per_epoch
-        self.bar = TrainingBar(int(self.state.progress.fraction(steps) * steps), self.config.epochs * steps)
+        steps, progress = self.steps_per_epoch, self.state.progress
+        done = progress.epoch * steps + progress.step_in_epoch
+        self.bar = TrainingBar(done, self.config.epochs * steps)
 
     @property
     def steps_per_epoch(self) -> int:
