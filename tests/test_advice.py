@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from running import QUICK, make_images
 
+import main_finetune
 import main_pretrain
 from util.run import advice
 from util.run.flags import given_flags
@@ -95,6 +97,32 @@ def test_commands_read_images_as_the_run_did(tmp_path):
             reads = purpose not in ("use the encoder elsewhere", "see how it went, in a browser")
             for flags in ("--reader dicom:read", "--ignore_exif", "--max_pixels 99"):
                 assert (flags in line) == reads
+
+
+@pytest.mark.parametrize("data", ["x.tar", "tars", "tars with val"])
+def test_nothing_is_offered_that_divides_a_tar(tmp_path, data):
+    (tmp_path / "tars").mkdir()
+    for name in {"x.tar": ("x",), "tars": ("train",), "tars with val": ("train", "val")}[data]:
+        (tmp_path / "tars" / f"{name}.tar").touch()
+    path = tmp_path / "tars" / "x.tar" if data == "x.tar" else tmp_path / "tars"
+    parsed = main_pretrain.get_args_parser().parse_args(["--data_path", str(path), "--output_dir", "out"])
+    commands = dict(advice.after_pretraining(given_flags(main_pretrain.PretrainConfig, parsed), labelled=True))
+    assert not any("--val_share" in line for line in commands.values())
+    assert ("fine-tune with labels" in commands) == ("measure the features" in commands) == ("val" in data)
+    tar = path if data == "x.tar" else path / "train.tar"
+    assert f"--images {tar} " in commands["see reconstructions"]
+
+
+def test_images_are_predicted_as_they_were_trained_on(tmp_path):
+    """Also where a classifier has done so."""
+    flags = ["--data_path", tmp_path, "--output_dir", "out", "--bad_images", "skip", "--allow_odd_statistics"]
+    for main, config_class, after in (
+        (main_pretrain, main_pretrain.PretrainConfig, partial(advice.after_pretraining, labelled=False)),
+        (main_finetune, main_finetune.FinetuneConfig, advice.after_fine_tuning),
+    ):
+        config = given_flags(config_class, main.get_args_parser().parse_args([*map(str, flags)]))
+        [predict] = [line for _, line in after(config) if "util.predict" in line]
+        assert "--bad_images skip" in predict and "--allow_odd_statistics" in predict
 
 
 @pytest.mark.parametrize("given", [[], ["--resume", "auto"], ["--resume", "old.pth"], ["--resume=old.pth"]])

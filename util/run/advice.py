@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from util.data.sources import find_validation
-from util.run.config import DecodingFlags, TrainingConfig
+from util.run.config import DecodingFlags, ImageTrainingConfig
 from util.run.history import summarise
 from util.run.startup import ROOT
 
@@ -30,7 +30,7 @@ def command(*words: object) -> str:
     return path + shlex.join([python, program, *flags])
 
 
-def decoding_flags(config: TrainingConfig, *others: str) -> list[object]:
+def decoding_flags(config: ImageTrainingConfig, *others: str) -> list[object]:
     """The flags that say how image files are read, and `others`, where they are not the defaults."""
     flags: list[object] = []
     for field in dataclasses.fields(config):
@@ -39,7 +39,7 @@ def decoding_flags(config: TrainingConfig, *others: str) -> list[object]:
     return flags
 
 
-def data_flags(config: TrainingConfig, divided: bool = True) -> list[object]:
+def data_flags(config: ImageTrainingConfig, divided: bool = True) -> list[object]:
     """The flags that name the images and say how they are read; `divided`: into training and validation images."""
     flags: list[object] = ["--data_path", config.data_path]
     if config.dataset:
@@ -51,11 +51,29 @@ def data_flags(config: TrainingConfig, divided: bool = True) -> list[object]:
     return flags + decoding_flags(config, "bad_images", "max_bad_images", "allow_odd_statistics")
 
 
+def can_validate(config: ImageTrainingConfig) -> bool:
+    """Whether there are validation images, or images that --val_share divides, as it does not divide tars."""
+    tar = images_of(config).endswith(".tar")
+    return bool(config.dataset or find_validation(config.data_path)) or not tar
+
+
+def images_of(config: ImageTrainingConfig) -> str:
+    """The training images, for commands that take any images: of a folder with tars in it, the tar."""
+    tar = Path(config.data_path) / "train.tar"
+    return str(tar) if tar.is_file() else config.data_path
+
+
+def predict(config: ImageTrainingConfig, checkpoint: Path, *flags: object) -> str:
+    """The command of `util.predict` for the images of a run, read as the run did."""
+    reading = decoding_flags(config, "bad_images", "allow_odd_statistics")
+    return command("-m", "util.predict", "--checkpoint", checkpoint, images_of(config), *flags, *reading)
+
+
 def report(folder: Path) -> tuple[str, str]:
     return "see how it went, in a browser", command("-m", "util.report", folder, "--out", folder / "report.html")
 
 
-def after_pretraining(config: TrainingConfig, labelled: bool) -> list[tuple[str, str]]:
+def after_pretraining(config: ImageTrainingConfig, labelled: bool) -> list[tuple[str, str]]:
     """What can be done with the checkpoint, and how.
 
     Args:
@@ -65,17 +83,16 @@ def after_pretraining(config: TrainingConfig, labelled: bool) -> list[tuple[str,
     checkpoint = ["--checkpoint", folder / "checkpoint.pth"]
     steps = [report(folder)]
     if not config.dataset:
-        drawn = ["--images", config.data_path, "--out", folder / "reconstructions.png", *decoding_flags(config)]
+        drawn = ["--images", images_of(config), "--out", folder / "reconstructions.png", *decoding_flags(config)]
         steps.append(("see reconstructions", command("-m", "util.visualize", *checkpoint, *drawn)))
-    if labelled:
+    if labelled and can_validate(config):
         steps.append(("measure the features", command("-m", "util.knn", *checkpoint, *data)))
         finetuned = folder.with_name(f"{folder.name}_finetuned")
         flags = ["--finetune", folder / "checkpoint.pth", *data, "--output_dir", finetuned]
         steps.append(("fine-tune with labels", command("main_finetune.py", *flags)))
     elif not config.dataset:
-        embeddings = [config.data_path, "--features", "--out", folder / "embeddings.npz"]
-        flags = decoding_flags(config, "bad_images", "allow_odd_statistics")
-        steps.append(("embed the images", command("-m", "util.predict", *checkpoint, *embeddings, *flags)))
+        embedded = predict(config, folder / "checkpoint.pth", "--features", "--out", folder / "embeddings.npz")
+        steps.append(("embed the images", embedded))
     exported = ["--part", "encoder", "--format", "safetensors", "--out", folder / "encoder.safetensors"]
     steps.append(("use the encoder elsewhere", command("-m", "util.export", *checkpoint, *exported)))
     more = folder.with_name(f"{folder.name}_continued")
@@ -84,7 +101,7 @@ def after_pretraining(config: TrainingConfig, labelled: bool) -> list[tuple[str,
     return steps
 
 
-def after_fine_tuning(config: TrainingConfig) -> list[tuple[str, str]]:
+def after_fine_tuning(config: ImageTrainingConfig) -> list[tuple[str, str]]:
     """Likewise for a classifier."""
     folder, data = Path(config.output_dir), data_flags(config)
     best = folder / "checkpoint-best.pth"
@@ -92,8 +109,7 @@ def after_fine_tuning(config: TrainingConfig) -> list[tuple[str, str]]:
     evaluation = command("main_finetune.py", "--eval", "--finetune", best, *data, *predictions)
     steps = [report(folder), ("evaluate again", evaluation)]
     if not config.dataset:
-        classified = ["--checkpoint", best, config.data_path, "--out", folder / "classes.csv", *decoding_flags(config)]
-        steps.append(("classify images", command("-m", "util.predict", *classified)))
+        steps.append(("classify images", predict(config, best, "--out", folder / "classes.csv")))
     exported = ["--checkpoint", best, "--format", "safetensors", "--out", folder / "classifier.safetensors"]
     return [*steps, ("use the classifier elsewhere", command("-m", "util.export", *exported))]
 
