@@ -168,19 +168,20 @@ def test_a_summary_names_the_best_and_never_fails(tmp_path):
 
 
 def test_bad_images_are_listed_once(tmp_path):
-    """Also those that are found again after a restart."""
+    """Also those that are found again after a restart; not those of another run in the folder."""
     for name in ("a.png", "b c.png", "d\udce9.png", "e.png"):
         (tmp_path / "images" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "images" / name).write_bytes(b"")
     make_images(tmp_path / "images", 1)
-    for bad in ([1, 2], [2, 3]):
+    for step, bad in ((0, [4]), (0, [1, 2]), (8, [2, 3])):
         dataset = build_dataset(
             data_args(tmp_path / "images", in_chans=1, bad_images="skip"), "train", lambda image: image
         )
         dataset.max_bad_share = 1.0
         for number in bad:
             dataset[(0, number)]
-        log = RunLog(tmp_path, tmp_path, 0, 0, 0)
+        log = RunLog(tmp_path, tmp_path, step, 0, 0)
+        assert (tmp_path / "bad_images.txt").exists() == (step > 0)
         log.bad_images(dataset)
         log.close()
     (tmp_path / "config.json").write_text('{"config": {"epochs": 1}, "environment": {}}')

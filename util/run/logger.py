@@ -2,9 +2,10 @@
 
 `log.txt` has one JSON line per epoch (as the authors' script writes it), `steps.jsonl` one per optimizer step, both
 written by rank 0 alone. A resumed run first drops what lies after the point where it resumes, so that every epoch and
-step stands there once. `times.jsonl` has what depends on the clock, and of which nothing is dropped: one line for each
-start of the run, for the steps of each log line, and for each epoch's end, all with their time, epoch and step.
-`bad_images.txt` lists unreadable images. `util.run.history` reads it all.
+step stands there once. `times.jsonl` has what depends on the clock, and of which resuming drops nothing: one line for
+each start of the run, for the steps of each log line, and for each epoch's end, all with their time, epoch and step.
+`bad_images.txt` lists unreadable images. A run that starts from its first step begins all files anew, so the time that
+it lost before its first checkpoint is not counted. `util.run.history` reads it all.
 """
 
 import contextlib
@@ -133,7 +134,9 @@ class RunLog:
         self.output_dir = Path(output_dir)
         self.epochs_file = LinesFile(self.output_dir / "log.txt", lambda line: line.get("epoch", -1) < resume_epoch)
         self.steps_file = LinesFile(self.output_dir / "steps.jsonl", lambda line: line.get("step", 0) <= resume_step)
-        self.times_file = LinesFile(self.output_dir / "times.jsonl", lambda line: True)
+        self.times_file = LinesFile(self.output_dir / "times.jsonl", lambda line: resume_step > 0)
+        if not resume_step:
+            (self.output_dir / "bad_images.txt").unlink(missing_ok=True)
         self._note_time({"start": True, "epoch": resume_x / 1000, "step": resume_step}, process_age())
         # +1: the values of the last finished step itself stay; without one, those of an earlier run go too.
         self.tensorboard = EventsFile(log_dir, resume_x + 1 if resume_step else 0)
