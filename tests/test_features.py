@@ -10,6 +10,7 @@ from running import QUICK, make_images, read_lines
 from trials import Trial
 
 from util.data.datasets import build_dataset
+from util.data.decoding import BadImageError
 from util.errors import UserError
 from util.run import features
 from util.run.features import RIDGE, held_out_images, probe_accuracy, rankme
@@ -89,6 +90,30 @@ def test_the_rank_is_of_held_out_images_which_need_no_labels(tmp_path, caplog, p
     with caplog.at_level(logging.INFO):
         assert len(held_out_images(config)) == expected
     assert ("RankMe is of training images" in caplog.text) == (expected == 12)
+
+
+@pytest.mark.parametrize("bad_images", ["skip", "error"])
+def test_a_broken_validation_image_counts_as_a_training_image_does(tmp_path, bad_images):
+    """It ended pretraining at the first measure, after every resume."""
+    for split in ("train", "val"):
+        make_images(tmp_path / split, 4, (16, 16))
+        (tmp_path / split / "0000.png").write_bytes(b"")
+    statistics = dict(mean=(0.5,), std=(0.25,), allow_odd_statistics=True)
+    config = data_args(tmp_path, in_chans=1, bad_images=bad_images, max_bad_images=0.5, **statistics)
+    if bad_images == "error":
+        with pytest.raises(BadImageError, match=r"val/0000\.png"):
+            held_out_images(config)
+    else:
+        dataset = held_out_images(config)
+        assert all(dataset[(0, index)][0].shape == (1, 32, 32) for index in range(4)) and dataset.bad_images() == [0]
+
+
+def test_an_empty_val_is_no_reason_not_to_start(tmp_path, caplog):
+    make_images(tmp_path / "train", 4, (16, 16))
+    (tmp_path / "val").mkdir()
+    config = data_args(tmp_path, in_chans=1, mean=(0.5,), std=(0.25,), val_share=0.0, allow_odd_statistics=True)
+    assert len(held_out_images(config)) == 4
+    assert "RankMe is of training images: no images found under" in caplog.text
 
 
 def test_what_can_be_separated_is():

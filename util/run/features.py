@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models_swin import SwinTransformer
-from util.data.datasets import ImageDataset, build_dataset, build_loader
+from util.data.datasets import ImageDataset, build_loader
 from util.data.samplers import Key
-from util.data.sources import find_validation
+from util.data.sources import find_validation, open_source
 from util.data.transforms import Normalize, eval_transform
 from util.errors import UserError
 from util.run import distributed
@@ -80,12 +80,20 @@ def rankme(features: Tensor) -> float:
 
 
 def held_out_images(config: Config) -> ImageDataset:
-    """Validation images, which need no labels; training images where there are no others. As evaluation sees them."""
-    held_out = bool(config.val_share) or (not config.dataset and find_validation(config.data_path) is not None)
-    if not held_out:
+    """Validation images, which need no labels; training images where there are no others. As evaluation sees them, but
+    `config.bad_images` counts: this only watches a run."""
+    split, source = "train", None
+    if config.val_share or (not config.dataset and find_validation(config.data_path) is not None):
+        try:
+            split, source = "val", open_source(config, "val", False)
+        except (UserError, OSError) as error:  # as an empty val/
+            logger.warning("RankMe is of training images: %s", error)
+    else:
         logger.info("RankMe is of training images: there are no others (val/, or --val_share 0.1)")
-    split = "val" if held_out else "train"
-    dataset = build_dataset(config, split, eval_transform(config), require_labels=False)
+    source = source or open_source(config, "train", False)
+    transform, skip_bad = eval_transform(config), config.bad_images == "skip"
+    dataset = ImageDataset(source, transform, config.seed, skip_bad, config.max_bad_images)
+    logger.info("RankMe is of a sample of %d images (%s)", len(dataset), split)
     check_statistics(config, dataset, f"{config.data_path} ({split})")
     return dataset
 
