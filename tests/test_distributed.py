@@ -386,6 +386,7 @@ def test_the_normal_end_does_not_fail_when_a_rank_is_gone(monkeypatch):
 PROLOGUE = """
 import argparse, logging, os, signal, sys, time
 import torch
+from util.errors import UserError
 from util.run import distributed, failures
 from util.run.preemption import Preemption
 logging.basicConfig(level=logging.INFO)
@@ -453,7 +454,17 @@ def test_reductions_and_gathering_across_ranks(tmp_path):
     own = torch.full((2,), float(rank))
     assert distributed.all_reduce_sum(own).tolist() == [3.0, 3.0] and own[0] == rank
     assert distributed.gather_objects({"rank": rank}) == [{"rank": i} for i in range(3)]
-assert distributed.on_main_process(lambda: f"of rank {rank}") == "of rank 0"
+    assert distributed.on_main_process(lambda: f"of rank {rank}") == "of rank 0"
+
+    def refuse():
+        raise UserError(f"refused by rank {rank}")
+
+    try:
+        distributed.on_main_process(refuse)
+    except UserError as error:
+        assert str(error) == "refused by rank 0"
+    else:
+        raise AssertionError("rank 0 alone has raised")
     distributed.barrier()
     if rank == 0:
         time.sleep(1)  # its last write
