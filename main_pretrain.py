@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import timm
@@ -195,7 +196,9 @@ def train(run: Run, evaluated: list[ImageDataset]) -> None:
         logger.info("all %d epochs were done already", config.epochs)
     if config.vis_every and progress.step == 0:
         save_picture(run, epochs=0)
-        logger.info("first picture, before training: %s/reconstructions/epoch0000.png", config.output_dir)
+        first = Path(config.output_dir) / "reconstructions" / "epoch0000.png"
+        if first.exists():
+            logger.info("first picture, before training: %s", first)
     while progress.epoch < config.epochs:
         epoch_start = time.time()
         lr = train_one_epoch(run)
