@@ -12,7 +12,7 @@ import numpy as np
 
 from util.errors import UserError, unreadable_is_user_error
 from util.run.logger import RESULTS, read_list
-from util.run.metrics import SPIKE_HISTORY, SPIKE_SIGMAS
+from util.run.metrics import SPIKE_HISTORY, find_spikes
 
 Series = tuple[np.ndarray, np.ndarray]  # fractional epochs (n,) and values (n,)
 
@@ -175,14 +175,9 @@ class RunHistory:
 
     @cached_property
     def spikes(self) -> Series:
-        """The losses far above those before them, by the rule of `StepMeter.warn_of_spikes`."""
+        """The losses far above those before them, as `StepMeter.warn_of_spikes` finds them."""
         epochs, losses = self.per_step("loss")
-        sums, squares = (np.cumsum(np.concatenate([np.zeros(1), values])) for values in (losses, losses**2))
-        # Of the SPIKE_HISTORY losses before each one.
-        total, square = (series[SPIKE_HISTORY:-1] - series[: -SPIKE_HISTORY - 1] for series in (sums, squares))
-        mean, variance = total / SPIKE_HISTORY, np.maximum(square - total**2 / SPIKE_HISTORY, 0) / (SPIKE_HISTORY - 1)
-        limit = mean + SPIKE_SIGMAS * np.sqrt(variance) + 1e-9 * abs(mean)  # the last for rounding
-        above = losses[SPIKE_HISTORY:] > limit
+        above, _, _ = find_spikes(losses)
         return epochs[SPIKE_HISTORY:][above], losses[SPIKE_HISTORY:][above]
 
     def __str__(self) -> str:

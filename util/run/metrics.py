@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -143,16 +144,30 @@ class StepMeter:
 
     def warn_of_spikes(self, records: list[dict]) -> None:
         """Log a warning for a loss far above those of the steps before it."""
-        for record in records:
-            if len(self.usual_losses) == SPIKE_HISTORY:
-                usual = torch.tensor(self.usual_losses, dtype=torch.float64)
-                limit = usual.mean() + SPIKE_SIGMAS * usual.std()
-                if record["loss"] > limit:
-                    logger.warning(
-                        "loss spike: %.4f at step %d, the last %d steps had %.4f +- %.4f",
-                        record["loss"], record["step"], SPIKE_HISTORY, usual.mean(), usual.std(),
-                    )  # fmt: skip
-            self.usual_losses.append(record["loss"])
+        losses = [record["loss"] for record in records]
+        found, mean, deviation = find_spikes(np.array([*self.usual_losses, *losses]))
+        for record, spike, usual, about in zip(records[len(records) - len(found) :], found, mean, deviation):
+            if spike:
+                logger.warning(
+                    "loss spike: %.4f at step %d, the last %d steps had %.4f +- %.4f",
+                    record["loss"], record["step"], SPIKE_HISTORY, usual, about,
+                )  # fmt: skip
+        self.usual_losses.extend(losses)
+
+
+@np.errstate(over="ignore", invalid="ignore")  # one that is not finite ends the run soon
+def find_spikes(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which of the losses (n,) but the first `SPIKE_HISTORY` are far above that many before them.
+
+    Returns:
+        Three arrays (n - SPIKE_HISTORY,): whether it is, and the mean and standard deviation of those before it.
+    """
+    sums, squares = (np.cumsum(np.concatenate([np.zeros(1), values])) for values in (losses, losses**2))
+    total, square = (series[SPIKE_HISTORY:-1] - series[: -SPIKE_HISTORY - 1] for series in (sums, squares))
+    mean, variance = total / SPIKE_HISTORY, np.maximum(square - total**2 / SPIKE_HISTORY, 0) / (SPIKE_HISTORY - 1)
+    deviation = np.sqrt(variance)
+    limit = mean + SPIKE_SIGMAS * deviation + 1e-9 * abs(mean)  # the last for rounding
+    return losses[SPIKE_HISTORY:] > limit, mean, deviation
 
 
 # Dense bf16 products, in TFLOP/s by the maker's data sheets; the first of these words in the GPU's own name counts.
