@@ -118,7 +118,7 @@ class FolderLock:
         self.thread.start()
 
     def release(self) -> None:
-        """Give the folder free, leaving nothing behind."""
+        """Release the folder, leaving nothing behind."""
         self.released.set()
         self.thread.join(timeout=5.0)  # longer only while a file system is away
         with contextlib.suppress(OSError):
@@ -259,7 +259,7 @@ def take_folders(output_dir: str | os.PathLike, log_dir: str | os.PathLike) -> N
 
 
 def release_folders() -> None:
-    """Give the folders free, if there are any; whatever ends the run calls this after its last write."""
+    """Release the folders, if there are any; whatever ends the run calls this after its last write."""
     while _held:
         _held.pop().release()
 
