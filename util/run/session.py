@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from timm.utils import ModelEmaV3
@@ -53,27 +53,24 @@ logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=TrainingConfig)
 
-# What ends a run with a message for its user.
-EXPLAINED = (NonFiniteError, BadImageError, distributed.CollectiveError, failures.WorkerError, SaveError)
-
 # --- What a run goes on from ---
 
 WEIGHT_FIELDS = [field.name for field in dataclasses.fields(WeightSettings)]
 
 
 @dataclass
-class Start:
+class Start(Generic[C]):
     """What a run has before its model: its flags and processes, and what it goes on from, which is its own checkpoint
     (--resume), other weights (--finetune), or nothing."""
 
-    given: TrainingConfig
+    given: C
     launch: Launch
     preemption: Preemption
     folder: CheckpointFolder | None = None  # rank 0 alone
     checkpoint: dict[str, Any] | None = None
     weights: tuple[dict[str, Tensor], WeightsInfo] | None = None
 
-    def resolve(self, choose: Callable[[Any, Launch, Mapping[str, Any]], dict[str, Any]]) -> Any:
+    def resolve(self, choose: Callable[[C, Launch, Mapping[str, Any]], dict[str, Any]]) -> C:
         """The configuration: what flags give, else what the run to resume or the weights were made with, else what
         `choose(given, launch, known)` says (see util.run.defaults).
 
@@ -104,10 +101,12 @@ def launch_run(config_class: type[C], flags: argparse.Namespace) -> tuple[C, Lau
     """
     setup_logging()
     given = given_flags(config_class, flags)
-    return given, distributed.init_distributed(given)
+    launch = distributed.init_distributed(given)
+    log_environment(launch.device)
+    return given, launch
 
 
-def find_start(given: TrainingConfig, launch: Launch) -> Start:
+def find_start(given: C, launch: Launch) -> Start[C]:
     """Take and open the output folder, and find what --resume or else --finetune names; the same on all ranks.
 
     From here on, a request to stop waits for the end of a step. Rank 0 looks for the checkpoint to resume; the others
@@ -119,8 +118,7 @@ def find_start(given: TrainingConfig, launch: Launch) -> Start:
         UserError: the folder cannot be written to, is another run's, or holds one that this one would replace.
     """
     preemption = Preemption()
-    preemption.install()
-    log_environment(launch.device)
+    preemption.install()  # not before: in an evaluation, nobody would ask it
     start = Start(given, launch, preemption)
 
     def open_folder() -> str | None:
@@ -388,7 +386,14 @@ def orderly_end(run: Run) -> Iterator[None]:
                 run.folder.wait(final=True)
             release_folders()  # a requeued job may start elsewhere before this process has ended
             run.preemption.exit_for_requeue()
-    except (torch.OutOfMemoryError, *EXPLAINED) as error:
+    except (
+        torch.OutOfMemoryError,
+        NonFiniteError,
+        BadImageError,
+        distributed.CollectiveError,
+        failures.WorkerError,
+        SaveError,
+    ) as error:  # each says what happened
         if isinstance(error, torch.OutOfMemoryError):
             message = explain_out_of_memory(error, run.state, run.config)
             if failures.is_first_to_say(message):
