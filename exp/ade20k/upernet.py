@@ -18,6 +18,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -36,7 +37,7 @@ from util.data.label_maps import (
 )
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import Normalize
-from util.dense.config import DenseConfig, with_task_settings
+from util.dense.config import DenseConfig, choose_recipe, with_task_settings
 from util.dense.encoder import DenseEncoder
 from util.dense.label_pictures import PredictionFolder, segmentation_picture
 from util.dense.segmentation import SegmentationScores
@@ -128,16 +129,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
 
 
-def choose(given: SegmentationConfig, launch: Launch, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for what is not known."""
-    chosen = {name: value for name, value in DEFAULTS.items() if known.get(name) is None}
-    if known.get("lr") is not None:
-        chosen.pop("blr", None)
-    for name, value in chosen.items():
-        logger.info("not given, so chosen: --%s %s", name, value)
-    return chosen
-
-
 def complete(config: SegmentationConfig, recorded: Mapping[str, Any]) -> SegmentationConfig:
     """The configuration with what the weights record of the task, else the data say."""
     config = with_task_settings(config, recorded)
@@ -173,7 +164,7 @@ def prepare(start: Start) -> tuple[Run, DataLoader]:
     """Everything before the first step: the run, and the validation images."""
     launch = start.launch
     resumed = start.checkpoint or {}
-    config = complete(start.resolve(choose), resumed.get("args", {}))
+    config = complete(start.resolve(partial(choose_recipe, DEFAULTS)), resumed.get("args", {}))
     transform = RandomScaleAndCrop(
         config.input_size, config.short_side, config.scales, config.mean, config.color_jitter
     )

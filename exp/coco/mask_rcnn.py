@@ -16,8 +16,9 @@ import util.run.startup  # noqa: F401 - before PyTorch
 import argparse
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +32,7 @@ from util.data.datasets import build_loader
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import Normalize
 from util.dense.average_precision import Result, write_results
-from util.dense.config import DenseConfig, with_task_settings
+from util.dense.config import DenseConfig, choose_recipe, with_task_settings
 from util.dense.detector import build_detector
 from util.dense.drawing import detections_picture
 from util.run import distributed
@@ -104,16 +105,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     return get_parser(DetectionConfig, "Train or evaluate Mask R-CNN or Faster R-CNN on a pretrained encoder.")
 
 
-def choose(given: DetectionConfig, launch: Launch, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for what is not known."""
-    chosen = {name: value for name, value in DEFAULTS.items() if known.get(name) is None}
-    if known.get("lr") is not None:
-        chosen.pop("blr", None)
-    for name, value in chosen.items():
-        logger.info("not given, so chosen: --%s %s, the recipe's", name, value)
-    return chosen
-
-
 def build_validation(config: DetectionConfig, launch: Launch) -> DataLoader:
     dataset = build_coco_dataset(config, "val", AsItIs())
     sampler = EvalBatchSampler(len(dataset), config.batch_size, launch.rank, launch.world_size)
@@ -124,7 +115,7 @@ def prepare(start: Start) -> tuple[Run, DataLoader]:
     """Everything before the first step: the run, and the validation images."""
     launch = start.launch
     recorded = start.weights[1].args if start.weights else (start.checkpoint or {}).get("args", {})
-    config = with_task_settings(start.resolve(choose), recorded)
+    config = with_task_settings(start.resolve(partial(choose_recipe, DEFAULTS)), recorded)
     dataset = build_coco_dataset(config, "train", Flip())
     classes = (start.checkpoint or {}).get("classes") or dataset.classes
     dataset.source.number_classes_as(classes, "the checkpoint to resume")

@@ -1,6 +1,7 @@
 """The flags of tasks on dense features (detection, segmentation), beside those of every training run."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -8,6 +9,9 @@ from typing import Any, ClassVar, TypeVar
 from util.errors import UserError
 from util.run.config import DataFlags, TrainingConfig
 from util.run.flags import AT_LEAST_1, FREE, flag, with_default
+from util.run.launch import Launch
+
+logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound="DenseConfig")
 
@@ -53,6 +57,18 @@ class DenseConfig(TrainingConfig):
     def evaluates_after(self, epoch: int) -> bool:
         """Whether the weights are to be evaluated at the end of that epoch, counted from 0."""
         return (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.epochs
+
+
+def choose_recipe(
+    recipe: Mapping[str, Any], given: DenseConfig, launch: Launch, known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Of the recipe's settings, those that are not known; for `Start.resolve`."""
+    chosen = {name: value for name, value in recipe.items() if known.get(name) is None}
+    if known.get("lr") is not None:
+        chosen.pop("blr", None)
+    for name, value in chosen.items():
+        logger.info("not given, so chosen: --%s %s, the recipe's", name, value)
+    return chosen
 
 
 def with_task_settings(config: C, recorded: Mapping[str, Any]) -> C:
