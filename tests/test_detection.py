@@ -26,7 +26,7 @@ from exp.coco.engine_mask_rcnn import detection_loss
 from util import replay
 from util.data.coco import AsItIs, Flip, build_coco_dataset, decode_mask, read_annotations, run_lengths
 from util.data.decoding import BadImageError
-from util.dense.average_precision import encode_mask
+from util.dense.average_precision import MEASURES, average_precision, encode_mask, results_of
 from util.dense.detector import build_detector
 from util.errors import UserError
 from util.run.flags import given_flags
@@ -115,11 +115,11 @@ def test_masks_in_every_form(seed):
             decode_mask(wrong, 13, 17)
 
 
-def spoil(coco: Path, folder: Path, change) -> Path:
-    """The training annotations after `change(content)`."""
-    content = json.loads((coco / "annotations/instances_train.json").read_text())
+def spoil(coco: Path, folder: Path, change, split: str = "train") -> Path:
+    """The annotations of `split` after `change(content)`."""
+    content = json.loads((coco / f"annotations/instances_{split}.json").read_text())
     change(content)
-    path = folder / "instances_train.json"
+    path = folder / f"instances_{split}.json"
     path.write_text(json.dumps(content))
     return path
 
@@ -138,7 +138,8 @@ WRONG = {
         set_first(bbox=[60, 2, 30, 9]),
         r"annotation 1 \(from 60, 2 to 90, 11 in an image of 72x72\); repair them, or --bad_boxes clip",
     ),
-    "no area": (set_first(bbox=[10, 2, 0, 9]), r"or of no area: annotation 1 \(from 10, 2 to 10, 11 in an image"),
+    "no area": (set_first(bbox=[10, 2, 0, 9]), r"a side below 0.1 pixels: annotation 1 \(from 10, 2 to 10, 11 in an"),
+    "almost no area": (set_first(bbox=[10, 2, 1e-6, 9]), "a side below 0.1 pixels: annotation 1 "),
     "mask's size": (
         set_first(segmentation={"size": [64, 64], "counts": [4096]}),
         r"annotation 1 \(its mask is of size \[64, 64\], its image has height and width \[72, 72\]\)",
@@ -147,8 +148,15 @@ WRONG = {
         set_first(segmentation={"size": [72, 72], "counts": [5, 9]}),
         r"annotation 1 \(its mask has 14 pixels, its image 5184\)",
     ),
+    "runs": (
+        set_first(segmentation={"size": [72, 72], "counts": ["a", 3]}),
+        r"annotation 1 \(its mask has no 'counts', the lengths of runs\)",
+    ),
     "no mask": (set_first(segmentation=[]), r"annotation 1 \(no 'segmentation'\); repair them; --detector faster_rcnn"),
     "polygon": (set_first(segmentation=[[1, 2, 3]]), r"a polygon is a list of x, y, x, y, ... of at least three"),
+    "points": (set_first(segmentation=[[1, 2, "3", 4, 5, 6]]), r"a polygon is a list of x, y, x, y, ... of at least"),
+    "class in a list": (set_first(category_id=[7]), r"not in 'categories': annotation 1 \(category_id \[7\]\)"),
+    "id in a list": (set_first(id=[2], iscrowd=1, bbox=[0]), r"without a box: annotation \[2\] \(\[0\]\)"),
     "same image": (lambda content: content["images"].append(content["images"][2]), "the same image id more than once"),
     "same id": (set_first(id=2), "the same annotation id more than once: 2"),
     "same category": (
@@ -169,7 +177,12 @@ def test_wrong_annotations_are_named(coco, tmp_path, case):
 
 def test_wrong_boxes_can_be_clipped_or_left_out(coco, tmp_path, caplog):
     whole = read_annotations(coco / "annotations/instances_train.json")
-    for box, expected in (([60, 2, 30, 9], [60, 2, 72, 11]), ([10, 2, 0, 9], None), ([80, 2, 9, 9], None)):
+    for box, expected in (
+        ([60, 2, 30, 9], [60, 2, 72, 11]),
+        ([10, 2, 0, 9], None),
+        ([80, 2, 9, 9], None),
+        ([10, 2, 1e-6, 9], None),
+    ):
         path = spoil(coco, tmp_path, set_first(bbox=box))
         clipped = read_annotations(path, clip=True)
         assert len(clipped.boxes) == len(whole.boxes) - (expected is None)
@@ -178,6 +191,13 @@ def test_wrong_boxes_can_be_clipped_or_left_out(coco, tmp_path, caplog):
         caplog.clear()
     rounded = read_annotations(spoil(coco, tmp_path, set_first(bbox=[-0.4, 2, 30, 70.9])))  # by a program
     assert rounded.boxes[0].tolist() == pytest.approx([0, 2, 29.6, 72])
+
+
+def test_without_boxes_there_is_nothing_to_train_on(coco, tmp_path):
+    path = spoil(coco, tmp_path, lambda content: content.update(annotations=[]))
+    with pytest.raises(UserError, match=rf"{path} has no boxes to train on"):
+        build_coco_dataset(settings(coco, train_json=str(path)), "train", AsItIs())
+    assert len(read_annotations(path).boxes) == 0  # of images that are evaluated, that may be
 
 
 def test_missing_files_are_named(coco, tmp_path):
@@ -202,7 +222,7 @@ def test_classes_are_matched_by_name(coco, tmp_path):
     before = source.target(1)["labels"]
     source.number_classes_as(["disc", "triangle", "square"], "the weights")
     assert before.tolist() == [2, 1] and source.target(1)["labels"].tolist() == [1, 3]
-    assert source.annotations.category_ids == [7, -1, 3]
+    assert source.annotations.category_ids == [7, None, 3]
     with pytest.raises(UserError, match=r"categories that the weights does not know: \['square'\]"):
         source.number_classes_as(["disc", "triangle"], "the weights")
 
@@ -250,17 +270,79 @@ def test_boxes_are_not_rounded_in_a_lower_precision():
 # --- Runs ---------------------------------------------------------------------------------------------------
 
 
-def by_hand(annotations: Path, results: Path, kind: str) -> np.ndarray:
+def by_hand(annotations: Path, results: list[dict], kind: str) -> list[float]:
+    """The six measures of pycocotools; those of masks without boxes, whose area it would take for theirs."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
+    results = [{k: v for k, v in result.items() if kind == "bbox" or k != "bbox"} for result in results]
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
-        evaluation = COCOeval(truth, truth.loadRes(str(results)), kind)
+        evaluation = COCOeval(truth, truth.loadRes(results), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return evaluation.stats
+    return [value if value < 0 else 100 * value for value in evaluation.stats[:6]]
+
+
+def perfect_results(coco: Path) -> list[dict]:
+    """Of the validation images: what is there, found with a score of 0.9."""
+    source, results = build_coco_dataset(settings(coco), "val", AsItIs()).source, []
+    for i in range(len(source)):
+        target = source.target(i)
+        detections = {**target, "scores": torch.full([len(target["boxes"])], 0.9), "masks": target["masks"][:, None]}
+        results += results_of(detections, i, source.annotations)
+    return results
+
+
+def without(key: str):
+    def change(content: dict) -> None:
+        for annotation in content["annotations"]:
+            annotation.pop(key)
+
+    return change
+
+
+def crowd_without_a_mask(content: dict) -> None:
+    next(annotation for annotation in content["annotations"] if annotation["iscrowd"]).pop("segmentation")
+
+
+def numbered_from_0(content: dict) -> None:
+    for annotation in content["annotations"]:
+        annotation["id"] -= 1
+
+
+@pytest.mark.parametrize("change", [without("area"), crowd_without_a_mask, numbered_from_0], ids=range(3))
+def test_perfect_detections_are_perfect_whatever_a_file_leaves_out(coco, tmp_path, change):
+    path = spoil(coco, tmp_path, change, "val")
+    measured = average_precision(path, perfect_results(coco), masks=True)
+    none = ("_medium", "_large")
+    assert all(value == pytest.approx(-1 if key.endswith(none) else 100) for key, value in measured.items()), measured
+
+
+def test_without_iscrowd_nothing_is_a_crowd(coco, tmp_path):
+    path = spoil(coco, tmp_path, without("iscrowd"), "val")
+    measured = average_precision(path, perfect_results(coco), masks=True)
+    assert 0 < measured["mask_AP"] < 100 and measured["box_AP"] == measured["mask_AP"]  # the crowd is a disc, not found
+
+
+def test_a_box_of_no_area_needs_no_mask(coco, tmp_path):
+    path = spoil(coco, tmp_path, set_first(bbox=[10, 2, 0, 9], segmentation=[]), "val")
+    assert len(read_annotations(path, masks=True, clip=True).boxes) == 7
+    assert average_precision(path, perfect_results(coco), masks=True)["mask_AP50"] > 0
+
+
+def test_what_is_found_where_nothing_is_counts_by_the_size_of_its_mask(coco):
+    """Its box is of medium size; image 100 has no annotations."""
+    path, results = coco / "annotations/instances_val.json", perfect_results(coco)
+    mask = np.zeros((64, 72), np.uint8)
+    mask[0, :50] = mask[:50, 0] = 1
+    wrong = {"image_id": 100, "category_id": 7, "bbox": [0, 0, 50, 50], "score": 0.95}
+    results.append(wrong | {"segmentation": encode_mask(mask)})
+    measured = average_precision(path, results, masks=True)
+    for kind, name in (("bbox", "box"), ("segm", "mask")):
+        assert [measured[f"{name}_{measure}"] for measure in MEASURES] == pytest.approx(by_hand(path, results, kind))
+    assert measured["mask_AP_small"] < 100 == pytest.approx(measured["box_AP_small"]) and measured["box_AP"] < 100
 
 
 def test_average_precision_is_pycocotools_of_what_is_written(coco, trained, tmp_path):
@@ -276,10 +358,9 @@ def test_average_precision_is_pycocotools_of_what_is_written(coco, trained, tmp_
         and {r["image_id"] for r in results} <= {*range(100, 105)}
     )
     for kind, name in (("bbox", "box"), ("segm", "mask")):
-        stats = by_hand(coco / "annotations/instances_val.json", tmp_path / "a.json", kind)
-        assert last[f"test_{name}_AP"] == pytest.approx(100 * stats[0], abs=1e-9)
-        assert last[f"test_{name}_AP50"] == pytest.approx(100 * stats[1], abs=1e-9)
-        assert float(found[f"{name} AP"]) == pytest.approx(100 * stats[0], abs=0.006)
+        expected = by_hand(coco / "annotations/instances_val.json", results, kind)
+        assert [last[f"test_{name}_{measure}"] for measure in MEASURES] == pytest.approx(expected, abs=1e-9)
+        assert float(found[f"{name} AP"]) == pytest.approx(expected[0], abs=0.006)
     assert Image.open(trained / "detections/epoch0002.png").width > 2 * 576
     two = Trial(tmp_path, "--eval", *flags, "--predictions", tmp_path / "b.json", ranks=2, main=mask_rcnn).finish()
     assert f"result: {result} of" in two

@@ -91,8 +91,8 @@ class DetectionConfig(DenseConfig):
         "", "annotations to evaluate on (default: annotations/*val*.json of the data)", "FILE", on_resume=FREE
     )
     bad_boxes: str = flag(
-        "error", "at boxes outside their image or of no area, stop (error), or clip them and leave out what then has "
-        "no area (clip)", choices=("error", "clip"),
+        "error", "at boxes outside their image or of almost no area, stop (error), or clip them and leave out what "
+        "then has almost no area (clip)", choices=("error", "clip"),
         on_resume=other_bits("other boxes wherever one is outside its image"),
     )  # fmt: skip
     predictions: str = flag(

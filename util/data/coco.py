@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 Target = dict[str, Tensor]  # boxes (n, 4) float32, labels (n,) int64, and where asked for masks (n, h, w) uint8
 TOLERANCE = 1.0  # pixels that a box may lie outside its image: many programs round so
+SMALLEST_SIDE = 0.1  # of a box, in pixels: a smaller one may be rounded to nothing where it is resized, in float32
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Annotations:
     labels: np.ndarray  # (boxes,) positions in `classes`
     masks: StringTable | None  # JSON of each segmentation
     classes: list[str]  # names of the categories, by their ids
-    category_ids: list[int]  # of `classes`
+    category_ids: list[int | None]  # of `classes`; None for one that the file does not have
 
     def of_image(self, i: int) -> slice:
         """Where the boxes of image `i` are."""
@@ -105,7 +106,7 @@ class CocoSource(FileSource):
         ids = dict(zip(old, annotations.category_ids))
         annotations.labels = positions[annotations.labels]
         # A category that this file does not have cannot be named in it: results of it are left out.
-        annotations.category_ids = [ids.get(name, -1) for name in classes]
+        annotations.category_ids = [ids.get(name) for name in classes]
         annotations.classes = self.classes = list(classes)
         self.labels = annotations.fingerprint()
 
@@ -125,6 +126,8 @@ def build_coco_dataset(config: CocoSettings, split: str, transform: Callable) ->
     path = find_annotations(Path(config.data_path), split, getattr(config, f"{split}_json"))
     annotations = read_annotations(path, config.detector == "mask_rcnn", config.bad_boxes == "clip")
     source = CocoSource(annotations, find_images(Path(config.data_path), annotations, split), config)
+    if split == "train" and not len(annotations.boxes):
+        raise UserError(f"{path} has no boxes to train on: crowds, and what --bad_boxes clip leaves out, do not count")
     skip_bad = config.bad_images == "skip" and split == "train"
     dataset = ImageDataset(source, transform, config.seed, skip_bad, config.max_bad_images)
     starts = np.concatenate([[0], annotations.ends[:-1]])
@@ -175,7 +178,7 @@ def read_annotations(path: Path, masks: bool = False, clip: bool = False) -> Ann
     Args:
         path: the file.
         masks: whether every box needs a mask.
-        clip: clip boxes to their images and leave out those without area, instead of raising an error.
+        clip: clip boxes to their images and leave out those of almost no area, instead of raising an error.
 
     Raises:
         UserError: the file is not in COCO's format, or says what cannot be; names the annotations.
@@ -204,14 +207,18 @@ def read_annotations(path: Path, masks: bool = False, clip: bool = False) -> Ann
         ("category id", [category["id"] for category in categories]),
         ("category name", [category["name"] for category in categories]),
     ):
-        twice = [str(value) for value, count in Counter(values).items() if count > 1]
+        twice = [value for value, count in Counter(map(str, values)).items() if count > 1]
         _refuse(path, f"the same {what} more than once", twice, "give each one of its own")
 
     def named(wrong: Callable[[dict], Any]) -> list[str]:
         return [f"annotation {annotation.get('id')}{said}" for annotation in annotations if (said := wrong(annotation))]
 
     def unknown_to(table: dict, key: str) -> Callable[[dict], str]:
-        return lambda annotation: "" if annotation.get(key) in table else f" ({key} {annotation.get(key)})"
+        def said(annotation: dict) -> str:
+            value = annotation.get(key)
+            return "" if isinstance(value, int | str) and value in table else f" ({key} {value})"
+
+        return said
 
     _refuse(path, "of an image that is not in 'images'", named(unknown_to(by_id, "image_id")), "add it, or remove them")
     _refuse(
@@ -222,6 +229,7 @@ def read_annotations(path: Path, masks: bool = False, clip: bool = False) -> Ann
     numbers = np.array([by_id[annotation["image_id"]] for annotation in annotations], dtype=np.int64)
     boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
+    boxes = boxes.astype(np.float32)
     kept = _check_boxes(path, annotations, boxes, sizes[numbers][:, ::-1], clip) & ~np.array(crowds, dtype=bool)
     if masks:
         wrong = [
@@ -240,7 +248,7 @@ def read_annotations(path: Path, masks: bool = False, clip: bool = False) -> Ann
         image_ids=[image["id"] for image in images],
         sizes=sizes,
         ends=np.cumsum(np.bincount(numbers[order], minlength=len(images))),
-        boxes=boxes[order].astype(np.float32),
+        boxes=boxes[order],
         labels=np.array([positions[annotations[i]["category_id"]] for i in order], dtype=np.int32),
         masks=None if segmentations is None else StringTable.of(segmentations),
         classes=list(classes.values()),
@@ -255,22 +263,26 @@ def _refuse(path: Path, what: str, wrong: list[str], advice: str) -> None:
         raise UserError(f"{path}: {what}: {', '.join(wrong[:3])}{more}; {advice}")
 
 
+def _are_numbers(values: Any) -> bool:
+    numbers = isinstance(values, list) and {int, float}.issuperset(map(type, values))
+    return numbers and all(map(math.isfinite, values))
+
+
 def _has_no_box(annotation: dict) -> str:
     box = annotation.get("bbox")
-    numbers = isinstance(box, list) and len(box) == 4 and all(type(value) in (int, float) for value in box)
-    return "" if numbers and all(map(math.isfinite, box)) else f" ({box})"
+    return "" if _are_numbers(box) and len(box) == 4 else f" ({box})"
 
 
 def _check_boxes(path: Path, annotations: list[dict], boxes: np.ndarray, sides: np.ndarray, clip: bool) -> np.ndarray:
     """Clip `boxes` (n, 4) to the images, with sides (n, 2) width and height, in place; which have area, (n,) bool.
 
     Raises:
-        UserError: without `clip`, for one that lies outside by more than rounding, or has no area.
+        UserError: without `clip`, for one that lies outside by more than rounding, or has almost no area.
     """
     outside = ((boxes < -TOLERANCE) | (boxes > np.tile(sides, 2) + TOLERANCE)).any(axis=1)
     given = boxes.copy()
     np.clip(boxes, 0, np.tile(sides, 2), out=boxes)
-    has_area = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    has_area = (boxes[:, 2:] - boxes[:, :2] >= SMALLEST_SIDE).all(axis=1)
     wrong = [
         f"annotation {annotations[i].get('id')} (from {given[i, 0]:g}, {given[i, 1]:g} to {given[i, 2]:g}, "
         f"{given[i, 3]:g} in an image of {sides[i, 0]}x{sides[i, 1]})"
@@ -278,12 +290,12 @@ def _check_boxes(path: Path, annotations: list[dict], boxes: np.ndarray, sides: 
     ]
     if not clip:
         _refuse(
-            path, "boxes outside their images or of no area", wrong,
-            "repair them, or --bad_boxes clip cuts them at the edge and leaves out what then has no area",
+            path, f"boxes outside their images or with a side below {SMALLEST_SIDE} pixels", wrong,
+            "repair them, or --bad_boxes clip cuts them at the edge and leaves out what then has almost no area",
         )  # fmt: skip
     if wrong:
         logger.warning(
-            "%s: %d boxes clipped to their images, %d of no area left out: %s",
+            "%s: %d boxes clipped to their images, %d of almost no area left out: %s",
             path, int((outside & has_area).sum()), int((~has_area).sum()), abbreviate(wrong, 3),
         )  # fmt: skip
     return has_area
@@ -296,12 +308,14 @@ def why_no_mask(segmentation: Any, height: int, width: int) -> str:
             size = segmentation.get("size")
             return f"its mask is of size {size}, its image has height and width {[height, width]}"
         counts = segmentation.get("counts")
-        if isinstance(counts, list) and sum(counts) != height * width:
-            return f"its mask has {sum(counts)} pixels, its image {height * width}"
-        return "" if isinstance(counts, list | str) else "its mask has no 'counts'"
+        if isinstance(counts, str):
+            return ""
+        if not isinstance(counts, list) or not {int}.issuperset(map(type, counts)) or min(counts, default=0) < 0:
+            return "its mask has no 'counts', the lengths of runs"
+        return "" if sum(counts) == height * width else f"its mask has {sum(counts)} pixels, its image {height * width}"
     if not isinstance(segmentation, list) or not segmentation:
         return "no 'segmentation'"
-    if not all(isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation):
+    if not all(_are_numbers(polygon) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation):
         return "a polygon is a list of x, y, x, y, ... of at least three points"
     return ""
 

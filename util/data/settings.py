@@ -26,7 +26,7 @@ class CocoSettings(DataSettings, Protocol):
     train_json: str  # annotations; empty: found in data_path
     val_json: str
     detector: Literal["mask_rcnn", "faster_rcnn"]  # the first needs masks
-    bad_boxes: Literal["error", "clip"]  # what becomes of boxes outside their images or of no area
+    bad_boxes: Literal["error", "clip"]  # what becomes of boxes outside their images or of almost no area
 
 
 class SegmentationSettings(DataSettings, Protocol):

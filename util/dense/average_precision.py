@@ -3,14 +3,13 @@
 import contextlib
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from util.data.coco import Annotations
+from util.data.coco import Annotations, decode_mask, why_no_mask
 from util.errors import unreadable_is_user_error
 
 Result = dict[str, Any]  # image_id, category_id, score, bbox (left, top, width, height) and perhaps segmentation
@@ -30,7 +29,7 @@ def results_of(detections: dict[str, Tensor], index: int, annotations: Annotatio
     results = []
     for i, (box, score, label) in enumerate(zip(boxes.round(2).tolist(), scores, labels)):
         category = annotations.category_ids[label - 1]
-        if category == -1:
+        if category is None:
             continue
         result = {
             "image_id": annotations.image_ids[index],
@@ -62,18 +61,18 @@ def average_precision(path: Path, results: list[Result], masks: bool) -> dict[st
         path: of the annotations, all images of which were looked at.
         results: of them.
     """
-    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
+    content = json.loads(path.read_bytes())
+    kinds = {"bbox": "box", "segm": "mask"} if masks else {"bbox": "box"}
     measured = {}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its own table
-        truth = COCO(os.fspath(path))
-        for kind, name in {"bbox": "box", "segm": "mask"}.items() if masks else [("bbox", "box")]:
-            found = truth.loadRes([dict(result) for result in results]) if results else COCO()
-            if not results:
-                found.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"]}
-                found.dataset["annotations"] = []
-                found.createIndex()
+        for kind, name in kinds.items():
+            truth = indexed(content, true_annotations(content, kind))
+            # For masks without boxes, from which pycocotools would take a result's size
+            unlike = "bbox" if kind == "segm" else "segmentation"
+            own = [{key: value for key, value in result.items() if key != unlike} for result in results]
+            found = truth.loadRes(own) if results else indexed(content, [])
             evaluation = COCOeval(truth, found, kind)
             evaluation.evaluate()
             evaluation.accumulate()
@@ -82,6 +81,37 @@ def average_precision(path: Path, results: list[Result], masks: bool) -> dict[st
                 value = float(evaluation.stats[place])
                 measured[f"{name}_{measure}"] = value if value < 0 else 100 * value
     return measured
+
+
+def indexed(content: dict[str, Any], annotations: list[dict[str, Any]]):
+    """The images and categories of a file's content with these annotations, as a pycocotools COCO."""
+    from pycocotools.coco import COCO
+
+    coco = COCO()
+    coco.dataset = {"images": content["images"], "categories": content["categories"], "annotations": annotations}
+    coco.createIndex()
+    return coco
+
+
+def true_annotations(content: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    """The annotations of a file's content as pycocotools compares their 'bbox' or 'segm': all with iscrowd and area.
+
+    They are numbered from 1, since it takes a match with number 0 for none. Of masks those are left out that are none:
+    by `read_annotations`, of crowds and of boxes without area alone.
+    """
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    annotations = []
+    for number, given in enumerate(content["annotations"], start=1):
+        annotation, size = given | {"id": number, "iscrowd": int(bool(given.get("iscrowd")))}, sizes[given["image_id"]]
+        if kind == "segm" and why_no_mask(given.get("segmentation"), *size):
+            continue
+        if not isinstance(given.get("area"), int | float):
+            width, height = given["bbox"][2:]
+            annotation["area"] = (
+                width * height if kind == "bbox" else int(decode_mask(given["segmentation"], *size).sum())
+            )
+        annotations.append(annotation)
+    return annotations
 
 
 def write_results(path: str, results: list[Result]) -> None:
