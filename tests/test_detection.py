@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -209,6 +210,28 @@ def test_missing_files_are_named(coco, tmp_path):
     with pytest.raises(UserError, match=r"names the image '0.jpg', which is in none of .*/val2017"):
         (tmp_path / "val2017.json").write_text(path.read_text())
         build_coco_dataset(settings(tmp_path, val_json="val2017.json"), "val", AsItIs())
+
+
+def test_all_images_are_looked_for_before_training(coco, tmp_path):
+    own = shutil.copytree(coco, tmp_path / "own")
+    (own / "train/5.jpg").unlink()
+    with pytest.raises(UserError, match=r"1 of the 8 images that .*_train.json names are not in .*train: \['5.jpg'\]"):
+        build_coco_dataset(settings(own), "train", AsItIs())
+    (own / "train/5.jpg").write_bytes(b"no image")
+    with pytest.raises(BadImageError, match=r"cannot use image '.*train/5.jpg'"):
+        build_coco_dataset(settings(own), "train", AsItIs())
+
+
+def test_turned_photographs_are_named(coco, tmp_path, caplog):
+    own = shutil.copytree(coco, tmp_path / "own")
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.open(own / "train/5.jpg").save(own / "train/5.jpg", exif=exif)
+    build_coco_dataset(settings(own), "val", AsItIs())
+    build_coco_dataset(settings(own, ignore_exif=True), "train", AsItIs())
+    assert "EXIF" not in caplog.text
+    build_coco_dataset(settings(own), "train", AsItIs())
+    assert re.search(r"1 of 8 photographs .* give --ignore_exif: \['.*train/5.jpg'\]", caplog.text)
 
 
 def test_an_image_of_another_size_than_its_annotations_is_an_error(coco, tmp_path):

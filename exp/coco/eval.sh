@@ -12,5 +12,5 @@ here=$(dirname -- "$0") && [ -f "$here/../launch.sh" ] || here=exp/coco # sbatch
 . "$here/../launch.sh" # takes PARTITION, GPUS and DATA
 launch exp/coco/mask_rcnn.py \
     --finetune "$here/ckpt/checkpoint.pth" \
-    --eval --batch_size 2 --bad_boxes clip --predictions "$here/ckpt/detections.json" \
+    --eval --batch_size 2 --bad_boxes clip --ignore_exif --predictions "$here/ckpt/detections.json" \
     "$@"

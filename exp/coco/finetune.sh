@@ -12,13 +12,13 @@
 # Result           exp/coco/ckpt/checkpoint.pth; not run, so no number of ours is known, and none of the paper's is quoted
 # Origin           The authors published no recipe for COCO. From Mask R-CNN's usual 1x schedule: 16 images a step, 12
 #                  epochs, steps at 8 and 11, shorter side 800, longer at most 1333. As usual for Swin in it: AdamW,
-#                  lr 1e-4, weight decay 0.05, 500 steps of warm-up (of 7,393 in an epoch), shorter sides of 480
+#                  lr 1e-4, weight decay 0.05, 500 steps of warm-up (of 7,392 in an epoch), shorter sides of 480
 #                  to 800 in training. The detector's own settings: torchvision's. Ours: layer decay, drop path,
-#                  --bad_boxes clip (a few of COCO's boxes have no area)
+#                  --bad_boxes clip (a few of COCO's boxes have no area). --ignore_exif: COCO annotates stored pixels
 here=$(dirname -- "$0") && [ -f "$here/../launch.sh" ] || here=exp/coco # sbatch runs a copy of this file
 . "$here/../launch.sh" # takes PARTITION, GPUS and DATA
 effective_batch=16 launch exp/coco/mask_rcnn.py \
-    --model swin_base_w14 --in_chans 3 --detector mask_rcnn --bad_boxes clip \
+    --model swin_base_w14 --in_chans 3 --detector mask_rcnn --bad_boxes clip --ignore_exif \
     --finetune "$root/exp/base_600ep/ckpt/checkpoint.pth" \
     --min_size 480 512 544 576 608 640 672 704 736 768 800 --max_size 1333 \
     --batch_size 2 --epochs 12 --warmup_epochs 0.07 --lr_steps 8 11 \

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.data.datasets import ImageDataset
+from util.data.datasets import ImageDataset, read_sample
 from util.data.decoding import BadImageError, EncodedJpeg
 from util.data.image_index import ImageIndex, StringTable, abbreviate
 from util.data.settings import CocoSettings
@@ -130,6 +131,8 @@ def build_coco_dataset(config: CocoSettings, split: str, transform: Callable) ->
         raise UserError(f"{path} has no boxes to train on: crowds, and what --bad_boxes clip leaves out, do not count")
     skip_bad = config.bad_images == "skip" and split == "train"
     dataset = ImageDataset(source, transform, config.seed, skip_bad, config.max_bad_images)
+    for _ in read_sample(dataset):
+        pass  # they can be read
     starts = np.concatenate([[0], annotations.ends[:-1]])
     logger.info(
         "%s: %d images, %d of them without boxes, %d boxes of %d classes, from %s",
@@ -160,16 +163,26 @@ def find_annotations(data_path: Path, split: str, given: str = "") -> Path:
 
 
 def find_images(data_path: Path, annotations: Annotations, split: str) -> Path:
-    """The folder that has the first image. Raises UserError where none has."""
+    """The folder of the images. Raises UserError where none has the first one, or that folder lacks others."""
     name, first = annotations.path.stem.removeprefix("instances_"), annotations.names[0]
     tried = [data_path / place for place in (name, f"images/{name}", split, f"images/{split}", "images", "")]
-    for folder in tried:
-        if (folder / first).is_file():
-            return folder
-    raise UserError(
-        f"{annotations.path} names the image {first!r}, which is in none of {', '.join(map(str, tried))}: put the "
-        "images in one of them"
-    )
+    folder = next((folder for folder in tried if (folder / first).is_file()), None)
+    if folder is None:
+        raise UserError(
+            f"{annotations.path} names the image {first!r}, which is in none of {', '.join(map(str, tried))}: put the "
+            "images in one of them"
+        )
+    names = [annotations.names[i] for i in range(len(annotations.names))]
+    with unreadable_is_user_error(f"cannot read {folder}"):  # once: on a network each file would take a millisecond
+        parents = {parent for parent in map(os.path.dirname, names) if (folder / parent).is_dir()}
+        there = {os.path.join(parent, file) for parent in parents for file in os.listdir(folder / parent)}
+    # A file system may know a name in other spellings than it lists.
+    if missing := [name for name in names if name not in there and not (folder / name).is_file()]:
+        raise UserError(
+            f"{len(missing)} of the {len(names)} images that {annotations.path} names are not in {folder}: "
+            f"{abbreviate(missing)}; add them there, or remove them from the file"
+        )
+    return folder
 
 
 def read_annotations(path: Path, masks: bool = False, clip: bool = False) -> Annotations:

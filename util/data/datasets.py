@@ -11,13 +11,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from util.data.decoding import BadImageError, PixelType, decoded
+from util.data.decoding import BadImageError, EncodedJpeg, PixelType, decoded
 from util.data.image_index import abbreviate
 from util.data.settings import DataSettings
 from util.data.sources import Source, open_source
@@ -282,6 +283,35 @@ class NumberedImages(ImageDataset):
         pixels = super()._first_image_pixels()
         self._blank = torch.zeros(self.source.in_chans, 1, 1, dtype=pixels.dtype)
         return pixels
+
+
+def read_sample(dataset: ImageDataset) -> Iterator[Any]:
+    """The targets of images from all over the data set, which say where in these something is, such as boxes.
+
+    At the end a warning names photographs that their EXIF tag turns or mirrors without a change of their size, which
+    would show (as it does where they lie on their side).
+
+    Raises:
+        BadImageError: for an image or target that cannot be used, unless these are skipped.
+    """
+    numbers = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), SAMPLE), dtype=int)).tolist()
+    turned = []
+    for i in numbers:
+        try:
+            image, target = dataset.source.read(i)
+        except (BadImageError, OSError) as error:
+            if not dataset.skip_bad:
+                raise BadImageError(f"cannot use image {dataset.path_of(i)!r}: {error}") from None
+            continue
+        if isinstance(image, EncodedJpeg) and image.orientation in (2, 3, 4):
+            turned.append(dataset.path_of(i))
+        yield target
+    if turned:
+        logger.warning(
+            "%d of %d photographs in a sample are turned upside down or mirrored by their EXIF tag; annotations are "
+            "taken to be of them so; if they are of the pixels as stored, give --ignore_exif: %s",
+            len(turned), len(numbers), abbreviate(turned),
+        )  # fmt: skip
 
 
 def match_classes(own: Sequence[str], classes: Sequence[str], owner: str, exactly: bool) -> np.ndarray:

@@ -86,16 +86,16 @@ class BadImageError(UserError):
 class EncodedJpeg:
     """A JPEG photograph that is not decoded yet, as a crop of it may need fewer pixels than all.
 
-    shape: (in_chans, height, width), upright. dtype: of its pixels.
+    shape: (in_chans, height, width), upright. dtype: of its pixels. orientation: EXIF's, by which they are turned.
     """
 
     dtype = torch.uint8
 
     def __init__(self, data: bytes, header: JpegHeader, in_chans: int, ignore_exif: bool):
         self._data, self._header = data, header
-        self._orientation = 1 if ignore_exif else header.orientation
+        self.orientation = 1 if ignore_exif else header.orientation
         sides = (header.height, header.width)
-        self.shape = (in_chans, *(reversed(sides) if TURNS[self._orientation][0] else sides))
+        self.shape = (in_chans, *(reversed(sides) if TURNS[self.orientation][0] else sides))
 
     @functools.cached_property
     def pixels(self) -> torch.Tensor:
@@ -105,11 +105,11 @@ class EncodedJpeg:
         if decode_jpeg is not None and self._header.components in (1, in_chans):
             try:
                 encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
-                return turn(decode_jpeg(encoded, in_chans, False), self._orientation)  # mode: 1 grey, 3 RGB; as stored
+                return turn(decode_jpeg(encoded, in_chans, False), self.orientation)  # mode: 1 grey, 3 RGB; as stored
             except RuntimeError:  # Pillow may still read it, or says what is wrong
                 pass
         image = _decode_with_pillow(self._data, in_chans, ignore_exif=True, max_pixels=math.prod(self.shape[1:]))
-        return turn(image, self._orientation)
+        return turn(image, self.orientation)
 
     def crop(self, box: Box, size: tuple[int, int]) -> torch.Tensor | None:
         """The `box` of the image, resized to `size`, if that needs fewer than all pixels; else None.
@@ -120,13 +120,13 @@ class EncodedJpeg:
         factor = reduction(math.prod(self.shape[1:]), box, size)
         if factor == 1:
             return None
-        stored = stored_box(box, self.shape[1:], self._orientation)
-        stored_size = size[::-1] if TURNS[self._orientation][0] else size
+        stored = stored_box(box, self.shape[1:], self.orientation)
+        stored_size = size[::-1] if TURNS[self.orientation][0] else size
         try:
             image = decode_reduced(self._data, self.shape[0], factor, stored, stored_size)
         except Exception:  # Pillow raises nearly anything; decoding all pixels says what is wrong
             return None
-        return turn(image, self._orientation)
+        return turn(image, self.orientation)
 
 
 def decoded(image: "torch.Tensor | EncodedJpeg") -> torch.Tensor:

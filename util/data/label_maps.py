@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 from torchvision.transforms import ColorJitter
 
-from util.data.datasets import SAMPLE, ImageDataset, collate
+from util.data.datasets import ImageDataset, collate, read_sample
 from util.data.decoding import BadImageError, EncodedJpeg
 from util.data.image_index import abbreviate, load_index
 from util.data.reader import extensions_of
@@ -227,18 +227,11 @@ def check_labels(dataset: ImageDataset) -> None:
     Raises BadImageError for one that cannot be used, unless these are skipped, and UserError where nothing is labelled.
     """
     source: LabelMapSource = dataset.source
-    numbers = np.unique(np.linspace(0, len(source) - 1, min(len(source), SAMPLE), dtype=int)).tolist()
-    labelled = False
-    for i in numbers:
-        try:
-            labelled |= bool((source.read(i)[1] != IGNORED).any())
-        except BadImageError as error:
-            if not dataset.skip_bad:
-                raise BadImageError(f"cannot use image {source.path(i)!r}: {error}") from None
-    if not labelled:
+    labelled = [bool((labels != IGNORED).any()) for labels in read_sample(dataset)]
+    if not any(labelled):
         ignored = " or ".join(map(str, sorted(source.numbers.ignored)))
         raise UserError(
-            f"the label maps in {source.folder} label no pixel: in a sample of {len(numbers)}, all pixels are "
+            f"the label maps in {source.folder} label no pixel: in a sample of {len(labelled)}, all pixels are "
             f"{ignored}, which is ignored; see --ignore_label and --reduce_zero_label"
         )
 
