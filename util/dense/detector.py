@@ -30,8 +30,9 @@ def build_detector(config, num_classes: int) -> FasterRCNN:
     """A detector of normalised images (C, h, w) of any size, with torchvision's inputs and outputs.
 
     In training it draws each image's size from `config.min_size` (the shorter side; the longer is at most
-    `config.max_size`), in evaluation it takes the last of them. Anchors begin at 8 patches, torchvision's usual 32
-    pixels with patches of 4.
+    `config.max_size`), in evaluation it takes the last of them. Images of a batch are padded to the largest, which
+    changes their features near the padding. Anchors begin at 8 patches, torchvision's usual 32 pixels with patches of
+    4.
 
     Args:
         config: of a `DetectionConfig`.
@@ -43,6 +44,7 @@ def build_detector(config, num_classes: int) -> FasterRCNN:
     settings = dict(
         min_size=config.min_size,
         max_size=config.max_size,
+        size_divisible=side,  # cells of the coarsest map: torchvision infers strides from the sizes of maps
         image_mean=(0.0,) * config.in_chans,  # they are normalised already
         image_std=(1.0,) * config.in_chans,
         rpn_anchor_generator=AnchorGenerator(tuple((side * 2**i,) for i in range(LEVELS)), (ASPECT_RATIOS,) * LEVELS),

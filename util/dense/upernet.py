@@ -102,10 +102,11 @@ class UPerNet(nn.Module):
         """Logits (B, num_classes, H, W) of normalised images (B, C, H, W); in training also the auxiliary head's."""
         maps = self.encoder(imgs)
         patch, size = self.encoder.swin.patch_size, imgs.shape[-2:]
-        logits = enlarge(self.head(maps), patch, size)
+        # In float32: in bf16, neighbours between two cells would be rounded to the same.
+        logits = enlarge(self.head(maps).float(), patch, size)
         if not self.training:
             return logits
-        return logits, enlarge(self.auxiliary(maps[-2]), patch * 2 ** (len(maps) - 2), size)
+        return logits, enlarge(self.auxiliary(maps[-2]).float(), patch * 2 ** (len(maps) - 2), size)
 
 
 def enlarge(x: Tensor, factor: int, size: torch.Size) -> Tensor:
