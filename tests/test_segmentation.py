@@ -25,7 +25,7 @@ from trials import Trial, differences, steps_of
 
 import models_mixmae  # noqa: F401 - registers the models
 from exp.ade20k import engine_upernet, upernet
-from exp.ade20k.upernet import SegmentationConfig, build_model, get_args_parser
+from exp.ade20k.upernet import SegmentationConfig, build_model, complete, get_args_parser
 from util import replay
 from util.data import label_maps
 from util.data.decoding import BadImageError
@@ -65,7 +65,7 @@ def make_pairs(root: Path, counts: dict[str, int], size: tuple[int, int] = (32, 
 
 
 def settings(root: Path, **changes) -> Namespace:
-    return data_args(root, **{"nb_classes": 3, "ignore_label": 255, "reduce_zero_label": None, **changes})
+    return data_args(root, **{"nb_classes": 3, "ignore_label": 255, "reduce_zero_label": False, **changes})
 
 
 # --- Label maps ---------------------------------------------------------------------------------------------
@@ -77,13 +77,14 @@ def test_ade20ks_layout_ignores_0_and_counts_from_1(tmp_path):
         for split in ("training", "validation"):
             (tmp_path / kind / split).mkdir(parents=True)
             Image.fromarray(pixels).convert("RGB" if kind == "images" else "L").save(tmp_path / kind / split / name)
-    dataset = build_segmentation_dataset(settings(tmp_path, nb_classes=150), "val", Whole(2))
+    assert label_maps.find_layout(str(tmp_path)).reduce_zero_label
+    dataset = build_segmentation_dataset(settings(tmp_path, nb_classes=150, reduce_zero_label=True), "val", Whole(2))
     labels = dataset[(0, 0)][1]
     assert labels[0].tolist() == [IGNORED, *range(150)]
     numbers = dataset.source.numbers
     assert numbers.values_of(labels[:, 1:].numpy()).tolist() == values[:, 1:].tolist()
     # On request the same numbers mean what they mean in pairs
-    dataset = build_segmentation_dataset(settings(tmp_path, nb_classes=151, reduce_zero_label=False), "val", Whole(2))
+    dataset = build_segmentation_dataset(settings(tmp_path, nb_classes=151), "val", Whole(2))
     assert dataset[(0, 0)][1].tolist() == values.tolist()
 
 
@@ -187,6 +188,14 @@ def test_image_and_labels_are_cut_alike(size):
         assert agree[~padded].float().mean() > 0.8
         seen.add((inner.shape, bool(inner[-1, -1]), bool(inner[-1, 0])))
     assert len(seen) > 3
+
+
+def test_an_image_that_is_large_enough_leaves_no_empty_edge():
+    """Enlarged 1.6 times, 15 pixels are 9.4 of the image; 9 would be 14.4."""
+    labels = torch.zeros(40, 53, dtype=torch.uint8)
+    for size in range(9, 64):
+        transform = RandomScaleAndCrop((size, size), 64, (1.0, 1.0), fill=(0.0,))
+        assert not (transform(labels[None], labels)[1] == IGNORED).any(), size
 
 
 def test_a_crop_shows_more_than_one_class_where_it_can():
@@ -442,6 +451,33 @@ def test_eight_images_are_learned_by_heart(tmp_path, capsys):
     assert read_lines(tmp_path / "out/log.txt")[-1]["test_miou"] > 80
 
 
+def test_what_label_maps_mean_belongs_to_the_weights(place, tmp_path, capsys):
+    """Trained with 0 as a class that counts nowhere, a model is evaluated so; a flag overrides it."""
+    args = read_checkpoint(place / "reference/checkpoint.pth")["args"]
+    assert (args["ignore_label"], args["reduce_zero_label"]) == (255, False)  # as resolved
+    data = shutil.copytree(place / "data", tmp_path / "data")
+    for path in (data / "masks").glob("*/*.png"):
+        labels = np.asarray(Image.open(path)) + 1
+        labels[:3, :3] = 0
+        Image.fromarray(labels.astype(np.uint8)).save(path)
+    flags = (*RECIPE, "--data_path", data, "--epochs", 1, "--lr", 0, "--warmup_epochs", 0, "--ignore_label", 9)
+    run(upernet, *flags, "--reduce_zero_label", "--output_dir", tmp_path / "out")
+    trained = re.search(r"result: mIoU (\S+)%", capsys.readouterr().out)[1]
+    weights = ("--eval", "--finetune", tmp_path / "out/checkpoint.pth", "--data_path", data, "--device", "cpu")
+    run(upernet, *weights, "--num_workers", 0)
+    said = capsys.readouterr().out
+    assert "classes 1 to 3, ignored 0 and 9" in said and f"result: mIoU {trained}%" in said
+
+
+def test_a_class_that_is_ignored_is_pointed_out(place, caplog):
+    flags = get_args_parser().parse_args(["--data_path", str(place / "data"), "--input_size", "32"])
+    config = replace(given_flags(SegmentationConfig, flags), reduce_zero_label=True)
+    for value, said in ((4, False), (1, True), (3, True), (0, False)):
+        caplog.clear()
+        complete(replace(config, ignore_label=value))
+        assert (f"--ignore_label {value} is one of the 3 classes' numbers" in caplog.text) == said
+
+
 def test_an_encoder_is_taken_from_pretraining_and_from_another_segmenter(place, tmp_path, capsys):
     def encoder_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name.split("body.model.")[1]: tensor for name, tensor in weights.items() if "body.model." in name}
@@ -468,12 +504,10 @@ def test_mistakes_are_explained_before_training(place, tmp_path, capfd):
     flags = (*flags, "--data_path", place / "data")
     fails(upernet, capfd, "--nb_classes is 5, but .* names 3 classes", *flags, "--nb_classes", 5)
     fails(upernet, capfd, "--head_channels must be a multiple of 32, got 40", *flags, "--head_channels", 40)
-    fails(upernet, capfd, "--predictions goes with --eval", *flags, "--predictions", tmp_path)
+    fails(upernet, capfd, "--predictions .* goes with --eval", *flags, "--predictions", tmp_path)
     classifier = tmp_path / "classifier.pth"
     torch.save({"model": {}, "args": {"nb_classes": 3}}, classifier)
-    fails(
-        upernet, capfd, "is no segmentation model of exp/ade20k/upernet.py", *flags, "--eval", "--finetune", classifier
-    )
+    fails(upernet, capfd, "is no model of exp/ade20k/upernet.py", *flags, "--eval", "--finetune", classifier)
     other = shutil.copytree(place / "data", tmp_path / "other")
     (other / "classes.txt").write_text("class 0\nclass 2\nclass 1\n")
     message = r"classes of the data are not those of .*checkpoint.pth: \['class 2 / class 1', 'class 1 / class 2'\]"

@@ -15,10 +15,8 @@ import util.run.startup  # noqa: F401 - before PyTorch
 # isort: split
 import argparse
 import logging
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -33,32 +31,27 @@ from util.data.label_maps import (
     build_segmentation_dataset,
     check_class_names,
     collate_pairs,
+    find_layout,
     number_of_classes,
 )
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import Normalize
-from util.dense.config import DenseConfig, choose_recipe, with_task_settings
+from util.dense.config import DenseConfig
 from util.dense.encoder import DenseEncoder
 from util.dense.label_pictures import PredictionFolder, segmentation_picture
-from util.dense.segmentation import SegmentationScores
+from util.dense.task import open_to_evaluate, settings_to_train, train_and_evaluate
 from util.dense.upernet import UPerNet, segmentation_loss
-from util.errors import UserError
 from util.run import distributed
 from util.run.checks import check_statistics
-from util.run.config import TrainingConfig, resolve
+from util.run.config import TrainingConfig
 from util.run.failures import user_errors
 from util.run.flags import AT_LEAST_1, FREE, NOT_NEGATIVE, flag, get_parser, with_default
 from util.run.launch import Launch
-from util.run.once_per_node import read_checkpoint_together
 from util.run.optim import param_groups_layer_decay
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
-from util.run.state import program_of
-from util.weights.file import CheckpointError
-from util.weights.settings import weight_settings
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS = {"model": "swin_base_w14", "batch_size": 4, "epochs": 100, "warmup_epochs": 1, "blr": 1.6e-3}
 PICTURE_IMAGES = 4
 
 
@@ -67,7 +60,16 @@ class SegmentationConfig(DenseConfig):
     TITLE: ClassVar[str] = "segmentation"
     PROGRAM: ClassVar[str] = "exp/ade20k/upernet.py"
     DATA: ClassVar[str] = "a folder with images/ and annotations/ (ADE20K's layout) or masks/ in it"
-    TASK_SETTINGS: ClassVar[dict[str, Any]] = {"nb_classes": None, "head_channels": 512, "short_side": None}
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "model": "swin_base_w14", "batch_size": 4, "epochs": 100, "warmup_epochs": 1, "blr": 1.6e-3
+    }  # fmt: skip
+    TASK_SETTINGS: ClassVar[dict[str, Any]] = {
+        "nb_classes": None,
+        "ignore_label": 255,
+        "reduce_zero_label": None,
+        "head_channels": 512,
+        "short_side": None,
+    }
 
     data_path: str = flag(
         "",
@@ -79,26 +81,32 @@ class SegmentationConfig(DenseConfig):
     )
     nb_classes: int | None = flag(
         None,
-        "number of classes (default: as many as classes.txt in the data names, or ADE20K's objectInfo150.txt)",
+        "number of classes (default: as in the run to resume or evaluate, else as many as classes.txt in the data "
+        "names, or ADE20K's objectInfo150.txt)",
         "N",
     )
-    ignore_label: int = flag(
-        255, "pixels with this value in label maps count nowhere", "VALUE",
+    ignore_label: int | None = flag(
+        None,
+        "pixels with this value in label maps count nowhere (default: as in the run to resume or evaluate, else 255)",
+        "VALUE",
         (lambda value: 0 <= value < 2**16, "must be between 0 and 65535"),
     )  # fmt: skip
     reduce_zero_label: bool | None = flag(
-        None, "in label maps 0 is ignored too, and 1 is the first class (default: so in ADE20K's layout)"
+        None,
+        "in label maps 0 is ignored too, and 1 is the first class (default: as in the run to resume or evaluate, "
+        "else so in ADE20K's layout)",
     )
     head_channels: int | None = flag(
         None,
-        "of the head, a multiple of 32; the auxiliary head has half as many (default: those of the weights, else 512)",
+        "of the head, a multiple of 32; the auxiliary head has half as many (default: as in the run to resume or "
+        "evaluate, else 512)",
         "N",
         (lambda value: value > 0 and value % 32 == 0, "must be a multiple of 32"),
     )
     short_side: int | None = flag(
         None,
         "shorter side of images at scale 1, at which they are evaluated; training crops --input_size of them (default: "
-        "that of the weights, else the shorter side of --input_size)",
+        "as in the run to resume or evaluate, else the shorter side of --input_size)",
         "PIXELS",
         AT_LEAST_1,
     )
@@ -112,15 +120,7 @@ class SegmentationConfig(DenseConfig):
     slide: bool = flag(
         False, "evaluate in windows of --input_size, two thirds apart, instead of whole images", on_resume=FREE
     )
-    predictions: str = flag(
-        "", "with --eval: write label maps and pictures of all images into this folder", "DIR", on_resume=FREE
-    )
     drop_path: float = with_default(TrainingConfig, "drop_path", 0.1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.predictions and not self.eval:
-            raise UserError("--predictions goes with --eval")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -129,14 +129,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
 
 
-def complete(config: SegmentationConfig, recorded: Mapping[str, Any]) -> SegmentationConfig:
-    """The configuration with what the weights record of the task, else the data say."""
-    config = with_task_settings(config, recorded)
-    return replace(
+def complete(config: SegmentationConfig) -> SegmentationConfig:
+    """The configuration with what the data say, where neither a flag nor a checkpoint does."""
+    reduce = config.reduce_zero_label
+    config = replace(
         config,
         nb_classes=number_of_classes(config.data_path, config.nb_classes),
+        reduce_zero_label=find_layout(config.data_path).reduce_zero_label if reduce is None else reduce,
         short_side=config.short_side or min(config.input_size),
     )
+    if config.reduce_zero_label <= config.ignore_label < config.nb_classes + config.reduce_zero_label:
+        logger.warning(
+            "--ignore_label %d is one of the %d classes' numbers: that class is ignored, and never found",
+            config.ignore_label, config.nb_classes,
+        )  # fmt: skip
+    return config
 
 
 def build_model(config: SegmentationConfig) -> UPerNet:
@@ -164,12 +171,12 @@ def prepare(start: Start) -> tuple[Run, DataLoader]:
     """Everything before the first step: the run, and the validation images."""
     launch = start.launch
     resumed = start.checkpoint or {}
-    config = complete(start.resolve(partial(choose_recipe, DEFAULTS)), resumed.get("args", {}))
+    config = complete(settings_to_train(start))
     transform = RandomScaleAndCrop(
         config.input_size, config.short_side, config.scales, config.mean, config.color_jitter
     )
     dataset = build_segmentation_dataset(config, "train", transform)
-    check_statistics(config, dataset, f"{config.data_path} (train)", training=True)
+    check_statistics(config, dataset, f"{config.data_path} (train)")
     check_class_names(dataset.classes, resumed.get("classes") or dataset.classes, "the checkpoint to resume")
     sampler = TrainBatchSampler(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
@@ -190,23 +197,17 @@ def prepare(start: Start) -> tuple[Run, DataLoader]:
 
 def train(run: Run, validation: DataLoader) -> None:
     """All epochs; evaluations and pictures where they are due."""
-    config, model, progress = run.config, run.state.model, run.state.progress
-    scores = None  # after the last epoch
-    while progress.epoch < config.epochs:
-        start = time.time()
-        record, best = {"train_lr": train_one_epoch(run)}, False
-        if config.evaluates_after(progress.epoch):
-            scores = evaluate(model, validation, run.normalize, config, run.device)
+    config, progress = run.config, run.state.progress
+
+    def measure() -> dict[str, float]:
+        scores = evaluate(run.state.model, validation, run.normalize, config, run.device)
+        if progress.epoch < config.epochs:
             show(run, validation)
-            record |= {"test_miou": scores.miou, "test_pixel_acc": scores.pixel_acc}
-            best = progress.best is None or scores.miou > progress.best
-            progress.best = scores.miou if best else progress.best
-        run.finish_epoch({**record, "seconds": time.time() - start}, best)
-    if scores is None:  # resumed when all was done
-        scores = evaluate(model, validation, run.normalize, config, run.device)
-    if run.folder is not None:
-        run.folder.wait(final=True)  # what the result is said to be of
-    logger.info(describe_result(config, scores, f"{config.output_dir}/checkpoint.pth", len(validation.dataset)))
+        return {"miou": scores.miou, "pixel_acc": scores.pixel_acc}
+
+    measured = train_and_evaluate(run, train_one_epoch, measure, best_by="miou")
+    checkpoint, images = f"{config.output_dir}/checkpoint.pth", len(validation.dataset)
+    logger.info(describe_result(config, **measured, checkpoint=checkpoint, images=images))
     if progress.best is not None:
         logger.info("best mIoU of all evaluations: %.2f%% (checkpoint-best.pth)", progress.best)
 
@@ -224,29 +225,22 @@ def show(run: Run, validation: DataLoader) -> None:
     run.log.picture("predictions", picture, f"epoch{run.state.progress.epoch + 1:04d}.png", run.epoch_1000x)
 
 
-def describe_result(config: SegmentationConfig, scores: SegmentationScores, checkpoint: str, images: int) -> str:
+def describe_result(config: SegmentationConfig, miou: float, pixel_acc: float, checkpoint: str, images: int) -> str:
     """One line that stands for itself."""
     how = f"windows of {config.input_size[0]}x{config.input_size[1]}" if config.slide else "whole images"
     return (
-        f"result: mIoU {scores.miou:.2f}%, pixel accuracy {scores.pixel_acc:.2f}% of {checkpoint} (UPerNet, "
+        f"result: mIoU {miou:.2f}%, pixel accuracy {pixel_acc:.2f}% of {checkpoint} (UPerNet, "
         f"{config.model}) on {images} images of {config.data_path}, {how}"
     )
 
 
 def evaluate_only(given: SegmentationConfig, launch: Launch) -> None:
     """`--eval`: segment the validation images with the weights of --finetune or --resume."""
-    source = given.finetune or given.resume
-    checkpoint = read_checkpoint_together(source, None)
-    if program_of(checkpoint) != given.PROGRAM:
-        raise CheckpointError(
-            f"{source} is no segmentation model of {given.PROGRAM}: train one with --finetune {source}"
-        )
-    recorded, known = checkpoint["args"], {name: v for name, v in given.as_dict().items() if v is not None}
-    settings = weight_settings(recorded, source, known)
-    config = complete(resolve(given, launch, settings, DEFAULTS), recorded)
+    config, checkpoint, source = open_to_evaluate(given, launch)
+    config, trained_size = complete(config), tuple(checkpoint["args"]["input_size"])
     validation = build_validation(config, launch)
     check_class_names(validation.dataset.classes, checkpoint["classes"], source)
-    model = build_model(replace(config, input_size=tuple(recorded["input_size"])))  # of the size that it was trained at
+    model = build_model(replace(config, input_size=trained_size))
     model.load_state_dict(checkpoint["model"])
     keep = None
     if config.predictions:
@@ -255,7 +249,7 @@ def evaluate_only(given: SegmentationConfig, launch: Launch) -> None:
     scores = evaluate(model.to(launch.device), validation, normalize, config, launch.device, keep)
     for name, iou in zip(checkpoint["classes"], scores.class_iou):
         logger.info("IoU %6.2f%%  %s", iou, name)
-    logger.info(describe_result(config, scores, source, len(validation.dataset)))
+    logger.info(describe_result(config, scores.miou, scores.pixel_acc, source, len(validation.dataset)))
 
 
 def main(flags: argparse.Namespace) -> None:

@@ -15,10 +15,8 @@ import util.run.startup  # noqa: F401 - before PyTorch
 # isort: split
 import argparse
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -31,26 +29,22 @@ from util.data.coco import AsItIs, Flip, build_coco_dataset, collate_lists
 from util.data.datasets import build_loader
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import Normalize
-from util.dense.average_precision import Result, write_results
-from util.dense.config import DenseConfig, choose_recipe, with_task_settings
+from util.dense.average_precision import Result, require_writable, write_results
+from util.dense.config import DenseConfig
 from util.dense.detector import build_detector
 from util.dense.drawing import detections_picture
+from util.dense.task import open_to_evaluate, settings_to_train, train_and_evaluate
+from util.errors import UserError
 from util.run import distributed
 from util.run.checks import check_statistics
-from util.run.config import TrainingConfig, resolve
+from util.run.config import TrainingConfig
 from util.run.failures import user_errors
 from util.run.flags import AT_LEAST_1, FREE, flag, get_parser, other_bits, with_default
 from util.run.launch import Launch
-from util.run.once_per_node import read_checkpoint_together
 from util.run.optim import param_groups_layer_decay
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
-from util.run.state import program_of
-from util.weights.file import CheckpointError
-from util.weights.settings import weight_settings
 
 logger = logging.getLogger(__name__)
-
-DEFAULTS = {"model": "swin_base_w14", "batch_size": 2, "epochs": 12, "warmup_epochs": 0.07, "blr": 1.6e-3}
 
 
 @dataclass(frozen=True)
@@ -58,6 +52,9 @@ class DetectionConfig(DenseConfig):
     TITLE: ClassVar[str] = "detection"
     PROGRAM: ClassVar[str] = "exp/coco/mask_rcnn.py"
     DATA: ClassVar[str] = "a folder with annotations/ and images in COCO's format"
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "model": "swin_base_w14", "batch_size": 2, "epochs": 12, "warmup_epochs": 0.07, "blr": 1.6e-3
+    }  # fmt: skip
     TASK_SETTINGS: ClassVar[dict[str, Any]] = {
         "detector": "mask_rcnn",
         "head_channels": 256,
@@ -66,19 +63,20 @@ class DetectionConfig(DenseConfig):
     }
 
     detector: str | None = flag(
-        None, "with masks, or boxes alone (default: that of the weights, else mask_rcnn)",
+        None, "with masks, or boxes alone (default: as in the run to resume or evaluate, else mask_rcnn)",
         choices=("mask_rcnn", "faster_rcnn"),
     )  # fmt: skip
     head_channels: int | None = flag(
-        None, "of the feature pyramid and the heads (default: those of the weights, else 256)", "N", AT_LEAST_1
-    )
+        None, "of the feature pyramid and the heads (default: as in the run to resume or evaluate, else 256)", "N",
+        AT_LEAST_1,
+    )  # fmt: skip
     min_size: tuple[int, ...] | None = flag(
         None, "shorter side of the images; of several, one is drawn for each image in training, and the last is taken "
-        "in evaluation (default: those of the weights, else 480 512 ... 800)", "PIXELS",
+        "in evaluation (default: as in the run to resume or evaluate, else 480 512 ... 800)", "PIXELS",
         (lambda value: min(value) >= 1, "must be at least 1"),
     )  # fmt: skip
     max_size: int | None = flag(
-        None, "longer side at most (default: that of the weights, else 1333)", "PIXELS", AT_LEAST_1
+        None, "longer side at most (default: as in the run to resume or evaluate, else 1333)", "PIXELS", AT_LEAST_1
     )
     sampled_boxes: int = flag(
         512, "candidates of each image that the heads train on, a quarter of them objects at most", "N", AT_LEAST_1
@@ -95,10 +93,12 @@ class DetectionConfig(DenseConfig):
         "then has almost no area (clip)", choices=("error", "clip"),
         on_resume=other_bits("other boxes wherever one is outside its image"),
     )  # fmt: skip
-    predictions: str = flag(
-        "", "with --eval: write all detections in COCO's result format", "FILE.json", on_resume=FREE
-    )
     drop_path: float = with_default(TrainingConfig, "drop_path", 0.2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if None not in (self.min_size, self.max_size) and max(self.min_size) > self.max_size:
+            raise UserError(f"--min_size {max(self.min_size)} is above --max_size {self.max_size}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -114,15 +114,14 @@ def build_validation(config: DetectionConfig, launch: Launch) -> DataLoader:
 def prepare(start: Start) -> tuple[Run, DataLoader]:
     """Everything before the first step: the run, and the validation images."""
     launch = start.launch
-    recorded = start.weights[1].args if start.weights else (start.checkpoint or {}).get("args", {})
-    config = with_task_settings(start.resolve(partial(choose_recipe, DEFAULTS)), recorded)
+    config = settings_to_train(start)
     dataset = build_coco_dataset(config, "train", Flip())
     classes = (start.checkpoint or {}).get("classes") or dataset.classes
     dataset.source.number_classes_as(classes, "the checkpoint to resume")
     validation = build_validation(config, launch)
     validation.dataset.source.number_classes_as(classes, "training")
     for images, split in ((dataset, "train"), (validation.dataset, "val")):
-        check_statistics(config, images, f"{config.data_path} ({split})", training=split == "train")
+        check_statistics(config, images, f"{config.data_path} ({split})")
     sampler = TrainBatchSampler(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
     )
@@ -155,23 +154,15 @@ def rebuild_step(
 
 def train(run: Run, validation: DataLoader) -> None:
     """All epochs, each followed by an evaluation and a picture."""
-    config, state, progress = run.config, run.state, run.state.progress
-    measured = None  # of the last epoch
-    while progress.epoch < config.epochs:
-        start = time.time()
-        lr = train_one_epoch(run)
-        record, best = {"train_lr": lr}, False
-        if config.evaluates_after(progress.epoch):
-            measured, results = evaluate(state.model, validation, run.normalize, run.device)
+    config, progress = run.config, run.state.progress
+
+    def measure() -> dict[str, float]:
+        measured, results = evaluate(run.state.model, validation, run.normalize, run.device)
+        if progress.epoch < config.epochs:
             show(run, validation, results)
-            best = progress.best is None or measured["box_AP"] > progress.best
-            progress.best = measured["box_AP"] if best else progress.best
-            record |= {f"test_{name}": value for name, value in measured.items()}
-        run.finish_epoch({**record, "seconds": time.time() - start}, best)
-    if measured is None:  # resumed when all was done
-        measured, _ = evaluate(state.model, validation, run.normalize, run.device)
-    if run.folder is not None:
-        run.folder.wait(final=True)  # what the result is said to be of
+        return measured
+
+    measured = train_and_evaluate(run, train_one_epoch, measure, best_by="box_AP")
     logger.info(describe_result(config, measured, f"{config.output_dir}/checkpoint.pth", len(validation.dataset)))
     if progress.best is not None:
         logger.info("best box AP of all epochs: %.2f%% (checkpoint-best.pth)", progress.best)
@@ -193,20 +184,14 @@ def describe_result(config: DetectionConfig, measured: dict[str, float], checkpo
 
 def evaluate_only(given: DetectionConfig, launch: Launch) -> None:
     """`--eval`: detect in the validation images with the weights of --finetune or --resume."""
-    source = given.finetune or given.resume
-    checkpoint = read_checkpoint_together(source, None)
-    if program_of(checkpoint) != given.PROGRAM:
-        raise CheckpointError(f"{source} is no detector of {given.PROGRAM}: train one with --finetune {source}")
-    recorded, known = checkpoint["args"], {n: v for n, v in given.as_dict().items() if v is not None}
-    settings = weight_settings(recorded, source, known)
-    config = with_task_settings(resolve(given, launch, settings, DEFAULTS), recorded)
+    config, checkpoint, source = open_to_evaluate(given, launch)
     validation = build_validation(config, launch)
     validation.dataset.source.number_classes_as(checkpoint["classes"], source)
     check_statistics(config, validation.dataset, config.data_path)
     model = build_detector(config, len(checkpoint["classes"]))
     model.load_state_dict(checkpoint["model"])
     if config.predictions and launch.rank == 0:
-        write_results(config.predictions, [])  # while an evaluation is not yet lost
+        require_writable(config.predictions)  # while an evaluation is not yet lost
     normalize = Normalize(config.mean, config.std).to(launch.device)
     measured, results = evaluate(model.to(launch.device), validation, normalize, launch.device)
     if launch.rank == 0:

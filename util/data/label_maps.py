@@ -242,8 +242,7 @@ def build_segmentation_dataset(config: SegmentationSettings, split: str, transfo
     Raises UserError.
     """
     layout = find_layout(config.data_path)
-    reduce = layout.reduce_zero_label if config.reduce_zero_label is None else config.reduce_zero_label
-    numbers = LabelNumbers(config.nb_classes, config.ignore_label, reduce)
+    numbers = LabelNumbers(config.nb_classes, config.ignore_label, config.reduce_zero_label)
     images, labels = (Path(config.data_path) / kind / layout.splits[split] for kind in ("images", layout.labels))
     for folder in (images, labels):
         if not folder.is_dir():
@@ -255,7 +254,10 @@ def build_segmentation_dataset(config: SegmentationSettings, split: str, transfo
     skip_bad = config.bad_images == "skip" and split == "train"
     dataset = ImageDataset(source, transform, config.seed, skip_bad, config.max_bad_images)
     check_labels(dataset)
-    logger.info("%s: %d images with label maps, from %s", split, len(dataset), images)
+    logger.info(
+        "%s: %d images with label maps (classes %d to %d, ignored %s), from %s", split, len(dataset), numbers.first,
+        numbers.first + config.nb_classes - 1, " and ".join(map(str, sorted(numbers.ignored))), images,
+    )  # fmt: skip
     return dataset
 
 
@@ -300,7 +302,8 @@ class RandomScaleAndCrop:
         factor = self.short_side / min(height, width) * random.uniform(*self.scale)
         # What becomes `size`, or all there is, in pixels of the original
         rows, columns = (min(side, max(1, round(out / factor))) for side, out in zip((height, width), self.size))
-        scaled = tuple(min(out, max(1, round(side * factor))) for side, out in zip((rows, columns), self.size))
+        # By the whole image's sides: where that reaches `size`, rounding the cut's would leave an empty edge.
+        scaled = tuple(min(out, max(1, round(side * factor))) for side, out in zip((height, width), self.size))
         for _ in range(TRIES):
             box = random.randint(0, height - rows), random.randint(0, width - columns), rows, columns
             cut = nearest(labels, box, scaled)

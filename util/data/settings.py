@@ -34,7 +34,7 @@ class SegmentationSettings(DataSettings, Protocol):
 
     nb_classes: int
     ignore_label: int  # value of pixels that are ignored
-    reduce_zero_label: bool | None  # 0 is ignored too, and 1 is the first class; None: so in ADE20K's layout
+    reduce_zero_label: bool  # 0 is ignored too, and 1 is the first class
 
 
 class SizeSettings(Protocol):

@@ -114,6 +114,13 @@ def true_annotations(content: dict[str, Any], kind: str) -> list[dict[str, Any]]
     return annotations
 
 
+def require_writable(path: str) -> None:
+    """Raise a UserError where results cannot be written to that file; what is in it stays."""
+    with unreadable_is_user_error(f"--predictions {path} cannot be written"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        open(path, "ab").close()
+
+
 def write_results(path: str, results: list[Result]) -> None:
     """The results as a JSON file, which COCO's server and pycocotools read.
 
@@ -121,5 +128,4 @@ def write_results(path: str, results: list[Result]) -> None:
         UserError: it cannot be written.
     """
     with unreadable_is_user_error(f"--predictions {path} cannot be written"):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(results), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -20,7 +21,9 @@ C = TypeVar("C", bound="DenseConfig")
 class DenseConfig(TrainingConfig):
     TITLE: ClassVar[str] = "task"
     DATA: ClassVar[str]  # what --data_path is, as messages call it
-    TASK_SETTINGS: ClassVar[dict[str, Any]] = {}  # flags that belong to the weights of the task, with their defaults
+    SAME_SHAPES: ClassVar[bool] = False
+    DEFAULTS: ClassVar[dict[str, Any]]  # the recipe's, of flags that every run has
+    TASK_SETTINGS: ClassVar[dict[str, Any]]  # flags that belong to the weights of the task, with their defaults
 
     compile: bool = flag(False, "not in this program: its images differ in size", on_resume=FREE)
     data_path: str = with_default(DataFlags, "data_path", "")
@@ -44,6 +47,13 @@ class DenseConfig(TrainingConfig):
     )  # fmt: skip
     eval_every: int = flag(1, "evaluate every N epochs, and after the last one", "EPOCHS", AT_LEAST_1, on_resume=FREE)
     eval: bool = flag(False, "only evaluate the weights of --finetune or --resume", on_resume=FREE)
+    predictions: str = flag(
+        "",
+        "with --eval: write what was found: detections to a file, in COCO's result format; label maps and pictures of "
+        "segmentation to a folder",
+        "PATH",
+        on_resume=FREE,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,17 +63,25 @@ class DenseConfig(TrainingConfig):
             raise UserError("--compile is for the mains: here images differ in size, and each size would be compiled")
         if self.eval and (self.finetune or self.resume) in ("", "auto"):
             raise UserError("--eval needs the weights to evaluate: --finetune WEIGHTS (or --resume PATH)")
+        if self.predictions and not self.eval:
+            raise UserError(f"--predictions {self.predictions} goes with --eval")
+        if self.lr_steps and self.min_lr:
+            raise UserError(f"--min_lr {self.min_lr:g} ends the cosine that --lr_steps replaces: give one of both")
+        first, last = self.warmup_epochs or 0, self.epochs or math.inf
+        if outside := [step for step in self.lr_steps if not first <= step < last]:
+            raise UserError(
+                f"--lr_steps {' '.join(f'{step:g}' for step in outside)} must not be within --warmup_epochs {first:g}, "
+                f"and below --epochs {last:g}"
+            )
 
     def evaluates_after(self, epoch: int) -> bool:
         """Whether the weights are to be evaluated at the end of that epoch, counted from 0."""
         return (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.epochs
 
 
-def choose_recipe(
-    recipe: Mapping[str, Any], given: DenseConfig, launch: Launch, known: Mapping[str, Any]
-) -> dict[str, Any]:
+def choose_recipe(given: DenseConfig, launch: Launch, known: Mapping[str, Any]) -> dict[str, Any]:
     """Of the recipe's settings, those that are not known; for `Start.resolve`."""
-    chosen = {name: value for name, value in recipe.items() if known.get(name) is None}
+    chosen = {name: value for name, value in given.DEFAULTS.items() if known.get(name) is None}
     if known.get("lr") is not None:
         chosen.pop("blr", None)
     for name, value in chosen.items():

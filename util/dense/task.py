@@ -1,11 +1,10 @@
 """What the programs of tasks on dense features share: their settings, the epochs of training, what is evaluated."""
 
-import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from util.dense.config import DenseConfig, with_task_settings
+from util.dense.config import DenseConfig, choose_recipe, with_task_settings
 from util.run.config import resolve
 from util.run.launch import Launch
 from util.run.once_per_node import read_checkpoint_together
@@ -14,25 +13,13 @@ from util.run.state import program_of
 from util.weights.file import CheckpointError
 from util.weights.settings import weight_settings
 
-logger = logging.getLogger(__name__)
-
 C = TypeVar("C", bound=DenseConfig)
-
-
-def choose(given: DenseConfig, launch: Launch, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for what is not known: the recipe's."""
-    chosen = {name: value for name, value in given.DEFAULTS.items() if known.get(name) is None}
-    if known.get("lr") is not None:
-        chosen.pop("blr", None)
-    for name, value in chosen.items():
-        logger.info("not given, so chosen: --%s %s, the recipe's", name, value)
-    return chosen
 
 
 def settings_to_train(start: Start) -> DenseConfig:
     """The configuration of a run; the task's settings are those of the run to resume, never of --finetune's weights,
     of which the encoder alone is loaded."""
-    return with_task_settings(start.resolve(choose), (start.checkpoint or {}).get("args", {}))
+    return with_task_settings(start.resolve(choose_recipe), (start.checkpoint or {}).get("args", {}))
 
 
 def open_to_evaluate(given: C, launch: Launch) -> tuple[C, dict[str, Any], str]:

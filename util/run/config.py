@@ -194,6 +194,7 @@ class OptimizerFlags(Config):
 @dataclass(frozen=True)
 class DeviceFlags(Config):
     TITLE: ClassVar[str] = "device"
+    SAME_SHAPES: ClassVar[bool] = True  # whether all batches have the same
 
     device: str = flag("auto", "auto, cuda, cuda:N or cpu", on_resume=ROUNDING)
     precision: str | None = flag(
@@ -333,7 +334,7 @@ def resolve(given: C, launch: Launch, settings: WeightSettings, others: Mapping[
         values["num_workers"] = choose_workers(launch.cores)
         logger.info("not given, so chosen: --num_workers %d: %d core(s) per rank", values["num_workers"], launch.cores)
     values["precision"] = resolve_precision(given.precision, launch.device)
-    set_up_arithmetic(values["precision"])
+    set_up_arithmetic(values["precision"], given.SAME_SHAPES)
     if "log_dir" in names:
         values["log_dir"] = given.log_dir or given.output_dir
     config = dataclasses.replace(with_settings(given, settings), **values)
