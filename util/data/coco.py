@@ -229,7 +229,7 @@ def read_annotations(path: Path, masks: bool = False, clip: bool = False) -> Ann
     def unknown_to(table: dict, key: str) -> Callable[[dict], str]:
         def said(annotation: dict) -> str:
             value = annotation.get(key)
-            return "" if isinstance(value, int | str) and value in table else f" ({key} {value})"
+            return "" if isinstance(value, int | float | str) and value in table else f" ({key} {value})"
 
         return said
 
