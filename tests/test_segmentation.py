@@ -26,6 +26,7 @@ from trials import Trial, differences, steps_of
 import models_mixmae  # noqa: F401 - registers the models
 from exp.ade20k import engine_upernet, upernet
 from exp.ade20k.upernet import SegmentationConfig, build_model, complete, get_args_parser
+from exp.garments import scenes
 from util import replay
 from util.data import label_maps
 from util.data.decoding import BadImageError
@@ -62,6 +63,17 @@ def make_pairs(root: Path, counts: dict[str, int], size: tuple[int, int] = (32, 
             Image.fromarray(labels).save(root / "masks" / split / f"{number}.png")
     (root / "classes.txt").write_text("".join(f"class {i}\n" for i in range(nb_classes)))
     return root
+
+
+def test_equal_seeds_make_equal_scenes():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (4, 28, 28), dtype=np.uint8)
+    garments = scenes.Garments(images, images > 99, np.arange(1, 5))
+    first, again, other = (
+        [np.asarray(part) for part in scenes.make_scene(garments, np.random.default_rng(seed))] for seed in (1, 1, 2)
+    )
+    for i in range(2):  # the picture, the label map
+        assert np.array_equal(first[i], again[i]) and not np.array_equal(first[i], other[i])
 
 
 def settings(root: Path, **changes) -> Namespace:
