@@ -90,7 +90,7 @@ def check_data(checkpoint: dict[str, Any], data: dict[str, dict]) -> None:
         if not isinstance(before, dict):
             continue
         before = now | before  # an older version recorded less
-        if now["sizes"].startswith(f"{before['names']}, "):  # of a tar its size alone, in place of names
+        if now.get("sizes", "").startswith(f"{before['names']}, "):  # of a tar its size alone, in place of names
             before = now | {"images": before["images"]}
         if before == now:
             continue
