@@ -20,9 +20,10 @@ import numpy as np
 from PIL import Image
 
 FASHION_MNIST = Path(__file__).resolve().parents[1] / "quickstart" / "fashion_mnist.tar.xz"
-SIDE = 64  # of a scene, in pixels
+SIDE = 48  # of a scene, in pixels
 GARMENTS = (1, 2)  # in a scene
-SCALES = (1.3, 1.9)  # of a garment of 28 x 28 pixels
+SCALES = (0.9, 1.3)  # of a garment of 28 x 28 pixels
+PLACES = 10  # tried for a garment
 BORDER = 2  # empty pixels around garments in the archive
 DARK = 20  # of 255: darker pixels that touch the border are not the garment's
 
@@ -84,14 +85,17 @@ def make_canvas(rng: np.random.Generator) -> np.ndarray:
 def paste(
     canvas: np.ndarray, labels: np.ndarray, image: np.ndarray, shape: np.ndarray, label: int, rng: np.random.Generator
 ) -> None:
-    """Put a garment on the canvas at a random place and scale, and its label into the label map."""
+    """Put a garment on the canvas at a random scale, and its label into the label map.
+
+    Of some random places it gets the one where it hides least of the other garments.
+    """
     side = round(len(image) * rng.uniform(*SCALES))
     grey = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
     inside = np.asarray(Image.fromarray(shape).resize((side, side), Image.Resampling.NEAREST))
     if rng.random() < 0.5:
         grey, inside = grey[:, ::-1], inside[:, ::-1]
-    top, left = rng.integers(0, SIDE - side + 1, 2)
-    here = np.s_[top : top + side, left : left + side]
+    places = [np.s_[top : top + side, left : left + side] for top, left in rng.integers(0, SIDE - side + 1, (PLACES, 2))]
+    here = min(places, key=lambda place: np.count_nonzero(labels[place][inside]))
     canvas[here][inside] = grey[inside][:, None]
     labels[here][inside] = label
 
