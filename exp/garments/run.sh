@@ -48,8 +48,8 @@ run() {
 # the less a step of AdamW moves its logits.
 segment() {
     run 1 exp.ade20k.upernet "$@" --seed "$seed" --data_path "$scenes/labelled" --model swin_quickstart \
-        --head_channels 32 --scales 0.8 1.25 --batch_size 8 --epochs 30 --warmup_epochs 1 --lr 5e-3 --clip_grad 1 \
-        --layer_decay 1 --drop_path 0 --num_workers 0 --save_every 10 --eval_every 10
+        --head_channels 32 --scales 0.8 1.25 --batch_size 8 --epochs 20 --warmup_epochs 1 --lr 1e-2 --clip_grad 1 \
+        --drop_path 0 --num_workers 0 --save_every 5 --eval_every 20
 }
 
 start=$(date +%s)
@@ -59,7 +59,7 @@ if [ ! -e "$scenes/labelled/classes.txt" ]; then
 fi
 step "Pretraining on 3,000 scenes without labels"
 run 2 main_pretrain pretrained --seed 0 --data_path "$scenes/unlabelled" --model mixmae_quickstart --num_workers 1 \
-    --batch_size 16 --epochs 4 --warmup_epochs 0.5 --lr 2e-3 --mask_ratio 0.5 --vis_every 4
+    --batch_size 16 --epochs 4 --warmup_epochs 0.5 --lr 2e-3 --mask_ratio 0.5 --norm_pix_loss --vis_every 4
 for seed in $seeds; do
     step "Seed $seed: learning from 200 label maps, from the pretrained encoder and from scratch, both at once"
     segment "seed$seed/scratch" >"$output/scratch.txt" 2>&1 &

@@ -25,30 +25,37 @@ GARMENTS = (1, 2)  # in a scene
 SCALES = (0.9, 1.3)  # of a garment of 28 x 28 pixels
 PLACES = 10  # tried for a garment
 BORDER = 2  # empty pixels around garments in the archive
+CLASSES = {  # of the archive, those that differ at this size put together
+    "top": ("t_shirt", "pullover", "coat", "shirt"),
+    "trousers": ("trouser",),
+    "dress": ("dress",),
+    "shoe": ("sandal", "sneaker", "ankle_boot"),
+    "bag": ("bag",),
+}
 DARK = 20  # of 255: darker pixels that touch the border are not the garment's
 
 
 @dataclass
 class Garments:
-    """Grey images (n, 28, 28) of garments, which pixels are theirs, and their labels (n,), from 1."""
+    """Grey images (n, 28, 28) of garments, which pixels are theirs, and their classes (n,), from 1."""
 
     images: np.ndarray
     shapes: np.ndarray
     labels: np.ndarray
 
 
-def read_garments(split: str) -> tuple[Garments, list[str]]:
-    """The garments of `split` ('train' or 'val') in the archive, and the names of their classes."""
-    images, names = [], []
+def read_garments(split: str) -> Garments:
+    """The garments of `split` ('train' or 'val') in the archive."""
+    number = {name: i for i, names in enumerate(CLASSES.values(), 1) for name in names}
+    images, labels = [], []
     with tarfile.open(FASHION_MNIST) as archive:
         for member in archive:
             folder, _, rest = member.name.partition("/")
             if folder == split and member.name.endswith(".png"):
                 images.append(np.asarray(Image.open(io.BytesIO(archive.extractfile(member).read()))))
-                names.append(rest.split("/")[0])
-    classes = sorted(set(names))
+                labels.append(number[rest.split("/")[0]])
     images = np.stack(images)[:, BORDER:-BORDER, BORDER:-BORDER]
-    return Garments(images, silhouettes(images), np.array([classes.index(name) + 1 for name in names])), classes
+    return Garments(images, silhouettes(images), np.array(labels))
 
 
 def silhouettes(images: np.ndarray) -> np.ndarray:
@@ -94,7 +101,8 @@ def paste(
     inside = np.asarray(Image.fromarray(shape).resize((side, side), Image.Resampling.NEAREST))
     if rng.random() < 0.5:
         grey, inside = grey[:, ::-1], inside[:, ::-1]
-    places = [np.s_[top : top + side, left : left + side] for top, left in rng.integers(0, SIDE - side + 1, (PLACES, 2))]
+    corners = rng.integers(0, SIDE - side + 1, (PLACES, 2))
+    places = [np.s_[top : top + side, left : left + side] for top, left in corners]
     here = min(places, key=lambda place: np.count_nonzero(labels[place][inside]))
     canvas[here][inside] = grey[inside][:, None]
     labels[here][inside] = label
@@ -112,7 +120,7 @@ def main(flags: argparse.Namespace) -> None:
     unlabelled, labelled = flags.out / "unlabelled", flags.out / "labelled"
     unlabelled.mkdir(parents=True, exist_ok=True)
     for stream, split, count in ((0, "train", flags.unlabelled), (1, "val", flags.val)):
-        garments, classes = read_garments(split)
+        garments = read_garments(split)
         images, masks = labelled / "images" / split, labelled / "masks" / split
         images.mkdir(parents=True, exist_ok=True)
         masks.mkdir(parents=True, exist_ok=True)
@@ -124,7 +132,7 @@ def main(flags: argparse.Namespace) -> None:
             if split == "val" or number < flags.labelled:
                 scene.save(images / name, compress_level=1)
                 labels.save(masks / name)
-    (labelled / "classes.txt").write_text("\n".join(["canvas", *classes]) + "\n")
+    (labelled / "classes.txt").write_text("\n".join(["canvas", *CLASSES]) + "\n")
 
 
 if __name__ == "__main__":
