@@ -5,7 +5,8 @@
 # Data      scenes of Fashion-MNIST's garments (exp/garments/scenes.py): 3,000 to pretrain on, 200 of them with label
 #           maps to learn from, 200 others to measure on
 # Seeds     one pretraining, then training with seeds 0, 1 and 2; with --seed that one alone
-# Time      about 12 minutes on 2 CPU cores; the first run also installs the requirements into .venv
+# Time      about 16 minutes for one seed on 2 CPU cores shared with six other programs (not measured on idle ones); the
+#           first run also installs the requirements into .venv
 # Resuming  with the same output folder, a run that was stopped continues
 set -eu
 
