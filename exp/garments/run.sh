@@ -45,8 +45,8 @@ run() {
     OMP_NUM_THREADS=$threads $python -m "$program" --output_dir "$folder" --resume auto --in_chans 3 --input_size 48 \
         --patch_size 2 --window_size 12 12 6 3 --keep_checkpoints 1 --print_freq 50 "$@"
 }
-# The same budget with and without pretraining. The learning rate is high since the head is small: the fewer its channels,
-# the less a step of AdamW moves its logits.
+# The same budget with and without pretraining. The learning rate is high since the head is small: the fewer its
+# channels, the less a step of AdamW moves its logits.
 segment() {
     run 1 exp.ade20k.upernet "$@" --seed "$seed" --data_path "$scenes/labelled" --model swin_quickstart \
         --head_channels 32 --scales 0.8 1.25 --batch_size 8 --epochs 20 --warmup_epochs 1 --lr 1e-2 --clip_grad 1 \
@@ -75,8 +75,8 @@ done
 step "Segmenting 200 other scenes"
 first=$output/seed${seeds%% *}
 for model in pretrained scratch; do
-    OMP_NUM_THREADS=2 $python -m exp.ade20k.upernet --eval --finetune "$first/$model/checkpoint.pth" --data_path "$scenes/labelled" \
-        --num_workers 0 --predictions "$first/$model/predictions" >"$first/$model/eval.txt"
+    OMP_NUM_THREADS=2 $python -m exp.ade20k.upernet --eval --finetune "$first/$model/checkpoint.pth" \
+        --data_path "$scenes/labelled" --num_workers 0 --predictions "$first/$model/predictions" >"$first/$model/eval.txt"
 done
 step "mIoU on them, after $(($(date +%s) - start)) seconds"
 # shellcheck disable=SC2086 # one argument for each seed
