@@ -76,7 +76,8 @@ step "Segmenting 200 other scenes"
 first=$output/seed${seeds%% *}
 for model in pretrained scratch; do
     OMP_NUM_THREADS=2 $python -m exp.ade20k.upernet --eval --finetune "$first/$model/checkpoint.pth" \
-        --data_path "$scenes/labelled" --num_workers 0 --predictions "$first/$model/predictions" >"$first/$model/eval.txt"
+        --data_path "$scenes/labelled" --num_workers 0 \
+        --predictions "$first/$model/predictions" >"$first/$model/eval.txt"
 done
 step "mIoU on them, after $(($(date +%s) - start)) seconds"
 # shellcheck disable=SC2086 # one argument for each seed
