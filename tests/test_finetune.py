@@ -408,10 +408,10 @@ def test_the_authors_names_of_models_are_understood():
             r"--cutmix_minmax takes MIN and MAX, 0 <= MIN <= MAX <= 1, got \(0.8, 0.2\)",
         ),
         (["--color_jitter", "-1"], r"--color_jitter must not be negative, got -1"),
-        (["--patch_size", "0"], r"patch and window sizes must be at least 1, got 0"),
+        (["--patch_size", "0"], r"the side of patches must be at least 1 pixel, got 0"),
         (
             ["--window_size", "-1", "4", "4", "2"],
-            r"patch and window sizes must be at least 1, got 1 and \(-1, 4, 4, 2\)",
+            r"window_size must be at least 1, got \(-1, 4, 4, 2\)",
         ),
         (["--reprob", "-1"], r"--reprob must be between 0 and 1, got -1"),
         (["--layer_decay", "0"], r"--layer_decay must be above 0 and at most 1, got 0"),
