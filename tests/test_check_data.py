@@ -51,6 +51,7 @@ def planted(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_ten_planted_faults_are_found(planted, tmp_path, capfd):
     started = time.monotonic()
     with pytest.raises(SystemExit) as stopped:

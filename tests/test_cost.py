@@ -64,6 +64,7 @@ def test_speed_and_hours_by_hand(base):
     assert base[0].on(64, 1.0)[2] == pytest.approx(base[0].on(1, 1.0)[2])
 
 
+@pytest.mark.slow
 def test_the_recipes_epochs_are_the_defaults():
     titles = [training.title for training in plans()]
     assert [re.sub(r"(\w+), (pre|fine).*, (\d+) epochs", r"\1 \3", title) for title in titles] == [

@@ -137,7 +137,7 @@ print(*workers)
 """
 
 
-ENDS = ["pass", slow("raise SystemExit(3)"), slow("raise RuntimeError('x')"), "del batches, loader"]
+ENDS = [slow("pass"), slow("raise SystemExit(3)"), slow("raise RuntimeError('x')"), "del batches, loader"]
 
 
 @pytest.mark.parametrize("end", ENDS)
