@@ -24,7 +24,9 @@ from util.weights.settings import weight_settings
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [f"util/{file.name}" for file in (ROOT / "util").glob("*.py") if "__main__" in file.read_text()]
 COMMANDS.remove("util/submit.py")  # which computes nothing
-TASKS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("exp/*/*.py") if "launch_run" in path.read_text())
+TASKS = sorted(
+    path.relative_to(ROOT).as_posix() for path in ROOT.glob("exp/*/*.py") if "launch_run" in path.read_text()
+)
 PROGRAMS = ["main_pretrain.py", "main_finetune.py", *TASKS, *sorted(COMMANDS)]
 INFINITE = float("inf")
 
