@@ -61,6 +61,7 @@ for seed in $seeds; do
     step "Seed $seed: training detectors, from the pretrained encoder and from scratch, both at once"
     detect "scratch_$seed" >"$output/scratch_$seed.txt" 2>&1 &
     scratch=$!
+    trap 'kill "$scratch" 2>/dev/null || :' EXIT # if the other fails
     detect "pretrained_$seed" --finetune "$output/pretrained_encoder/checkpoint.pth"
     wait "$scratch" || {
         tail "$output/scratch_$seed.txt" >&2
