@@ -215,7 +215,7 @@ def test_a_detector_is_preempted_and_goes_on(cluster, tmp_path):
     coco = make_coco(tmp_path / "coco")
     model = "--model swin_quickstart --input_size 64 --patch_size 4 --head_channels 8 --sampled_boxes 16".split()
     flags = [*model, *SCHEDULE, *"--min_size 64 --device cpu --num_workers 0 --accum_iter 1 --batch_size 1".split()]
-    flags += ["--finetune", "", "--epochs", "10", "--eval_every", "10", *into(tmp_path / "out")]
+    flags += ["--finetune", "", *"--epochs 10 --lr_steps 5 8 --eval_every 10".split(), *into(tmp_path / "out")]
     log = tmp_path / "job.txt"
     job = cluster.submit(
         "--partition=partition", "--ntasks=2", "--nodes=2", "--gres=gpu:1", "--requeue", "--open-mode=append",
