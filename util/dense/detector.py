@@ -7,6 +7,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from util.dense.config import DenseConfig
 from util.dense.encoder import DenseEncoder
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
@@ -26,7 +27,7 @@ class Pyramid(nn.Module):
         return self.fpn({str(i): x for i, x in enumerate(self.encoder(imgs))})
 
 
-def build_detector(config, num_classes: int) -> FasterRCNN:
+def build_detector(config: DenseConfig, num_classes: int) -> FasterRCNN:
     """A detector of normalised images (C, h, w) of any size, with torchvision's inputs and outputs.
 
     In training it draws each image's size from `config.min_size` (the shorter side; the longer is at most

@@ -1,6 +1,6 @@
 """What a run does where no flag says: chosen once from the data and the machine, logged with the reason, and stored
 with the run, so that resuming it does not choose again. The experiment scripts give every setting, so nothing is chosen
-for them. The README has the rules in a table; --num_workers, which every run chooses anew, is util.run.config's.
+for them. util/README.md has the rules in a table; --num_workers, which every run chooses anew, is util.run.config's.
 """
 
 import logging
