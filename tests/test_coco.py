@@ -150,6 +150,8 @@ def test_without_boxes_there_is_nothing_to_train_on(coco, tmp_path):
 def test_missing_files_are_named(coco, tmp_path):
     with pytest.raises(UserError, match=r"annotations needs one file \*train\*.json .* found no such folder"):
         build_coco_dataset(coco_settings(tmp_path), "train", AsItIs())
+    with pytest.raises(UserError, match=r"--data_path .*/nowhere is not a folder: give one with annotations/"):
+        build_coco_dataset(coco_settings(tmp_path / "nowhere"), "train", AsItIs())
     with pytest.raises(UserError, match=r"--val_json nothing\.json does not exist"):
         build_coco_dataset(coco_settings(coco, val_json="nothing.json"), "val", AsItIs())
     path = coco / "annotations/instances_val.json"

@@ -333,6 +333,7 @@ def test_an_encoder_is_taken_from_pretraining_and_from_another_segmenter(place, 
 def test_mistakes_are_explained_before_training(place, tmp_path, capfd):
     flags = (*RECIPE, "--epochs", 1, "--output_dir", tmp_path / "out")
     fails(upernet, capfd, "--data_path is missing: give a folder with images/ and annotations/", *flags)
+    fails(upernet, capfd, "has no label maps: neither annotations/ nor masks/", *flags, "--data_path", tmp_path)
     flags = (*flags, "--data_path", place / "data")
     fails(upernet, capfd, "--nb_classes is 5, but .* names 3 classes", *flags, "--nb_classes", 5)
     fails(upernet, capfd, "--head_channels must be a multiple of 32, got 40", *flags, "--head_channels", 40)

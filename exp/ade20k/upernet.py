@@ -131,11 +131,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def complete(config: SegmentationConfig) -> SegmentationConfig:
     """The configuration with what the data say, where neither a flag nor a checkpoint does."""
-    reduce = config.reduce_zero_label
+    layout, reduce = find_layout(config.data_path), config.reduce_zero_label
     config = replace(
         config,
         nb_classes=number_of_classes(config.data_path, config.nb_classes),
-        reduce_zero_label=find_layout(config.data_path).reduce_zero_label if reduce is None else reduce,
+        reduce_zero_label=layout.reduce_zero_label if reduce is None else reduce,
         short_side=config.short_side or min(config.input_size),
     )
     if config.reduce_zero_label <= config.ignore_label < config.nb_classes + config.reduce_zero_label:

@@ -8,35 +8,10 @@
 # Time      about 16 minutes for one seed on 2 CPU cores shared with six other programs (not measured on idle ones); the
 #           first run also installs the requirements into .venv
 # Resuming  with the same output folder, a run that was stopped continues
-set -eu
-
-seeds='0 1 2' output=''
-while [ $# -gt 0 ]; do
-    case $1 in
-    --seed)
-        seeds=${2:?--seed needs a number}
-        shift 2
-        ;;
-    -*)
-        echo "usage: sh $0 [--seed N] [output folder]" >&2
-        exit 2
-        ;;
-    *)
-        output=$1
-        shift
-        ;;
-    esac
-done
+seeds='0 1 2'
 here=$(cd -- "$(dirname -- "$0")" && pwd)
-mkdir -p "${output:=$here/result}"
-output=$(cd -- "$output" && pwd)
-cd -- "$here/../.."
-sh exp/setup.sh
-python=.venv/bin/python
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # idle threads should not spin while others need the CPU
+. "$here/../demonstration.sh" # takes the arguments; sets output, python and more
 scenes=$output/scenes
-
-step() { printf '\n=== %s\n' "$1"; }
 
 # What both programs are given.
 run() {
@@ -53,7 +28,6 @@ segment() {
         --drop_path 0 --num_workers 0 --save_every 5 --eval_every 20
 }
 
-start=$(date +%s)
 if [ ! -e "$scenes/labelled/classes.txt" ]; then
     step "Making scenes"
     $python exp/garments/scenes.py --out "$scenes"
@@ -63,13 +37,9 @@ run 2 main_pretrain pretrained --seed 0 --data_path "$scenes/unlabelled" --model
     --batch_size 16 --epochs 4 --warmup_epochs 0.5 --lr 2e-3 --mask_ratio 0.5 --norm_pix_loss --vis_every 4
 for seed in $seeds; do
     step "Seed $seed: learning from 200 label maps, from the pretrained encoder and from scratch, both at once"
-    segment "seed$seed/scratch" >"$output/scratch.txt" 2>&1 &
-    scratch=$!
+    beside "$output/scratch.txt" segment "seed$seed/scratch"
     segment "seed$seed/pretrained" --finetune "$output/pretrained/checkpoint.pth"
-    wait "$scratch" || {
-        tail "$output/scratch.txt" >&2
-        exit 1
-    }
+    wait_for_it
 done
 
 step "Segmenting 200 other scenes"
@@ -79,6 +49,6 @@ for model in pretrained scratch; do
         --data_path "$scenes/labelled" --num_workers 0 \
         --predictions "$first/$model/predictions" >"$first/$model/eval.txt"
 done
-step "mIoU on them, after $(($(date +%s) - start)) seconds"
+step "mIoU on them, after $(seconds) seconds"
 # shellcheck disable=SC2086 # one argument for each seed
 $python -m exp.garments.report --runs "$output" --scenes "$scenes/labelled" --seeds $seeds

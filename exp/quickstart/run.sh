@@ -5,38 +5,13 @@
 # Data      10,000 images of Fashion-MNIST, included in the repository (exp/quickstart/README.md)
 # Time      under 5 minutes on 2 CPU cores; the first run also installs the requirements into .venv
 # Resuming  with the same output folder, a run that was stopped continues
-set -eu
-
-seed=0 output=''
-while [ $# -gt 0 ]; do
-    case $1 in
-    --seed)
-        seed=${2:?--seed needs a number}
-        shift 2
-        ;;
-    -*)
-        echo "usage: sh $0 [--seed N] [output folder]" >&2
-        exit 2
-        ;;
-    *)
-        output=$1
-        shift
-        ;;
-    esac
-done
+seeds=0
 here=$(cd -- "$(dirname -- "$0")" && pwd)
-mkdir -p "${output:=$here/result}"
-output=$(cd -- "$output" && pwd)
-cd -- "$here/../.."
-sh exp/setup.sh
-python=.venv/bin/python
-# The model is too small for more threads to help, and idle threads should not spin while others need the CPU.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+. "$here/../demonstration.sh" # takes the arguments; sets output, python and more
+seed=$seeds
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" # the model is too small for more threads to help
 data=exp/quickstart/data
 
-step() { printf '\n=== %s\n' "$1"; }
-
-start=$(date +%s)
 if [ ! -e $data/500_labels/val ]; then
     step "Unpacking the images"
     rm -rf $data
@@ -84,7 +59,7 @@ step "Fine-tuning with 500 labels: from the pretrained encoder, then from scratc
 finetune finetune --finetune "$checkpoint"
 finetune scratch
 
-step "Results with seed $seed on 2,000 validation images, after $(($(date +%s) - start)) seconds"
+step "Results with seed $seed on 2,000 validation images, after $(seconds) seconds"
 $python - "$output" <<'END'
 import json, pathlib, sys
 

@@ -1,39 +1,15 @@
 #!/bin/sh
-# Find trees in aerial photographs, with and without pretraining, on a CPU: one encoder is pretrained, and two detectors are
-# trained with each of three seeds, from it and from scratch.
-#     sh exp/trees/run.sh [--seeds "0 1 2"] [output folder, default exp/trees/result]
+# Find trees in aerial photographs, with and without pretraining, on a CPU: one encoder is pretrained, and two detectors
+# are trained with each of three seeds, from it and from scratch.
+#     sh exp/trees/run.sh [--seed N] [output folder, default exp/trees/result]
 #
 # Data      122 tiles of five photographs, included in the repository (exp/trees/README.md)
 # Time      about 15 minutes on 2 idle CPU cores (estimated); the first run also installs the requirements into .venv
+# Seeds     0, 1 and 2 one after another; with --seed that one alone
 # Resuming  with the same output folder, a run that was stopped continues
-set -eu
-
-seeds='0 1 2' output=''
-while [ $# -gt 0 ]; do
-    case $1 in
-    --seeds)
-        seeds=${2:?--seeds needs numbers}
-        shift 2
-        ;;
-    -*)
-        echo "usage: sh $0 [--seeds \"0 1 2\"] [output folder]" >&2
-        exit 2
-        ;;
-    *)
-        output=$1
-        shift
-        ;;
-    esac
-done
+seeds='0 1 2' extras=pycocotools
 here=$(cd -- "$(dirname -- "$0")" && pwd)
-mkdir -p "${output:=$here/result}"
-output=$(cd -- "$output" && pwd)
-cd -- "$here/../.."
-sh exp/setup.sh pycocotools
-python=.venv/bin/python
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # idle threads should not spin while others need the CPU
-
-step() { printf '\n=== %s\n' "$1"; }
+. "$here/../demonstration.sh" # takes the arguments; sets output, python and more
 
 # What both programs are given; mean and standard deviation are those of the tiles.
 common() {
@@ -52,24 +28,18 @@ detect() {
         --warmup_epochs 1 --lr 1e-3 --layer_decay 1 --drop_path 0 --num_workers 0 --eval_every 10 "$@"
 }
 
-start=$(date +%s)
 seed=0
 step "Pretraining on all tiles, without labels"
 common 2 pretrained_encoder main_pretrain.py --data_path exp/trees/tiles/images --model mixmae_quickstart \
     --batch_size 30 --epochs 300 --warmup_epochs 20 --lr 2e-3 --num_workers 1 --vis_every 100
 for seed in $seeds; do
     step "Seed $seed: training detectors, from the pretrained encoder and from scratch, both at once"
-    detect "scratch_$seed" >"$output/scratch_$seed.txt" 2>&1 &
-    scratch=$!
-    trap 'kill "$scratch" 2>/dev/null || :' EXIT # if the other fails
+    beside "$output/scratch_$seed.txt" detect "scratch_$seed"
     detect "pretrained_$seed" --finetune "$output/pretrained_encoder/checkpoint.pth"
-    wait "$scratch" || {
-        tail "$output/scratch_$seed.txt" >&2
-        exit 1
-    }
+    wait_for_it
 done
 
-step "Results on the held-out tiles, after $(($(date +%s) - start)) seconds"
+step "Results on the held-out tiles, after $(seconds) seconds"
 $python - "$output" "$seeds" <<'END'
 import json, pathlib, shutil, sys
 

@@ -148,6 +148,8 @@ def find_annotations(data_path: Path, split: str, given: str = "") -> Path:
         if not found:
             raise UserError(f"--{split}_json {given} does not exist, neither here nor in {data_path}")
         return found[0]
+    if not data_path.is_dir():
+        raise UserError(f"--data_path {data_path} is not a folder: give one with annotations/ and images in it")
     folder = data_path / "annotations"
     found = sorted(folder.glob(f"*{split}*.json"))
     if len(found) > 1:
