@@ -21,7 +21,8 @@ def train_one_epoch(run: Run) -> float:
         for micro in range(config.accum_iter):
             imgs, _ = meter.next_batch(batches)
             keys = run.step_keys(micro)
-            mask = state.model.random_masking(config.mask_ratio, keyed_generator(*keys))
+            batch_size = len(imgs) if config.mask_per_pair else None
+            mask = state.model.random_masking(config.mask_ratio, keyed_generator(*keys), batch_size)
             keys = (*keys, "drop path")  # independent of the mask
             seed_all(*keys)
             batch.append({"imgs": imgs, "mask": mask, "keys": keys})

@@ -46,14 +46,14 @@ from util.run.features import (
     rank_of_features,
     rank_of_images,
 )
-from util.run.flags import BELOW_1, FREE, NOT_NEGATIVE, flag, get_parser
+from util.run.flags import AT_LEAST_1, BELOW_1, FREE, NOT_NEGATIVE, Config, flag, get_parser
 from util.run.metrics import log_model, training_operations
 from util.run.optim import autocast
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
 from util.seeding import keyed_generator, seed_all
 from util.visualize import reconstruction_figure
 from util.weights.layouts import load_pretraining
-from util.weights.settings import model_arguments
+from util.weights.settings import mixing_arguments, model_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,39 @@ PICTURE_IMAGES = 6
 
 
 @dataclass(frozen=True)
-class PretrainConfig(ImageTrainingConfig):
+class VariantFlags(Config):
+    TITLE: ClassVar[str] = "variants of the method"
+    DESCRIPTION: ClassVar[str] = (
+        "For ablations (exp/ablations); the defaults are the paper's method, as it was released."
+    )
+
+    decoder_dim: int | None = flag(None, "width of the decoder (default: the model's)", "CHANNELS", AT_LEAST_1)
+    decoder_depth: int | None = flag(None, "blocks of the decoder (default: the model's)", "N", AT_LEAST_1)
+    decoder_num_heads: int | None = flag(None, "heads of the decoder (default: the model's)", "N", AT_LEAST_1)
+    mix_embed: bool = flag(False, "add a learned vector to tokens at each stage, one for each image of a mixture")
+    masked_attn: bool = flag(
+        True,
+        "tokens attend to those of their image alone; else to all of their window",
+        aliases=("--no_masked_attn",),
+    )
+    mix_images: int = flag(
+        2, "images in a mixture; of 3, --mask_ratio 0.67 shows as much of each", "K",
+        (lambda value: value >= 2, "must be at least 2"),
+    )  # fmt: skip
+    partners: str = flag(
+        "pairs", "images are mixed in pairs (tuples), or each with those that come after it", choices=("pairs", "cycle")
+    )
+    mask_per_pair: bool = flag(False, "a mask for each pair instead of one for the whole batch: slow")
+    reconstruct: str = flag("dual", "both (all) images of a mixture, or the first alone", choices=("dual", "single"))
+    fill: str = flag(
+        "partner",
+        "what takes the place of hidden cells: the partner's, or as in SimMIM a learned token, zeros or noise",
+        choices=("partner", "mask_token", "zero", "noise"),
+    )
+
+
+@dataclass(frozen=True)
+class PretrainConfig(VariantFlags, ImageTrainingConfig):
     TITLE: ClassVar[str] = "pretraining"
     PROGRAM: ClassVar[str] = "main_pretrain.py"
     PRETRAINS: ClassVar[bool] = True
@@ -92,8 +124,14 @@ class PretrainConfig(ImageTrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batch_size is not None and self.batch_size % 2:
-            raise UserError(f"--batch_size must be even, since images are mixed in pairs; got {self.batch_size}")
+        if self.mask_per_pair and self.partners != "pairs":
+            raise UserError("--mask_per_pair needs --partners pairs: in a cycle every image is mixed with others")
+        if self.batch_size is not None and self.batch_size % self.mix_images:
+            raise UserError(
+                f"--batch_size must be even, since images are mixed in pairs; got {self.batch_size}"
+                if self.mix_images == 2
+                else f"--batch_size must be a multiple of --mix_images {self.mix_images}; got {self.batch_size}"
+            )
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -104,9 +142,8 @@ def build_model(config: PretrainConfig) -> MixMAE:
     seed_all(config.seed, "weights")  # the same initial weights on every rank
     model: MixMAE = timm.create_model(
         config.model,
-        norm_pix_loss=config.norm_pix_loss,
-        range_mask_ratio=config.range_mask_ratio,
         drop_path_rate=config.drop_path,
+        **mixing_arguments(vars(config)),
         **model_arguments(config),
     )
     model.random_masking(config.mask_ratio, keyed_generator(0))  # complains now about a ratio that hides nothing
@@ -130,7 +167,13 @@ def prepare(config: PretrainConfig, start: Start) -> tuple[Run, list[ImageDatase
     dataset = build_dataset(config, "train", pretrain_transform(config))
     check_statistics(config, dataset, config.data_path, training=True)
     sampler = TrainBatchSampler(
-        len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
+        len(dataset),
+        config.batch_size,
+        config.accum_iter,
+        launch.rank,
+        launch.world_size,
+        config.seed,
+        config.mix_images,
     )
     loader = build_loader(dataset, sampler, config, launch.device)
     evaluated = []
@@ -140,7 +183,9 @@ def prepare(config: PretrainConfig, start: Start) -> tuple[Run, list[ImageDatase
         evaluated = [held_out_images(config)]
     if config.rank_every:
         check_sample(evaluated[-1], model.num_features)
-    operations = training_operations(log_model(config, model, batch_size=2, mask_ratio=config.mask_ratio))
+    operations = training_operations(
+        log_model(config, model, batch_size=config.mix_images, mask_ratio=config.mask_ratio)
+    )
     groups = param_groups_weight_decay(model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
     data = {"train": dataset.fingerprint()}

@@ -2,7 +2,8 @@
 
 Two images are mixed token by token, a hierarchical encoder sees the mixture with attention inside each image only,
 and a decoder reconstructs both images from it. The mask has one polarity everywhere: 0 = the token is the image's
-own, 1 = it is replaced by its partner's token, so the image's own content there is hidden.
+own, 1 = it is replaced by its partner's token, so the image's own content there is hidden. (With more than two images
+in a mixture, k = it is replaced by the k-th partner's.)
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from models_swin import SHAPES, SwinTransformer, default_cfg
 from util.errors import UserError
 from util.layers.conversion import checkpoint_filter_fn
 from util.layers.initialization import init_linear_and_norm
+from util.layers.mixing import FILLINGS, PARTNERS, images_of_tuples
 from util.layers.pos_embed import get_2d_sincos_pos_embed, resize_pos_embed
 from util.layers.sizes import NUM_STAGES, to_side
 from util.layers.stage import Block, run_block
@@ -29,10 +31,21 @@ class MixMAE(SwinTransformer):
         decoder_dim, decoder_depth, decoder_num_heads: width, blocks and heads of the decoder.
         norm_pix_loss: normalise each target cell by its own mean and variance.
         range_mask_ratio: adds U(0, range_mask_ratio) to the mask ratio of every step.
+        mix_embed: add a learned vector to the tokens at the start of each stage, one for each image of a mixture ("mix
+            embeddings", section 2.3). They start at zero.
+        masked_attn: let tokens attend only to those of the same image. False: to all of their window.
+        mix_images: images in a mixture, K.
+        partners: 'pairs' (tuples of K images, whose K mixtures have every token once) or 'cycle' (each image with the
+            K-1 after it, so that it meets others in each of its mixtures).
+        reconstruct: 'dual' (every image of a mixture) or 'single' (its first image alone).
+        fill: what takes the place of hidden tokens: 'partner' (another image's, the method); 'mask_token' (a learned
+            token, as in SimMIM), 'zero' or 'noise' (embedded pixels of value 0, the mean, or of Gaussian noise). With
+            the last three, one image is reconstructed from what the encoder gives at every cell.
         **encoder: arguments of `SwinTransformer`; an unknown one is a TypeError.
 
     Raises:
-        UserError: when the sides of images are no multiples of `encoder_stride`, the side of a cell in pixels.
+        UserError: when the sides of images are no multiples of `encoder_stride`, the side of a cell in pixels; for
+            settings that exclude each other.
         ValueError: when the decoder is empty.
     """
 
@@ -43,14 +56,26 @@ class MixMAE(SwinTransformer):
         decoder_num_heads: int = 16,
         norm_pix_loss: bool = False,
         range_mask_ratio: float = 0.0,
+        mix_embed: bool = False,
+        masked_attn: bool = True,
+        mix_images: int = 2,
+        partners: str = "pairs",
+        reconstruct: str = "dual",
+        fill: str = "partner",
         **encoder,
     ):
         super().__init__(**{"num_classes": 0, **encoder})
         if decoder_depth < 1:
             raise ValueError(f"the decoder needs at least one block, got decoder_depth={decoder_depth}")
+        check_mixing(mix_embed, masked_attn, mix_images, partners, fill)
         self.norm_pix_loss = norm_pix_loss
         self.range_mask_ratio = range_mask_ratio
         self.group_sizes_vary = range_mask_ratio > 0
+        self.masked_attn = masked_attn
+        self.mix_images = mix_images
+        self.partner = PARTNERS[partners]
+        self.fill = fill
+        self.num_branches = mix_images if reconstruct == "dual" and fill == "partner" else 1
 
         with torch.device(self.absolute_pos_embed.device):
             self.decoder_embed = nn.Linear(self.num_features, decoder_dim)
@@ -63,12 +88,25 @@ class MixMAE(SwinTransformer):
             for module in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
                 module.apply(init_linear_and_norm)
             trunc_normal_(self.mask_token, std=0.02)
+            if mix_embed:
+                for stage, info in zip(self.layers, self.feature_info):
+                    stage.mix_embed = nn.Parameter(torch.zeros(mix_images, info["num_chs"]))
+            if fill != "partner":
+                self.mask_token.requires_grad_(False)  # no token is taken away between encoder and decoder
+            if fill == "mask_token":
+                self.fill_token = nn.Parameter(torch.zeros(self.feature_info[0]["num_chs"]))
+                trunc_normal_(self.fill_token, std=0.02)
         self.to(self.absolute_pos_embed.dtype)
 
     @property
     def num_cells(self) -> int:
         """Cells of the last stage, L: what a mask hides and a prediction restores."""
         return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def uses_groups(self) -> bool:
+        """Whether a token's fate depends on which image of the mixture it is of."""
+        return self.masked_attn or self.layers[0].mix_embed is not None
 
     @staticmethod
     def check_input_size(img_size: tuple[int, int], patch_size: int) -> None:
@@ -106,12 +144,14 @@ class MixMAE(SwinTransformer):
         Args:
             imgs: (B, C, H, W) normalised images, B even: image i is mixed with image B-1-i.
             mask_ratio: share of the cells that is replaced by the partner's.
-            mask: optional (L,) 0/1 over the cells in row-major order, best on the CPU; drawn when None.
+            mask: optional (L,) 0/1 over the cells in row-major order, best on the CPU; drawn when None. Or (B, L), the
+                same for images that are mixed, at the cost of one pass through the encoder for each pair.
 
         Returns:
             loss: scalar.
-            pred: (B, L, s*s*C), the reconstruction; every cell comes from the branch in which it was hidden.
-            mask: (L,) the mask used, on the CPU.
+            pred: (B, L, s*s*C), the reconstruction; every cell comes from the branch in which it was hidden. Of K
+                images, ((K-1) * B, L, s*s*C), one after another from each of the K-1 branches.
+            mask: the mask used, on the CPU.
 
         Raises:
             UserError: for an odd batch, and for a mask or ratio that hides no or all cells.
@@ -120,13 +160,19 @@ class MixMAE(SwinTransformer):
         mask = self.random_masking(mask_ratio) if mask is None else self.check_mask(mask)
         latent = self.forward_encoder(imgs, mask)
         pred = self.forward_decoder(latent, mask)
-        loss = self.run_part(MixMAE.forward_loss, imgs, pred)
+        loss = self.forward_loss(imgs, pred, mask)
         return loss, pred, mask
 
     # -- Mask ----------------------------------------------------------------------------------------------------
 
-    def random_masking(self, mask_ratio: float, generator: torch.Generator | None = None) -> Tensor:
-        """Draw one mask for the whole batch: (L,) float, `int(L * mask_ratio)` ones placed uniformly (section 3.1)."""
+    def random_masking(
+        self, mask_ratio: float, generator: torch.Generator | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """Draw one mask for the whole batch: (L,) float, `int(L * mask_ratio)` ones placed uniformly (section 3.1).
+
+        With a `batch_size`, one for each pair (or tuple) of images: (batch_size, L). With K images in a mixture, the
+        partners have equal shares of the cells, as far as these can be divided.
+        """
         if not 0 < mask_ratio < 1 or not 0 <= self.range_mask_ratio < 1 - mask_ratio:
             raise UserError(
                 f"mask_ratio must lie between 0 and 1, and mask_ratio + range_mask_ratio below 1; "
@@ -135,30 +181,50 @@ class MixMAE(SwinTransformer):
         if self.range_mask_ratio:
             mask_ratio += self.range_mask_ratio * torch.rand((), generator=generator, device="cpu").item()
         hidden = int(self.num_cells * mask_ratio)
-        mask = torch.zeros(self.num_cells, device="cpu")
-        mask[torch.randperm(self.num_cells, generator=generator, device="cpu")[:hidden]] = 1
+        partners = 1 + torch.arange(hidden, device="cpu") % (self.mix_images - 1)
+
+        def draw() -> Tensor:
+            mask = torch.zeros(self.num_cells, device="cpu")
+            mask[torch.randperm(self.num_cells, generator=generator, device="cpu")[:hidden]] = partners.float()
+            return mask
+
+        if batch_size is None:
+            return self.check_mask(draw())
+        mask = torch.empty(batch_size, self.num_cells, device="cpu")
+        for rows in images_of_tuples(batch_size, self.mix_images):
+            mask[rows] = draw()
         return self.check_mask(mask)
 
     def check_mask(self, mask: Tensor) -> Tensor:
         """The mask on the CPU; raises as `forward` does."""
         mask = mask.detach().cpu()
-        hidden = int(mask.count_nonzero())
-        if mask.shape != (self.num_cells,) or not bool(((mask == 0) | (mask == 1)).all()):
+        legal = torch.arange(self.mix_images, device="cpu")
+        if mask.shape[-1:] != (self.num_cells,) or mask.ndim > 2 or not bool(torch.isin(mask, legal).all()):
             raise ValueError(
-                f"a mask is 0 or 1 for each of the {self.num_cells} cells, shape ({self.num_cells},); "
+                f"a mask is {' or '.join(map(str, legal.tolist()))} for each of the {self.num_cells} cells, shape "
+                f"({self.num_cells},) or one row of these for each image; "
                 f"got shape {tuple(mask.shape)} with values from {mask.min():g} to {mask.max():g}"
             )
-        if self.num_cells < 2:
+        if mask.ndim == 2:
+            for rows in images_of_tuples(len(mask), self.mix_images):
+                if not (mask[rows] == mask[rows[0]]).all():
+                    raise ValueError(f"images that are mixed must have one mask, those of images {rows} differ")
+            for row in mask.unique(dim=0):
+                self.check_mask(row)
+            return mask
+        if self.num_cells < self.mix_images:
             height, width = self.img_size
             raise UserError(
-                f"an image of {height}x{width} is one cell of {self.encoder_stride}x{self.encoder_stride} pixels, of "
-                "which no part can be hidden and another visible: use a larger input size or smaller patches"
+                f"an image of {height}x{width} is {self.num_cells} cell(s) of "
+                f"{self.encoder_stride}x{self.encoder_stride} pixels, of which no part can be hidden and another "
+                f"visible for {self.mix_images} images: use a larger input size or smaller patches"
             )
-        if not 0 < hidden < self.num_cells:
+        shown = [int((mask == k).sum()) for k in range(self.mix_images)]
+        if not all(shown):
             raise UserError(
-                f"the mask hides {hidden} of {self.num_cells} cells: there is nothing to learn unless at least one is "
-                f"hidden and one visible; use a mask_ratio between {1 / self.num_cells:.3g} and "
-                f"{1 - 1 / self.num_cells:.3g}"
+                f"the mask hides {self.num_cells - shown[0]} of {self.num_cells} cells: there is nothing to learn "
+                f"unless at least one is visible of each of {self.mix_images} images; use a mask_ratio between "
+                f"{(self.mix_images - 1) / self.num_cells:.3g} and {1 - 1 / self.num_cells:.3g}"
             )
         return mask
 
@@ -170,24 +236,40 @@ class MixMAE(SwinTransformer):
         Row i holds image i where the mask is 0 and image B-1-i where it is 1; tokens of the two never attend to each
         other (masked self-attention, section 3.2).
         """
-        if len(imgs) % 2:
+        if len(imgs) % self.mix_images:
             raise UserError(
                 f"MixMAE mixes image i with image B-1-i: the batch size must be even, got B={len(imgs)} "
                 "(the middle image would be its own partner and nothing of it would be hidden)"
+                if self.mix_images == 2
+                else f"mixtures have {self.mix_images} images: the batch size must be a multiple, got B={len(imgs)}"
             )
         if imgs.shape[2:] != self.img_size:
             raise UserError(f"pretraining takes images of {self.img_size[0]}x{self.img_size[1]}: call set_input_size")
-        partner = to_selector(upsample(mask.view(self.grid_size), 2 ** (NUM_STAGES - 1)), imgs.device)
-        x = self.run_part(MixMAE.embed_mixture, imgs, partner)
-        return self.norm(self.forward_stages(x, group=mask)[-1]).flatten(1, 2)
+        tokens = upsample(mask.unflatten(-1, self.grid_size), 2 ** (NUM_STAGES - 1))
+        x = self.run_part(MixMAE.embed_mixture, imgs, to_device(tokens[..., None], imgs.device))
+        return self.norm(self.encode(x, mask)).flatten(1, 2)
 
-    def embed_mixture(self, imgs: Tensor, partner: Tensor) -> Tensor:
-        """x * (1 - m) + x.flip(0) * m for the tokens x of the images; `partner` (rows, columns, 1) is where m is 1.
+    def embed_mixture(self, imgs: Tensor, mask: Tensor) -> Tensor:
+        """x * (1 - m) + x.flip(0) * m for the tokens x of the images; `mask` (rows, columns, 1) is m.
 
         Positions, which all images share, are the mixture's too.
         """
-        x = self.embed(imgs)
-        return torch.where(partner, x.flip(0), x)
+        x = mixture = self.embed(imgs)
+        if self.fill != "partner":
+            return torch.where(mask == 0, x, FILLINGS[self.fill](self, imgs))
+        for k in range(1, self.mix_images):
+            mixture = torch.where(mask == k, self.partner(x, k, self.mix_images), mixture)
+        return mixture
+
+    def encode(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Mixed tokens -> the last stage's (B, rows, columns, num_features), each image's groups being its mask's."""
+        if mask.ndim == 1:
+            return self.forward_stages(x, group=mask)[-1]
+        if not self.uses_groups:
+            return self.forward_stages(x)[-1]
+        tuples = images_of_tuples(len(x), self.mix_images)
+        latent = torch.cat([self.forward_stages(x[rows], group=mask[rows[0]])[-1] for rows in tuples])
+        return latent[torch.tensor(tuples).flatten().argsort()]
 
     # -- Unmix and decode ----------------------------------------------------------------------------------------
 
@@ -195,41 +277,70 @@ class MixMAE(SwinTransformer):
         """Latent (B, L, num_features) -> pixels (B, L, s*s*C) of every cell, from the branch where it was hidden.
 
         The mixture is unmixed into two rows per input, each image's visible tokens with mask tokens elsewhere
-        (dual reconstruction, section 3.3). Only hidden cells are ever predicted.
+        (dual reconstruction, section 3.3). Only hidden cells are ever predicted. (What differs with other numbers of
+        images and branches: see `forward`; a single branch predicts every cell of its image.)
         """
-        return self.run_part(MixMAE.decode, latent, to_selector(mask, latent.device))
+        return self.run_part(MixMAE.decode, latent, to_device(mask[..., None], latent.device))
 
-    def decode(self, latent: Tensor, partner: Tensor) -> Tensor:
-        """`forward_decoder` on the device alone: `partner` (L, 1) is where the mask is 1."""
-        x = self.decoder_embed(latent)
-        mask_token = self.mask_token.to(x.dtype)
-        x = torch.cat([torch.where(partner, mask_token, x), torch.where(partner, x, mask_token)])  # (2B, L, D)
+    def decode(self, latent: Tensor, mask: Tensor) -> Tensor:
+        """`forward_decoder` on the device alone: `mask` is (L, 1) or (B, L, 1)."""
+        x = self.unmix(self.decoder_embed(latent), mask)  # (2B, L, D)
         x = x + self.decoder_pos_embed
         *blocks, last = self.decoder_blocks
         for block in blocks:
             x = run_block(block, x, recompute=self.layers[0].grad_checkpointing)
         # After the last attention tokens are independent of each other: go on with the hidden ones alone.
-        x = last(x, select=lambda x: self.keep_hidden(x, partner))  # (B, L, D)
+        x = last(x, select=lambda x: self.keep_hidden(x, mask))  # (B, L, D)
         return self.decoder_pred(self.decoder_norm(x))
 
-    @staticmethod
-    def keep_hidden(x: Tensor, partner: Tensor) -> Tensor:
+    def unmix(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Mixtures (B, L, D) -> a branch for each of their images (2B, L, D), with mask tokens for the others'."""
+        if self.fill != "partner":
+            return x
+        mask_token = self.mask_token.to(x.dtype)
+        return torch.cat([torch.where(mask == k, x, mask_token) for k in range(self.num_branches)])
+
+    def keep_hidden(self, x: Tensor, mask: Tensor) -> Tensor:
         """Both branches (2B, L, D) -> image i's hidden cells (B, L, D): branch 1 where the mask is 1, else branch 2.
 
-        Row i of the second branch reconstructs image B-1-i, hence the flip.
+        Row i of the second branch reconstructs image B-1-i, hence the flip. Of K branches, ((K-1) * B, L, D): of a cell
+        that branch k shows, first the branch after k, then the next.
         """
-        first, second = x.chunk(2)
-        return torch.where(partner, first, second.flip(0))
+        if self.num_branches == 1:
+            return x
+        K = self.num_branches
+        branches = [self.partner(branch, -k, K) for k, branch in enumerate(x.chunk(K))]  # row i: image i
+        kept = []
+        for step in range(1, K):
+            rows = branches[0]
+            for k in range(1, K):
+                rows = torch.where(mask == (k - step) % K, branches[k], rows)
+            kept.append(rows)
+        return torch.cat(kept) if K > 2 else kept[0]
 
     # -- Loss ----------------------------------------------------------------------------------------------------
 
-    def forward_loss(self, imgs: Tensor, pred: Tensor) -> Tensor:
-        """Mean squared error over the pixels of all cells (section 3.3); each was hidden from its prediction."""
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mean squared error over the pixels of all cells (section 3.3); each was hidden from its prediction.
+
+        A single branch predicts visible cells too: with its `mask` they do not count.
+        """
+        counts = [to_device(mask[..., None] != 0, imgs.device)] if self.num_branches == 1 else []
+        return self.run_part(MixMAE.loss_of, imgs, pred, *counts)
+
+    def loss_of(self, imgs: Tensor, pred: Tensor, counts: Tensor | None = None) -> Tensor:
+        """`forward_loss` on the device alone: `counts` (L, 1) or (B, L, 1) says which cells do."""
         target = self.patchify(imgs)
         if self.norm_pix_loss:
             mean, std = self.cell_statistics(target)
             target = (target - mean) / std
-        return (pred.float() - target).square().mean()
+        if self.num_branches > 2:
+            target = target.repeat(self.num_branches - 1, 1, 1)
+        error = (pred.float() - target).square()
+        if counts is None:
+            return error.mean()
+        error = error.mean(dim=-1, keepdim=True)  # (B, L, 1)
+        return (error * counts).sum() / counts.expand_as(error).sum()
 
     @staticmethod
     def cell_statistics(cells: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,9 +361,15 @@ class MixMAE(SwinTransformer):
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
-def to_selector(mask: Tensor, device: torch.device) -> Tensor:
-    """A 0/1 mask over tokens as booleans (*tokens, 1) that broadcast over batch and channels."""
-    return to_device(mask[..., None].bool(), device)
+def check_mixing(mix_embed: bool, masked_attn: bool, mix_images: int, partners: str, fill: str) -> None:
+    """Raise a UserError for settings of `MixMAE` that exclude each other."""
+    if mix_images < 2:
+        raise UserError(f"a mixture has at least 2 images, got mix_images={mix_images}")
+    if fill != "partner" and (masked_attn or mix_embed or mix_images != 2 or partners != "pairs"):
+        raise UserError(
+            f"with fill={fill} there is one image in a row, and nothing of it would be seen where it is hidden: give "
+            "--no_masked_attn with it, and none of --mix_embed, --mix_images and --partners"
+        )
 
 
 default_cfgs = generate_default_cfgs({f"mixmae_{size}": default_cfg(shape) for size, shape in SHAPES.items()})

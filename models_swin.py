@@ -97,6 +97,7 @@ class SwinTransformer(nn.Module):
         self.output_fmt = "NHWC"
         self.one_layout_shape = False  # whether shapes of layouts are independent of the groups
         self.group_sizes_vary = True
+        self.masked_attn = True  # whether tokens attend to their own group alone, where groups are given
         self.is_compiled = False
 
         grids = stage_grids(self.img_size, patch_size)
@@ -242,8 +243,7 @@ class SwinTransformer(nn.Module):
 
         Args:
             grid: rows and columns of the first stage.
-            group: group ids of the cells of the last stage, (rows, columns) or (L,), or None. A cell's id holds for
-                the 8x8, 4x4, 2x2 or 1 tokens that it covers at stages 1 to 4.
+            group: optional ids of the last stage's cells, (rows, columns) or (L,); each holds for a cell's tokens.
         """
         grids = stage_grids(grid)
         if group is None:
@@ -252,8 +252,8 @@ class SwinTransformer(nn.Module):
         groups = [
             upsample(group, 2 ** (NUM_STAGES - 1 - i))[:rows, :columns] for i, (rows, columns) in enumerate(grids)
         ]
-        shapes = dict(one_shape=self.one_layout_shape, sizes_vary=self.group_sizes_vary)
-        return [stage.layout(*of, **shapes) for stage, of in zip(self.layers, zip(grids, groups))]
+        how = dict(masked_attn=self.masked_attn, one_shape=self.one_layout_shape, sizes_vary=self.group_sizes_vary)
+        return [stage.layout(*of, **how) for stage, of in zip(self.layers, zip(grids, groups))]
 
     def run_part(self, part: Callable[..., Tensor], *args: Tensor) -> Tensor:
         """A method of the class, compiled if the model is."""

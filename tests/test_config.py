@@ -333,7 +333,7 @@ def test_masks_do_not_depend_on_drop_path_nor_drop_path_on_them(images, tmp_path
     drawn = {}
     masking, seeding = main_pretrain.MixMAE.random_masking, main_pretrain.train_one_epoch.__globals__["seed_all"]
 
-    def random_masking(self, ratio, generator=None):
+    def random_masking(self, ratio, generator=None, batch_size=None):
         drawn.setdefault("mask", []).append(generator.initial_seed() if generator else None)
         return masking(self, ratio, generator)
 

@@ -39,7 +39,7 @@ from util.run.logger import setup_logging
 from util.seeding import keyed_generator
 from util.weights.file import CheckpointError
 from util.weights.layouts import load_pretraining
-from util.weights.settings import model_arguments, weight_settings
+from util.weights.settings import mixing_arguments, model_arguments, weight_settings
 from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
@@ -264,8 +264,7 @@ def load_model(given: VisualizeConfig) -> tuple[MixMAE, VisualizeConfig, Weights
             "alone): give a checkpoint of main_pretrain.py"
         )
     settings = weight_settings(info.args, info.source, given.as_dict(), pretraining=True)
-    norm_pix_loss = bool(info.args.get("norm_pix_loss", False))
-    model = timm.create_model(settings.model, norm_pix_loss=norm_pix_loss, **model_arguments(settings))
+    model = timm.create_model(settings.model, **mixing_arguments(info.args), **model_arguments(settings))
     logger.info("%s", load_pretraining(model, weights, info))
     return model.eval(), with_settings(given, settings), info
 

@@ -19,7 +19,8 @@ class TrainBatchSampler(Sampler[list[Key]]):
 
     MixMAE (and timm's mixup) pairs sample i of a batch with sample B-1-i. The effective batch of an optimizer step is
     therefore cut from both ends at once: piece p takes the p-th slice from the front and the p-th from the back. The
-    pairs are the same however the effective batch is divided into ranks and micro-batches.
+    pairs are the same however the effective batch is divided into ranks and micro-batches. Likewise with tuples of K,
+    which have a sample from each of K blocks, of which every second is read from its end.
     What does not fill an effective batch at the end of an epoch is left out of that epoch.
 
     Args:
@@ -28,19 +29,28 @@ class TrainBatchSampler(Sampler[list[Key]]):
         accum_iter: micro-batches of one optimizer step.
         rank, world_size: this process among all.
         seed: of the run.
+        mix_images: K, samples that are mixed with each other.
 
     Raises:
         UserError: when the dataset does not fill one effective batch.
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, accum_iter: int = 1, rank: int = 0, world_size: int = 1, seed: int = 0
+        self,
+        num_samples: int,
+        batch_size: int,
+        accum_iter: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        mix_images: int = 2,
     ):
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.pieces = accum_iter * world_size
         self.my_pieces = range(rank, self.pieces, world_size)
         self.seed = seed
+        self.mix_images = mix_images
         self.epoch = 0
         self.first_step = 0
         self.steps_per_epoch = num_samples // (batch_size * self.pieces)
@@ -62,14 +72,15 @@ class TrainBatchSampler(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         order = torch.randperm(self.num_samples, generator=keyed_generator(self.seed, "order", self.epoch))
-        front = (self.batch_size + 1) // 2  # samples that a piece takes from the front; the rest from the back
-        back = self.batch_size - front
+        # Samples that a piece takes of each block; of an odd batch to fine-tune on, one more of the first.
+        sizes = [-(-(self.batch_size - number) // self.mix_images) for number in range(self.mix_images)]
         for step in range(self.first_step, self.steps_per_epoch):
             effective = order[step * self.batch_size * self.pieces :][: self.batch_size * self.pieces]
-            head, tail = effective.split([front * self.pieces, back * self.pieces])
+            blocks = effective.split([size * self.pieces for size in sizes])
             for piece in self.my_pieces:
-                mirrored = self.pieces - 1 - piece
-                samples = torch.cat([head[piece * front :][:front], tail[mirrored * back :][:back]])
+                places = [self.pieces - 1 - piece if number % 2 else piece for number in range(self.mix_images)]
+                parts = [block[place * size :][:size] for block, place, size in zip(blocks, places, sizes)]
+                samples = torch.cat(parts)
                 yield [(self.epoch, index) for index in samples.tolist()]
 
 

@@ -3,10 +3,12 @@
 import re
 from math import isqrt
 
+import torch
 from torch import Size, Tensor, nn
 
 from util.layers.attention import resize_bias_table
 from util.layers.pos_embed import resize_pos_embed
+from util.layers.sizes import NUM_STAGES
 
 try:
     from timm.models._input import update_model_input_size
@@ -31,7 +33,8 @@ MMPRETRAIN_NAMES = {
 MMPRETRAIN_DECODER = "neck."
 MMPRETRAIN_STEM = "backbone.patch_embed.projection."
 STEM = "patch_embed.proj.weight"
-DECODER = ("decoder_", "mask_token", MMPRETRAIN_DECODER)
+DECODER = ("decoder_", "mask_token", "fill_token", MMPRETRAIN_DECODER)
+MIX_EMBEDS = [f"layers.{stage}.mix_embed" for stage in range(NUM_STAGES)]
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
@@ -43,7 +46,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     for key in ("state_dict", "model"):
         state_dict = state_dict.get(key, state_dict)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    weights = under_our_names(state_dict)[0]
+    weights = for_model(under_our_names(state_dict)[0], model)
     unused = [name for name in weights if name not in shapes and name.startswith((*DECODER, "head."))]
     return {
         name: resized(name, tensor, shapes[name], model) if name in shapes else tensor
@@ -66,6 +69,33 @@ def adapt_state_dict(model: nn.Module, state_dict: StateDict, prefix: str, *_) -
         for name in own:
             del state_dict[prefix + name]
     state_dict.update({prefix + name: tensor for name, tensor in adapted.items()})
+
+
+def for_model(weights: StateDict, model: nn.Module) -> StateDict:
+    """The weights, without mix embeddings where `model` has none."""
+    has_some = any(name in weights for name in MIX_EMBEDS)
+    return without_mix_embed(weights) if has_some and model.layers[0].mix_embed is None else weights
+
+
+def without_mix_embed(weights: StateDict) -> StateDict:
+    """Weights that give an image alone the same features, to rounding, without mix embeddings.
+
+    In pretraining every token carried the vector of an image in the mixture. An image alone carries that of the first,
+    its own group's, at all positions, so that the vector can be moved into the biases before it: the patch embedding's,
+    and those of the norm in each patch merging, by the smallest change that the linear layer behind it maps to it.
+    """
+    weights = dict(weights)
+    for stage, name in enumerate(MIX_EMBEDS):
+        if name not in weights:
+            continue
+        shift = weights.pop(name)[0].double()
+        bias = "patch_embed.norm.bias"
+        if stage > 0:
+            bias = f"layers.{stage - 1}.downsample.norm.bias"
+            reduction = weights[f"layers.{stage - 1}.downsample.reduction.weight"].double()  # (2C, 4C)
+            shift = reduction.T @ torch.linalg.solve(reduction @ reduction.T, shift)
+        weights[bias] = (weights[bias].double() + shift).to(weights[bias].dtype)
+    return weights
 
 
 def under_our_names(weights: StateDict) -> tuple[StateDict, str]:

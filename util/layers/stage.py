@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from util.layers.attention import Attention
 from util.layers.drop_path import add_branch
 from util.layers.mlp import Mlp
-from util.layers.windows import WindowLayout, grid_of, group_layout, window_layout
+from util.layers.windows import WindowLayout, grid_of, group_layout, to_device, window_layout
 
 
 class Block(nn.Module):
@@ -85,6 +85,7 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
         self.grad_checkpointing = False
+        self.register_parameter("mix_embed", None)  # (groups, C), where a pretraining model has them
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
@@ -104,8 +105,11 @@ class Stage(nn.Module):
                 block.attn.set_window_size(window)
         self.init_non_persistent_buffers()
 
-    def layout(self, grid: tuple[int, int], group: Tensor | None = None, **shapes: bool) -> WindowLayout:
-        """Who attends to whom: the tokens of each window, or with `group` those of each window and group.
+    def layout(
+        self, grid: tuple[int, int], group: Tensor | None = None, masked_attn: bool = True, **shapes: bool
+    ) -> WindowLayout:
+        """Who attends to whom: the tokens of each window, or with `group` and `masked_attn` those of each window and
+        group.
 
         `shapes` are arguments of `group_layout`.
         """
@@ -113,13 +117,20 @@ class Stage(nn.Module):
             layout = WindowLayout(self.order, self.inverse, self.segments, self.bias_index)
         else:
             layout = window_layout(grid, self.window, self.bias_index.device)
-        return layout if group is None else group_layout(group, self.window, layout, **shapes)
+        if group is None:
+            return layout
+        device = layout.bias_index.device
+        if masked_attn:
+            layout = group_layout(group, self.window, layout, **shapes)
+        return layout if self.mix_embed is None else layout._replace(group_of=to_device(group.flatten(), device))
 
     def forward(self, x: Tensor, layout: WindowLayout | None = None) -> Tensor:
         """(B, rows, columns, C) -> the same, before the downsampling; without a layout in ordinary windows."""
         grid = grid_of(x)
         layout = layout or self.layout(grid)
         x = x.flatten(1, 2)
+        if self.mix_embed is not None:
+            x = x + (self.mix_embed[0] if layout.group_of is None else self.mix_embed[layout.group_of])
         if layout.order is not None:  # once for the whole stage: windows are never shifted
             x = x.index_select(1, layout.order)
         for block in self.blocks:

@@ -33,6 +33,7 @@ class WindowLayout(NamedTuple):
     bias_index: Tensor  # rows of the bias table, segment by segment
     one_bias: bool = True  # `bias_index` has only the first of neighbours of equal length: the others' are the same
     groups: tuple[Tensor, ...] | None = None  # for each of `segments`, (how many, n): tokens of other groups are hidden
+    group_of: Tensor | None = None  # (T,) group of each token in raster order, for mix embeddings; None: all of group 0
 
 
 def sort_tokens(
@@ -143,8 +144,8 @@ def masked_layout(grid: tuple[int, int], group: np.ndarray, window: int, layout:
 
 
 def upsample(cells: Tensor, scale: int) -> Tensor:
-    """(rows, columns) -> (rows * scale, columns * scale): what holds for a cell, for each token that it covers."""
-    return cells.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    """(..., rows, columns) -> (..., rows * scale, columns * scale): what holds for a cell, for each of its tokens."""
+    return cells.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -55,8 +55,9 @@ class Choices:
         usual, reason = (CPU_BATCH, "usual on a CPU") if device.type == "cpu" else (GPU_BATCH, "as in the recipes")
         most = images // (STEPS_PER_EPOCH * self.settings["accum_iter"] * self.settings["world_size"])
         if most < usual:
-            usual, reason = max(2, most // 2 * 2), f"an epoch of {images} images should have {STEPS_PER_EPOCH} steps"
-        self.choose("batch_size", usual, reason)
+            usual, reason = most, f"an epoch of {images} images should have {STEPS_PER_EPOCH} steps"
+        together = self.settings.get("mix_images", 2)
+        self.choose("batch_size", max(together, usual // together * together), reason)
 
     def choose_warmup(self, most: int) -> None:
         tenth = round(self.settings["epochs"] / 10, 1)

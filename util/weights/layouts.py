@@ -9,7 +9,16 @@ import torch
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from util.layers.conversion import DECODER, MMPRETRAIN_DECODER, STEM, StateDict, resized, under_our_names
+from util.layers.conversion import (
+    DECODER,
+    MIX_EMBEDS,
+    MMPRETRAIN_DECODER,
+    STEM,
+    StateDict,
+    for_model,
+    resized,
+    under_our_names,
+)
 from util.layers.sizes import NUM_STAGES
 from util.weights.file import CheckpointError
 
@@ -57,6 +66,7 @@ class LoadReport:
     missing: list[str]  # in the model, not in the file; left at their initial values
     unexpected: list[str]  # in the file, not in the model; ignored
     reinitialised: list[str]  # in both, with different shapes; left at their initial values
+    moved: list[str]  # mix embeddings, in the file alone; moved into biases, which gives images alone the same features
 
     def __str__(self) -> str:
         parts = [f"loaded {len(self.loaded)} tensors from {self.source}"]
@@ -64,6 +74,8 @@ class LoadReport:
             parts.append(f"{len(self.resized)} of them resized ({_listed(self.resized, most=2)})")
         if self.reinitialised:
             parts.append(f"re-initialised, being of another size in the file: {_listed(self.reinitialised)}")
+        if self.moved:
+            parts.append("mix embeddings left out: an image's own are added to biases, which gives the same features")
         if self.missing:
             parts.append(f"not in the file, so at their initial values: {_listed(self.missing)}")
         if self.unexpected:
@@ -124,6 +136,9 @@ def count_classes(state_dict: StateDict, source: object) -> int:
 def load_pretraining(model: nn.Module, state_dict: StateDict, source: object) -> LoadReport:
     """Load a whole pretraining model, decoder included, to train on or to reconstruct; resizes as `load_encoder` does.
 
+    What not every pretraining model has, mix embeddings and the token that fills hidden cells, starts anew where the
+    file has none that fit.
+
     Raises:
         CheckpointError: the file is not a pretraining checkpoint of this model.
     """
@@ -137,7 +152,7 @@ def load_pretraining(model: nn.Module, state_dict: StateDict, source: object) ->
         raise CheckpointError(
             f"{source} has no decoder: it holds a fine-tuned or bare encoder, and this needs a pretraining checkpoint"
         )
-    return _load(model, state_dict, source, ignored=("head.",))
+    return _load(model, state_dict, source, optional=(*MIX_EMBEDS, "fill_token"), ignored=("head.", "fill_token"))
 
 
 def _load(
@@ -148,6 +163,7 @@ def _load(
     Exempt are the model's tensors whose names begin as in `optional` and the file's whose names begin as in `ignored`.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    given_names, state_dict = state_dict.keys(), for_model(state_dict, model)
     given = {name: state_dict[name] for name in shapes if name in state_dict}
     given = {name: resized(name, tensor, shapes[name], model) for name, tensor in given.items()}
     fitting = {name: tensor for name, tensor in given.items() if tensor.shape == shapes[name]}
@@ -158,6 +174,7 @@ def _load(
         missing=[name for name in shapes if name not in state_dict],
         unexpected=[name for name in state_dict if name not in shapes],
         reinitialised=[name for name in given if name not in fitting],
+        moved=[name for name in given_names if name not in state_dict],
     )
     wrong = [name for name in report.missing + report.reinitialised if not name.startswith(optional)]
     wrong += [name for name in report.unexpected if not name.startswith(ignored)]

@@ -174,6 +174,17 @@ def model_arguments(settings: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
+MIXING = (  # arguments of `MixMAE` that a checkpoint records by the same names
+    "decoder_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss", "range_mask_ratio",
+    "mix_embed", "masked_attn", "mix_images", "partners", "reconstruct", "fill",
+)  # fmt: skip
+
+
+def mixing_arguments(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a pretraining model besides its encoder's, of a configuration or recorded with weights."""
+    return {name: recorded[name] for name in MIXING if recorded.get(name) is not None}
+
+
 def check_recorded(recorded: Mapping[str, Any], source: str) -> None:
     """Raise a CheckpointError unless what `source` records of model and data has the types of the flags."""
 
