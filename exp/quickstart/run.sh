@@ -11,17 +11,7 @@ here=$(cd -- "$(dirname -- "$0")" && pwd)
 seed=$seeds
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" # the model is too small for more threads to help
 data=exp/quickstart/data
-
-if [ ! -e $data/500_labels/val ]; then
-    step "Unpacking the images"
-    rm -rf $data
-    $python -m tarfile -e exp/quickstart/fashion_mnist.tar.xz $data
-    for class in "$data"/train/*; do
-        mkdir -p "$data/500_labels/train/${class##*/}"
-        find "$class" -name '*.png' | sort | head -n 50 | xargs -I{} cp {} "$data/500_labels/train/${class##*/}"
-    done
-    ln -s ../val $data/500_labels/val
-fi
+sh exp/quickstart/unpack.sh
 
 # What both mains are given; mean and standard deviation are those of the training images.
 run() {

@@ -1,0 +1,88 @@
+#!/bin/sh
+# The variants of the method beside each other: pretrain a small encoder with each, and measure what it learned.
+#     sh exp/ablations/run.sh [--seed N] [output folder, default exp/ablations/result]
+#
+# Data      the quickstart's 10,000 images; or DATA=/path/to/folder with train/ and val/, with what both programs need
+#           for it in FLAGS ('--in_chans 3 --input_size 64 --patch_size 2'; blanks divide)
+# Budget    fixed in advance, for every variant: 250 steps of 32 images without labels, then 80 steps of 50 images of at
+#           most 500 labels
+# Seeds     0, 1 and 2 one after another; with --seed that one alone
+# Time      see exp/ablations/README.md; the first run also installs the requirements into .venv
+# Resuming  with the same output folder, a run that was stopped continues
+# Result    table.md and plot.png in the output folder
+seeds='0 1 2'
+here=$(cd -- "$(dirname -- "$0")" && pwd)
+. "$here/../demonstration.sh" # takes the arguments; sets output, python and more
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two variants at a time
+
+if [ -z "${DATA:-}" ]; then
+    sh exp/quickstart/unpack.sh
+    DATA=exp/quickstart/data FLAGS='--in_chans 1 --mean 0.219 --std 0.332'
+fi
+data=$(cd -- "$DATA" && pwd)
+if [ ! -e "$output/labelled/val" ]; then
+    classes=$(find -L "$data/train" -mindepth 1 -maxdepth 1 -type d | wc -l)
+    for class in "$data"/train/*/; do
+        name=$(basename -- "$class")
+        mkdir -p "$output/labelled/train/$name"
+        find -L "$class" -type f | sort | head -n $((500 / classes)) |
+            while read -r file; do ln -sf "$file" "$output/labelled/train/$name/"; done
+    done
+    ln -s "$data/val" "$output/labelled/val"
+fi
+
+# variant NAME [flags]: one line of the table. Two processes share the lines, each takes every second one.
+variant() {
+    name=$1 folder=$output/$1/seed$seed line=$((line + 1))
+    shift
+    if [ $((line % 2)) -ne "$worker" ] || [ -e "$folder/done" ]; then return; fi
+    mkdir -p "$folder"
+    echo "$name, seed $seed"
+    # shellcheck disable=SC2086 # FLAGS is divided at blanks
+    $python main_pretrain.py --data_path "$data" --output_dir "$folder/pretrain" --model mixmae_quickstart \
+        --batch_size 32 --epochs 1 --warmup_epochs 0.2 --lr 2e-3 --knn_every 1 --probe_every 1 --vis_every 1 \
+        --num_workers 0 --keep_checkpoints 1 --resume auto --seed "$seed" ${FLAGS:-} "$@" \
+        >>"$folder/output.txt" 2>&1
+    # shellcheck disable=SC2086
+    $python main_finetune.py --data_path "$output/labelled" --output_dir "$folder/finetune" \
+        --finetune "$folder/pretrain/checkpoint.pth" --model swin_quickstart \
+        --batch_size 50 --epochs 8 --warmup_epochs 1 --lr 2e-3 --layer_decay 1 --drop_path 0 --aa '' --reprob 0 \
+        --num_workers 0 --keep_checkpoints 1 --resume auto --seed "$seed" ${FLAGS:-} >>"$folder/output.txt" 2>&1
+    touch "$folder/done"
+}
+
+# In the order of the table.
+matrix() {
+    worker=$1
+    for seed in $seeds; do
+        line=0
+        variant paper
+        variant random --lr 0 # fine-tuned, it is supervised training from scratch
+        variant mix_embed --mix_embed
+        variant mix_embed_unmasked --mix_embed --no_masked_attn
+        variant unmasked --no_masked_attn
+        variant single --reconstruct single
+        variant fill_mask_token --fill mask_token --no_masked_attn
+        variant fill_zero --fill zero --no_masked_attn
+        variant fill_noise --fill noise --no_masked_attn
+        variant ratio_25 --mask_ratio 0.25
+        variant ratio_75 --mask_ratio 0.75
+        variant ratio_varied --range_mask_ratio 0.25
+        variant mask_per_pair --mask_per_pair
+        variant partners_cycle --partners cycle
+        variant images_3 --mix_images 3 --mask_ratio 0.67 --batch_size 33
+        variant images_4 --mix_images 4 --mask_ratio 0.75
+        variant decoder_deep --decoder_depth 4
+        variant decoder_narrow --decoder_dim 32
+        variant plain_pixels --no-norm_pix_loss
+    done
+}
+
+step "Pretraining and measuring every variant, two at a time"
+beside "$output/second.txt" matrix 1
+matrix 0
+wait_for_it
+
+step "Results after $(seconds) seconds"
+# shellcheck disable=SC2086 # one argument for each seed
+$python -m exp.ablations.table --runs "$output" --seeds $seeds
