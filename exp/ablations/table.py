@@ -90,7 +90,7 @@ def last_line(run: Path) -> dict[str, float]:
 
 
 def epoch_seconds(run: Path) -> float:
-    """Seconds of pretraining's last epoch, measures and pictures not counted."""
+    """Seconds of pretraining's only epoch, measures and pictures not counted."""
     speeds = [json.loads(line) for line in (run / "times.jsonl").read_text().splitlines()]
     return sum(record["seconds"] for record in speeds if "steps" in record)
 
@@ -127,7 +127,6 @@ def plot(groups: dict[str, list[Row]]) -> Figure:
         axes.set_xlabel("top-1 accuracy in %", color=MUTED)
         axes.tick_params(length=0, labelcolor=INK)
         axes.spines[["top", "right", "left"]].set_visible(False)
-        # Random weights are far away: leave them in, but do not let them squeeze the rest.
         axes.grid(axis="x", color="#f1f3f5")
     columns[0].set_yticks(np.arange(len(rows)), [f"{group}: {row.name}" if group else row.name for group, row in rows])
     columns[0].set_ylim(len(rows) - 0.5, -0.5)
@@ -144,8 +143,12 @@ def main(flags: argparse.Namespace) -> None:
     print(f"Look at {flags.runs / 'plot.png'}. The table is in {flags.runs / 'table.md'}.")
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Compare the variants of exp/ablations/run.sh.")
     parser.add_argument("--runs", type=Path, required=True, metavar="DIR", help="output folder of run.sh")
     parser.add_argument("--seeds", type=int, nargs="+", required=True, metavar="N", help="of the runs")
-    main(parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

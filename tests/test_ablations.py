@@ -1,0 +1,65 @@
+"""exp/ablations: every variant in the script is a run that can start, and a line of the table."""
+
+import json
+import re
+import shlex
+
+import pytest
+
+import main_pretrain
+from exp.ablations import table
+from util.errors import UserError
+from util.run.flags import given_flags
+
+SCRIPT = open("exp/ablations/run.sh").read()
+VARIANTS = {
+    line[0]: line[1:] for line in (shlex.split(rest, comments=True) for rest in re.findall("  variant (.*)", SCRIPT))
+}
+
+
+def test_the_table_has_the_scripts_variants():
+    assert list(VARIANTS) == [name for members in table.GROUPS.values() for name in members]
+
+
+def test_every_variant_builds_its_model_and_differs_from_the_paper():
+    common = ["--data_path", ".", "--model", "mixmae_quickstart", "--in_chans", "1", "--batch_size", "32"]
+    common += ["--input_size", "32", "32", "--lr", "2e-3", "--mean", "0.2", "--std", "0.3"]
+    parser = main_pretrain.get_args_parser()
+    configurations = {}
+    for name, flags in VARIANTS.items():
+        given = given_flags(main_pretrain.PretrainConfig, parser.parse_args([*common, *flags]))
+        main_pretrain.build_model(given)
+        configurations[given] = name
+    assert len(configurations) == len(VARIANTS)
+
+
+def make_run(folder, knn: float, seconds: float) -> None:
+    for part, record in (("pretrain", {"knn_acc1_k20": knn, "probe_acc1": 80.0}), ("finetune", {"test_acc1": 60.0})):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "log.txt").write_text(json.dumps({"knn_acc1_k20": 0.0}) + "\n" + json.dumps(record) + "\n")
+    times = [
+        {"start": True},
+        {"steps": 20, "seconds": seconds / 2},
+        {"steps": 20, "seconds": seconds / 2},
+        {"step": 40},
+    ]
+    (folder / "pretrain" / "times.jsonl").write_text("\n".join(map(json.dumps, times)))
+    (folder / "done").touch()
+
+
+def test_table_and_plot_are_of_the_complete_runs(tmp_path, capsys):
+    for seed, knn in enumerate((75.0, 76.0, 78.0)):
+        make_run(tmp_path / "paper" / f"seed{seed}", knn, 10 + seed)
+    make_run(tmp_path / "images_3" / "seed0", 70.0, 30)
+    (tmp_path / "images_3" / "seed1").mkdir()  # has not ended
+    flags = table.get_args_parser().parse_args(["--runs", str(tmp_path), "--seeds", "0", "1", "2"])
+    table.main(flags)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[2:] == [
+        "| the paper's method | 76.3 ± 1.5 | 80.0 ± 0.0 | 60.0 ± 0.0 | 11 |",
+        "| Mixtures: 3 images (ratio 0.67) (of 1 seeds) | 70.0 ± 0.0 | 80.0 ± 0.0 | 60.0 ± 0.0 | 30 |",
+    ]
+    assert lines[2] in capsys.readouterr().out
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    with pytest.raises(UserError, match=r"has no complete runs of the seeds \[7\]"):
+        table.read_rows(tmp_path, [7])
