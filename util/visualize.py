@@ -19,43 +19,28 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageColor
 from torch import Tensor
 
 from models_mixmae import MixMAE
-from util.data.datasets import NumberedImages
-from util.data.display import Display, shown_channels
-from util.data.reader import extensions_of
-from util.data.sources import open_images
-from util.data.transforms import Normalize, ResizeAndCentreCrop
-from util.errors import UserError, unreadable_is_user_error
-from util.run.config import CheckpointFlags, DecodingFlags, with_settings
+from util.data.display import COLOURS, HAIRLINE, INK, LIGHT, MUTED, OUTLINE, Display, enlarge, outline, shown_channels
+from util.data.transforms import Normalize
+from util.errors import unreadable_is_user_error
 from util.run.failures import user_errors
 from util.run.flags import flag, get_parser, given_flags
 from util.run.logger import setup_logging
+from util.run.pictures import PictureFlags, choose_images, describe_origin, load_model, reconstruct
 from util.seeding import keyed_generator
-from util.weights.file import CheckpointError
-from util.weights.layouts import load_pretraining
-from util.weights.settings import mixing_arguments, model_arguments, weight_settings
-from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
-
-OUTPUT_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 
 # Sizes in pixels
 WIDTH, LEFT, HEAD = 1416, 112, 276  # of the picture; where images start, from its left and from its top
 IMAGE_SIDE = 288  # longer side of every image shown
 COLUMN_GAP, ROW_GAP, PAIR_GAP = 32, 16, 48
-OUTLINE = 3
 TEXT, SMALL, LINE = 17, 15, 24  # font sizes, and from one line of the caption to the next
 LINE_LENGTH = 148  # characters in a line of the caption
-
-INK, MUTED, HAIRLINE, LIGHT = "#1d2129", "#667080", "#d9dde3", "#f1f3f5"
-COLOURS = {"A": "#2f7fe8", "B": "#f0821e"}  # told apart by every kind of colour vision, and on black and on white
 
 INTRODUCTION = (
     "Images are mixed in pairs, cell by cell. The encoder attends within each image only; "
@@ -72,43 +57,6 @@ LEGEND = (
     ("pixels of image B", COLOURS["B"]),
     ("no outline: predicted pixels", LIGHT),
 )
-
-
-@torch.no_grad()
-def reconstruct(model: MixMAE, imgs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix, encode and reconstruct normalised images.
-
-    A model trained with `norm_pix_loss` predicts every cell up to the cell's mean and contrast. These two numbers are
-    taken from the original cell, so the picture shows structure that was predicted, in brightness that was not.
-
-    Args:
-        imgs: (B, C, H, W) normalised, B even, on the model's device.
-        mask: (L,) 0/1 over the cells.
-
-    Returns:
-        Normalised images, each (B, C, H, W).
-        mixed: the image's own cells where the mask is 0, its partner's where it is 1.
-        filled: the image's own cells where the mask is 0, predictions where it is 1.
-        predicted: predictions everywhere, every cell from the branch in which it was hidden.
-
-    Raises:
-        ValueError: for an odd batch, and for a mask that hides no or all cells.
-    """
-    mask = model.check_mask(mask)
-    was_training = model.training
-    model.eval()
-    try:
-        pred = model.forward_decoder(model.forward_encoder(imgs, mask), mask).float()  # (B, L, s*s*C)
-    finally:
-        model.train(was_training)
-    cells = model.patchify(imgs)
-    if model.norm_pix_loss:
-        mean, std = model.cell_statistics(cells)
-        pred = pred * std + mean
-    hidden = mask.bool().to(imgs.device)[:, None]  # (L, 1)
-    mixed = torch.where(hidden, cells.flip(0), cells)
-    filled = torch.where(hidden, pred, cells)
-    return model.unpatchify(mixed), model.unpatchify(filled), model.unpatchify(pred)
 
 
 def reconstruction_figure(
@@ -206,87 +154,22 @@ def shown_size(images: np.ndarray) -> tuple[int, int]:
     return max(1, round(images.shape[2] * factor)), max(1, round(images.shape[1] * factor))
 
 
-def enlarge(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An image (H, W, 3) at `size` (width, height): its pixels as blocks where the factor is whole, else smoothly."""
-    method = Image.Resampling.LANCZOS if size[0] % image.shape[1] else Image.Resampling.NEAREST
-    return np.array(Image.fromarray(image).resize(size, method))
-
-
-def outline(region: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Cells (rows, columns) -> pixels (H, W) that are True along the contours of the True cells, just inside them."""
-    inside = F.interpolate(region[None, None].float(), size)
-    outside = F.pad(1 - inside, (OUTLINE,) * 4, value=1)
-    near_outside = F.max_pool2d(outside, 2 * OUTLINE + 1, stride=1)
-    return (inside * near_outside)[0, 0].bool().numpy()
-
-
 # --- The command ---
 
 
 @dataclass(frozen=True)
-class VisualizeConfig(CheckpointFlags, DecodingFlags):
-    TITLE: ClassVar[str] = "picture"
+class VisualizeConfig(PictureFlags):
+    TITLE: ClassVar[str] = "rows"
 
-    images: tuple[str, ...] = flag(
-        (), "image files, all of which are shown; or folders, lists and tars to draw from", "PATH",
-        required="image files, a folder of images or a list of them",
-    )  # fmt: skip
-    out: str = flag("", "the picture to write", "FILE.png", required="the name of the picture to write")
     num_images: int = flag(
         8, "how many to draw from folders, lists and tars", "N",
         (lambda value: value >= 2, "must be at least 2, since images are mixed in pairs"),
     )  # fmt: skip
-    mask_ratio: float = flag(0.5, "share of the cells to hide", "SHARE")
-    channels: tuple[int, ...] | None = flag(None, "one or three channels to show, from 0 (default: the first)", "C")
-    seed: int = flag(0, "draws the images and the mask", "N")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.out.lower().endswith(OUTPUT_EXTENSIONS):
-            raise UserError(f"--out {self.out} must end in one of {', '.join(OUTPUT_EXTENSIONS)}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     description = "Draw a picture of how a pretraining checkpoint mixes and reconstructs images."
     return get_parser(VisualizeConfig, description, "python -m util.visualize")
-
-
-def load_model(given: VisualizeConfig) -> tuple[MixMAE, VisualizeConfig, WeightsInfo]:
-    """The pretraining model of `--checkpoint`, the configuration completed by what is recorded with it, and its origin.
-
-    Raises:
-        UserError: the weights cannot be used, have no decoder, or do not say which model they are.
-    """
-    weights, info = read_weights(given.checkpoint)
-    if "mask_token" not in weights:
-        raise CheckpointError(
-            f"{info} has no decoder, so it cannot reconstruct images (it was fine-tuned, or is an encoder "
-            "alone): give a checkpoint of main_pretrain.py"
-        )
-    settings = weight_settings(info.args, info.source, given.as_dict(), pretraining=True)
-    model = timm.create_model(settings.model, **mixing_arguments(info.args), **model_arguments(settings))
-    logger.info("%s", load_pretraining(model, weights, info))
-    return model.eval(), with_settings(given, settings), info
-
-
-def choose_images(config: VisualizeConfig) -> tuple[NumberedImages, list[int]]:
-    """The images that are given, and the numbers of those to show: all if files are named, else a random draw.
-
-    Raises:
-        UserError: nothing there, unreadable, or fewer than a pair.
-    """
-    transform = ResizeAndCentreCrop(config.input_size, crop_ratio=1.0)
-    dataset = NumberedImages(open_images(config.images, config), transform, config.seed)
-    if len(dataset) < 2:
-        raise UserError(f"images are mixed in pairs: at least 2 are needed, --images gives {len(dataset)}")
-    chosen = list(range(len(dataset)))
-    if not all(path.lower().endswith(extensions_of(config.reader)) for path in config.images):
-        chosen = torch.randperm(len(dataset), generator=keyed_generator(config.seed, "images")).tolist()
-        chosen = chosen[: config.num_images]
-    if len(chosen) % 2:
-        left_out = dataset.path_of(chosen.pop())
-        logger.warning("images are mixed in pairs: the last of the %d, %s, is left out", len(chosen) + 1, left_out)
-    return dataset, chosen
 
 
 def visualize(given: VisualizeConfig) -> None:
@@ -298,14 +181,12 @@ def visualize(given: VisualizeConfig) -> None:
     model, config, info = load_model(given)
     mask = model.random_masking(config.mask_ratio, keyed_generator(config.seed, "mask"))
     channels = shown_channels(config.in_chans, config.channels)
-    dataset, chosen = choose_images(config)
+    dataset, chosen = choose_images(config, config.num_images)
     imgs = Normalize(config.mean, config.std)(torch.stack([dataset[(0, index)][0] for index in chosen]))
-    source = f"{info.args.get('model', config.model)}, {info.path.parent.name}/{info.path.name}"
-    if info.epoch is not None:
-        source += f", after {info.epoch + 1} epochs"
     out = Path(config.out)
     with unreadable_is_user_error(f"--out {out} cannot be written"):
         out.parent.mkdir(parents=True, exist_ok=True)
+        source = describe_origin(config, info)
         reconstruction_figure(model, imgs, mask, config.mean, config.std, channels, source).save(out)
     logger.info("wrote %s", out)
 

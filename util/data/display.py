@@ -3,9 +3,15 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from util.errors import UserError
+
+INK, MUTED, HAIRLINE, LIGHT = "#1d2129", "#667080", "#d9dde3", "#f1f3f5"
+COLOURS = {"A": "#2f7fe8", "B": "#f0821e"}  # told apart by every kind of colour vision, and on black and on white
+OUTLINE = 3  # width of the contours of cells, in pixels
 
 
 def shown_channels(in_chans: int, channels: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -61,3 +67,17 @@ class Display:
         if self.stretched:
             sentences.append("Brightness runs from the 1st to the 99th percentile of the originals, per channel.")
         return sentences
+
+
+def enlarge(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image (H, W, 3) at `size` (width, height): its pixels as blocks where the factor is whole, else smoothly."""
+    method = Image.Resampling.LANCZOS if size[0] % image.shape[1] else Image.Resampling.NEAREST
+    return np.array(Image.fromarray(image).resize(size, method))
+
+
+def outline(region: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Cells (rows, columns) -> pixels (H, W) that are True along the contours of the True cells, just inside them."""
+    inside = F.interpolate(region[None, None].float(), size)
+    outside = F.pad(1 - inside, (OUTLINE,) * 4, value=1)
+    near_outside = F.max_pool2d(outside, 2 * OUTLINE + 1, stride=1)
+    return (inside * near_outside)[0, 0].bool().numpy()

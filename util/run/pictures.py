@@ -1,0 +1,135 @@
+"""What commands that draw a pretraining checkpoint share: flags, the model, images and their reconstructions."""
+
+import logging
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+import timm
+import torch
+from torch import Tensor
+
+from models_mixmae import MixMAE
+from util.data.datasets import NumberedImages
+from util.data.reader import extensions_of
+from util.data.sources import open_images
+from util.data.transforms import ResizeAndCentreCrop
+from util.errors import UserError
+from util.run.config import CheckpointFlags, DecodingFlags, with_settings
+from util.run.flags import flag
+from util.seeding import keyed_generator
+from util.weights.file import CheckpointError
+from util.weights.layouts import load_pretraining
+from util.weights.settings import mixing_arguments, model_arguments, weight_settings
+from util.weights.source import WeightsInfo, read_weights
+
+logger = logging.getLogger(__name__)
+
+OUTPUT_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class PictureFlags(CheckpointFlags, DecodingFlags):
+    TITLE: ClassVar[str] = "picture"
+
+    images: tuple[str, ...] = flag(
+        (), "image files, all of which are shown; or folders, lists and tars to draw from", "PATH",
+        required="image files, a folder of images or a list of them",
+    )  # fmt: skip
+    out: str = flag("", "the picture to write", "FILE.png", required="the name of the picture to write")
+    mask_ratio: float = flag(0.5, "share of the cells to hide", "SHARE")
+    channels: tuple[int, ...] | None = flag(None, "one or three channels to show, from 0 (default: the first)", "C")
+    seed: int = flag(0, "draws the images and the mask", "N")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.out.lower().endswith(OUTPUT_EXTENSIONS):
+            raise UserError(f"--out {self.out} must end in one of {', '.join(OUTPUT_EXTENSIONS)}")
+
+
+P = TypeVar("P", bound=PictureFlags)
+
+
+def load_model(given: P) -> tuple[MixMAE, P, WeightsInfo]:
+    """The pretraining model of `--checkpoint`, the configuration completed by what is recorded with it, and its origin.
+
+    Raises:
+        UserError: the weights cannot be used, have no decoder, or do not say which model they are.
+    """
+    weights, info = read_weights(given.checkpoint)
+    if "mask_token" not in weights:
+        raise CheckpointError(
+            f"{info} has no decoder, so it cannot reconstruct images (it was fine-tuned, or is an encoder "
+            "alone): give a checkpoint of main_pretrain.py"
+        )
+    settings = weight_settings(info.args, info.source, given.as_dict(), pretraining=True)
+    model = timm.create_model(settings.model, **mixing_arguments(info.args), **model_arguments(settings))
+    logger.info("%s", load_pretraining(model, weights, info))
+    return model.eval(), with_settings(given, settings), info
+
+
+def choose_images(config: PictureFlags, number: int) -> tuple[NumberedImages, list[int]]:
+    """The images that are given, and the numbers of those to show: all if files are named, else `number` at random.
+
+    Raises:
+        UserError: nothing there, unreadable, or fewer than a pair.
+    """
+    transform = ResizeAndCentreCrop(config.input_size, crop_ratio=1.0)
+    dataset = NumberedImages(open_images(config.images, config), transform, config.seed)
+    if len(dataset) < 2:
+        raise UserError(f"images are mixed in pairs: at least 2 are needed, --images gives {len(dataset)}")
+    chosen = list(range(len(dataset)))
+    if not all(path.lower().endswith(extensions_of(config.reader)) for path in config.images):
+        chosen = torch.randperm(len(dataset), generator=keyed_generator(config.seed, "images")).tolist()
+        chosen = chosen[:number]
+    if len(chosen) % 2:
+        left_out = dataset.path_of(chosen.pop())
+        logger.warning("images are mixed in pairs: the last of the %d, %s, is left out", len(chosen) + 1, left_out)
+    return dataset, chosen
+
+
+def describe_origin(config: PictureFlags, info: WeightsInfo) -> str:
+    """Where the model of a picture is from, in a few words."""
+    origin = f"{info.args.get('model', config.model)}, {info.path.parent.name}/{info.path.name}"
+    return origin if info.epoch is None else f"{origin}, after {info.epoch + 1} epochs"
+
+
+@torch.no_grad()
+def reconstruct(model: MixMAE, imgs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mix, encode and reconstruct normalised images.
+
+    A model trained with `norm_pix_loss` predicts every cell up to the cell's mean and contrast. These two numbers are
+    taken from the original cell, so the picture shows structure that was predicted, in brightness that was not.
+
+    Args:
+        imgs: (B, C, H, W) normalised, B even, on the model's device.
+        mask: (L,) 0/1 over the cells.
+
+    Returns:
+        Normalised images, each (B, C, H, W).
+        mixed: the image's own cells where the mask is 0, its partner's where it is 1.
+        filled: the image's own cells where the mask is 0, predictions where it is 1.
+        predicted: predictions everywhere, every cell from the branch in which it was hidden.
+
+    Raises:
+        ValueError: for an odd batch, and for a mask that hides no or all cells.
+    """
+    mask = model.check_mask(mask)
+    was_training = model.training
+    model.eval()
+    try:
+        pred = model.forward_decoder(model.forward_encoder(imgs, mask), mask).float()  # (B, L, s*s*C)
+    finally:
+        model.train(was_training)
+    return assemble(model, imgs, mask, pred)
+
+
+def assemble(model: MixMAE, imgs: Tensor, mask: Tensor, pred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `reconstruct` returns, from the decoder's output (B, L, s*s*C)."""
+    cells = model.patchify(imgs)
+    if model.norm_pix_loss:
+        mean, std = model.cell_statistics(cells)
+        pred = pred * std + mean
+    hidden = mask.bool().to(imgs.device)[:, None]  # (L, 1)
+    mixed = torch.where(hidden, cells.flip(0), cells)
+    filled = torch.where(hidden, pred, cells)
+    return model.unpatchify(mixed), model.unpatchify(filled), model.unpatchify(pred)
