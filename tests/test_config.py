@@ -17,6 +17,7 @@ from main_finetune import FinetuneConfig
 from main_pretrain import PretrainConfig
 from util import knn, visualize
 from util.errors import UserError
+from util.explain import ExplainConfig
 from util.export import ExportConfig
 from util.knn import KnnConfig
 from util.predict import PredictConfig
@@ -45,7 +46,7 @@ FINETUNE = [
     "1",
 ]
 CONFIGS = (PretrainConfig, FinetuneConfig, KnnConfig)
-COMMANDS = (VisualizeConfig, PredictConfig, ExportConfig, ReplayConfig, SubmitConfig)
+COMMANDS = (VisualizeConfig, ExplainConfig, PredictConfig, ExportConfig, ReplayConfig, SubmitConfig)
 
 
 def launch(world_size: int = 1) -> Launch:

@@ -2,8 +2,6 @@
 
 import argparse
 import logging
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,10 +199,6 @@ def test_weights_that_record_nothing_are_told_what_they_are(tmp_path, images):
     assert (tmp_path / "upright.png").read_bytes() != (tmp_path / "stored.png").read_bytes()
     with pytest.raises(ValueError, match=r"0\.png'.*2000 pixels.*"):
         run(str(tmp_path / "bare.pth"), images, tmp_path / "large.png", *flags, "--max_pixels", "1999")
-
-
-def test_the_figure_of_the_method_can_be_drawn():
-    runpy.run_path(str(Path(visualize.__file__).parent.parent / "figures" / "method.py"))["draw"]()
 
 
 def test_authors_checkpoint(tmp_path):

@@ -30,7 +30,7 @@ from util.errors import unreadable_is_user_error
 from util.run.failures import user_errors
 from util.run.flags import flag, get_parser, given_flags
 from util.run.logger import setup_logging
-from util.run.pictures import PictureFlags, choose_images, describe_origin, load_model, reconstruct
+from util.run.pictures import PREDICTED_UP_TO, PictureFlags, choose_images, describe_origin, load_model, reconstruct
 from util.seeding import keyed_generator
 
 logger = logging.getLogger(__name__)
@@ -89,10 +89,7 @@ def reconstruction_figure(
         f"{int(hidden.sum())} of the {hidden.numel()} cells of every image are hidden: its partner's take their place. "
     )
     if model.norm_pix_loss:
-        caption += (
-            "The model predicts cells normalised by their own mean and contrast (norm_pix_loss). Both are taken from "
-            "the original cell here: a cell's overall brightness and contrast are not predicted, its structure is. "
-        )
+        caption += f"{PREDICTED_UP_TO} "
     return draw_page(columns, hidden, caption + " ".join(display.caption(in_chans)), source)
 
 
@@ -182,6 +179,9 @@ def visualize(given: VisualizeConfig) -> None:
     mask = model.random_masking(config.mask_ratio, keyed_generator(config.seed, "mask"))
     channels = shown_channels(config.in_chans, config.channels)
     dataset, chosen = choose_images(config, config.num_images)
+    if len(chosen) % 2:
+        left_out = dataset.path_of(chosen.pop())
+        logger.warning("images are mixed in pairs: the last of the %d, %s, is left out", len(chosen) + 1, left_out)
     imgs = Normalize(config.mean, config.std)(torch.stack([dataset[(0, index)][0] for index in chosen]))
     out = Path(config.out)
     with unreadable_is_user_error(f"--out {out} cannot be written"):

@@ -25,6 +25,10 @@ from util.weights.source import WeightsInfo, read_weights
 logger = logging.getLogger(__name__)
 
 OUTPUT_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+PREDICTED_UP_TO = (
+    "The model predicts cells normalised by their own mean and contrast (norm_pix_loss). Both are taken from the "
+    "original cell here: a cell's overall brightness and contrast are not predicted, its structure is."
+)
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,6 @@ def choose_images(config: PictureFlags, number: int) -> tuple[NumberedImages, li
     if not all(path.lower().endswith(extensions_of(config.reader)) for path in config.images):
         chosen = torch.randperm(len(dataset), generator=keyed_generator(config.seed, "images")).tolist()
         chosen = chosen[:number]
-    if len(chosen) % 2:
-        left_out = dataset.path_of(chosen.pop())
-        logger.warning("images are mixed in pairs: the last of the %d, %s, is left out", len(chosen) + 1, left_out)
     return dataset, chosen
 
 
