@@ -160,7 +160,7 @@ BRANCH, DECODER, PREDICTED, UNMIXED, TARGET = 176, 336, 444, 652, 860  # lefts i
 SMALL_SIDE = 88  # of the mask and the latent cells
 STAGE_SIDES, STAGE_PITCH = (112, 88, 66, 48), 146
 STRIP = 6  # width of the tokens beside their attention
-LINE, LINE_LENGTH = 16, 150  # of the caption
+LINE, LINE_LENGTH = 16, 190  # of the caption
 
 BLUE, ORANGE, MASK_TOKEN, NOTHING = np.array([ImageColor.getrgb(c) for c in (*COLOURS.values(), HAIRLINE, LIGHT)])
 
@@ -276,7 +276,8 @@ def explanation_figure(steps: Steps, display: Display, captions: list[str]) -> I
 def draw_encoding(page: Page, steps: Steps, display: Display) -> None:
     """The upper half: mask, mix, encode."""
     hidden, shapes, window = steps.hidden, steps.shapes, steps.window
-    own, middle = ~hidden, sum(UPPER) / 2 + SIDE / 2
+    half, small = (fitted(hidden.shape, side)[1] / 2 for side in (SIDE, SMALL_SIDE))
+    own, middle = ~hidden, sum(UPPER) / 2 + half
     page.heading(MARGIN, 32, "Two images", "of a batch")
     page.heading(MASK, 32, "1  Mask", f"{hidden.sum()} of {hidden.numel()} cells")
     page.heading(MIX, 32, "2  Mix", "swap masked tokens")
@@ -290,12 +291,12 @@ def draw_encoding(page: Page, steps: Steps, display: Display) -> None:
         page.label(MIX, top, f"mixture {row + 1}", f"{written(shapes['tokens'])}[{row}]")
         page.show(mixture, MIX, top, **{name: own, partner: hidden})
     page.write(MIX, UPPER[1] + SIDE + 22, "encoded and\ndecoded likewise", size=10, color=MUTED)
-    page.label(MASK, middle - SMALL_SIDE / 2, "mask", written((hidden.numel(),)))
-    page.show_tokens(hidden, MASK, middle - SMALL_SIDE / 2, SMALL_SIDE)
+    page.label(MASK, middle - small, "mask", written((hidden.numel(),)))
+    page.show_tokens(hidden, MASK, middle - small, SMALL_SIDE)
     for top, toward in zip(UPPER, (-1, 1)):
-        centre = top + SIDE / 2
-        page.arrow((MARGIN + SIDE + 6, centre), (MASK - 6, middle + toward * 24))
-        page.arrow((MASK + SMALL_SIDE + 6, middle + toward * 24), (MIX - 6, centre))
+        centre = top + half
+        page.arrow((MARGIN + SIDE + 6, centre), (MASK - 6, middle + toward * small / 2))
+        page.arrow((MASK + SMALL_SIDE + 6, middle + toward * small / 2), (MIX - 6, centre))
 
     top = UPPER[0]
     page.arrow((MIX + SIDE + 6, top + 24), (ENCODE - 6, top + 24))
@@ -342,23 +343,25 @@ def draw_decoding(page: Page, steps: Steps, display: Display) -> None:
     hidden, shapes = steps.hidden, steps.shapes
     stride = steps.imgs.shape[2] // hidden.shape[0]
     pixels = upsample(hidden, stride)
-    middle = sum(LOWER) / 2 + SIDE / 2
+    half, small = (fitted(hidden.shape, side)[1] / 2 for side in (SIDE, SMALL_SIDE))
+    middle = sum(LOWER) / 2 + half
     page.heading(
         MARGIN, 504, "4  Decode twice", "each mixture once for either image, with mask tokens where the other was"
     )
     page.heading(UNMIXED, 504, "5  Unmix", "from where it was hidden")
     page.heading(TARGET, 504, "6  Loss", "of all cells")
 
-    page.label(MARGIN, middle - SMALL_SIDE / 2, "latent cells", f"{written(shapes['latent'])}[0]")
-    page.show_tokens(hidden, MARGIN, middle - SMALL_SIDE / 2, SMALL_SIDE)
-    page.box(DECODER, LOWER[0], 72, LOWER[1] + SIDE - LOWER[0])
+    page.label(MARGIN, middle - small, "latent cells", f"{written(shapes['latent'])}[0]")
+    page.show_tokens(hidden, MARGIN, middle - small, SMALL_SIDE)
+    page.box(DECODER, LOWER[0], 72, LOWER[1] + 2 * half - LOWER[0])
     page.write(DECODER + 36, middle - 12, "decoder,\nthe same\nfor both", ha="center")
-    page.write((UNMIXED + SIDE + TARGET) / 2, middle - 4, f"mean squared\nerror {steps.loss:.3f}", size=9.5, ha="center")
+    error = f"mean squared\nerror {steps.loss:.3f}"
+    page.write((UNMIXED + SIDE + TARGET) / 2, middle - 4, error, size=9.5, ha="center")
     originals, predictions = display(steps.imgs), display(steps.predicted)
     for number, (top, name) in enumerate(zip(LOWER, "AB")):
-        visible, centre = (hidden if number else ~hidden), top + SIDE / 2
+        visible, centre = (hidden if number else ~hidden), top + half
         seen = pixels if number else ~pixels
-        page.arrow((MARGIN + SMALL_SIDE + 6, middle + (number - 0.5) * 48), (BRANCH - 6, centre))
+        page.arrow((MARGIN + SMALL_SIDE + 6, middle + (number - 0.5) * small), (BRANCH - 6, centre))
         page.label(
             BRANCH, top, f"branch {number + 1}: tokens of {name}", f"{written(shapes['branches'])}[{2 * number}]"
         )
