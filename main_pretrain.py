@@ -206,7 +206,7 @@ def save_picture(run: Run, epochs: int) -> None:
         return
     config, model = run.config, run.state.model
     dataset = run.loader.dataset
-    number = min(PICTURE_IMAGES, len(dataset)) // 2 * 2
+    number = max(1, min(PICTURE_IMAGES, len(dataset)) // config.mix_images) * config.mix_images
     imgs = torch.stack([dataset[(0, index)][0] for index in range(0, len(dataset), len(dataset) // number)][:number])
     mask = model.random_masking(config.mask_ratio, keyed_generator(config.seed, "picture"))
     # A few images at a time are not worth compiling for.

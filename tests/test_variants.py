@@ -13,7 +13,9 @@ from models_swin import SwinTransformer
 from util.errors import UserError
 from util.layers import mixing
 from util.layers.mixing import PARTNERS, images_of_tuples
+from util.run.pictures import reconstruct
 from util.seeding import keyed_generator
+from util.visualize import reconstruction_figure
 from util.weights.layouts import load_encoder, load_pretraining
 
 ENCODER = dict(
@@ -345,3 +347,33 @@ def test_authors_weights_load_under_every_variant():
         assert all(torch.equal(own[name], authors[name]) for name in authors)
         load_pretraining(build(), own, "the variant's file")
         load_encoder(SwinTransformer(**ENCODER, num_classes=0), own, "the variant's file")
+
+
+@pytest.mark.parametrize("K, partners", [(2, "cycle"), (3, "pairs"), (3, "cycle")])
+def test_pictures_show_each_image_of_a_mixture_with_what_hides_it(K, partners):
+    model = build(mix_images=K, partners=partners)
+    imgs, mask = images(2 * K), model.random_masking(0.67, keyed_generator(1))
+    mixed, filled, predicted = reconstruct(model, imgs, mask)
+    for rows in images_of_tuples(2 * K, K):
+        for place, image in enumerate(rows):
+            for cell, k in enumerate(mask.int().tolist()):
+                shown = imgs[rows[(place + k) % K]][None]
+                assert torch.equal(pixels_of_cell(mixed, image, cell), pixels_of_cell(shown, 0, cell))
+                kept = pixels_of_cell(filled, image, cell)
+                assert torch.equal(kept, pixels_of_cell(imgs if k == 0 else predicted, image, cell))
+    assert model.training
+    picture = reconstruction_figure(model, imgs, mask, (0.5,) * 3, (0.25,) * 3)
+    assert picture.height > picture.width / 2
+
+
+def test_pictures_without_partners_hide_cells_and_predict_them_alone():
+    for arguments in (dict(fill="zero", masked_attn=False), dict(reconstruct="single")):
+        model = build(**arguments)
+        imgs, mask = images(2), model.random_masking(0.5, keyed_generator(1))
+        mixed, filled, predicted = reconstruct(model, imgs, mask)
+        assert torch.equal(filled, predicted)
+        for cell, k in enumerate(mask.int().tolist()):
+            assert torch.equal(pixels_of_cell(predicted, 0, cell), pixels_of_cell(imgs, 0, cell)) == (k == 0)
+            if "fill" in arguments:
+                assert pixels_of_cell(mixed, 0, cell).any() == (k == 0)
+        reconstruction_figure(model, imgs, mask, (0.5,) * 3, (0.25,) * 3)

@@ -80,18 +80,18 @@ def run_steps(model: MixMAE, imgs: Tensor, mask: Tensor, stage: int | None = Non
         stage: whose window to show, from 0; None: the first where a window holds tokens of both images.
 
     Raises:
-        UserError: for a mask that hides no or all cells, and a model that does not reconstruct both images of a
-            mixture.
+        UserError: for a mask that hides no or all cells, and a variant of the method that the picture does not show.
     """
+    if model.num_branches != 2 or not model.masked_attn:
+        raise UserError(
+            "the picture shows mixtures of two images, masked attention and the reconstruction of both images; this "
+            f"checkpoint was trained with {model.mix_images} images, {model.num_branches} reconstructed, and "
+            f"{'' if model.masked_attn else 'no '}masked attention: util.visualize shows what it reconstructs"
+        )
     mask = model.check_mask(mask)
     hidden = mask.bool().view(model.grid_size)
     with recorded_shapes(model) as shapes:
         loss, pred, _ = model(imgs, mask=mask)
-    if shapes["branches"][0] != 2 * len(imgs):
-        raise UserError(
-            "the picture shows mixtures of two images and the reconstruction of both; in this checkpoint "
-            f"{len(imgs)} images make {shapes['branches'][0]} rows of the decoder, where {2 * len(imgs)} are expected"
-        )
     mixed, _, predicted = assemble(model, imgs, mask, pred.float())
     windows = [find_window(model, hidden, number) for number in range(NUM_STAGES)]
     if stage is None:
@@ -162,7 +162,9 @@ STAGE_SIDES, STAGE_PITCH = (112, 88, 66, 48), 146
 STRIP = 6  # width of the tokens beside their attention
 LINE, LINE_LENGTH = 16, 190  # of the caption
 
-BLUE, ORANGE, MASK_TOKEN, NOTHING = np.array([ImageColor.getrgb(c) for c in (*COLOURS.values(), HAIRLINE, LIGHT)])
+BLUE, ORANGE, MASK_TOKEN, NOTHING = np.array(
+    [ImageColor.getrgb(colour) for colour in (COLOURS["A"], COLOURS["B"], HAIRLINE, LIGHT)]
+)
 
 
 class Page:

@@ -26,7 +26,8 @@ from torch import Tensor
 from models_mixmae import MixMAE
 from util.data.display import COLOURS, HAIRLINE, INK, LIGHT, MUTED, OUTLINE, Display, enlarge, outline, shown_channels
 from util.data.transforms import Normalize
-from util.errors import unreadable_is_user_error
+from util.errors import UserError, unreadable_is_user_error
+from util.layers.mixing import images_of_tuples
 from util.run.failures import user_errors
 from util.run.flags import flag, get_parser, given_flags
 from util.run.logger import setup_logging
@@ -38,25 +39,29 @@ logger = logging.getLogger(__name__)
 # Sizes in pixels
 WIDTH, LEFT, HEAD = 1416, 112, 276  # of the picture; where images start, from its left and from its top
 IMAGE_SIDE = 288  # longer side of every image shown
-COLUMN_GAP, ROW_GAP, PAIR_GAP = 32, 16, 48
+COLUMN_GAP, ROW_GAP, TUPLE_GAP = 32, 16, 48
 TEXT, SMALL, LINE = 17, 15, 24  # font sizes, and from one line of the caption to the next
 LINE_LENGTH = 148  # characters in a line of the caption
 
-INTRODUCTION = (
-    "Images are mixed in pairs, cell by cell. The encoder attends within each image only; "
-    "the decoder predicts what was hidden of both."
-)
 COLUMNS = (
-    ("Original", "two images, A and B"),
+    ("Original", "the images of a mixture"),
     ("Mixed input", "all that the encoder sees"),
     ("Hidden cells filled in", "own cells kept, the others predicted"),
     ("Every cell predicted", "each from the mixture that hid it"),
 )
-LEGEND = (
-    ("pixels of image A", COLOURS["A"]),
-    ("pixels of image B", COLOURS["B"]),
-    ("no outline: predicted pixels", LIGHT),
-)
+
+
+def introduction(model: MixMAE) -> str:
+    """What the model does, in one line."""
+    if model.fill != "partner":
+        return "Of every image, cells are hidden from the encoder; the decoder predicts them from the others."
+    mixed = "in pairs" if model.mix_images == 2 else f"{model.mix_images} at a time"
+    attends = "within each image only" if model.masked_attn else "to all images"
+    of_whom = "the first" if model.num_branches == 1 else "both" if model.mix_images == 2 else "all"
+    return (
+        f"Images are mixed {mixed}, cell by cell. The encoder attends {attends}; "
+        f"the decoder predicts what was hidden of {of_whom}."
+    )
 
 
 def reconstruction_figure(
@@ -72,7 +77,8 @@ def reconstruction_figure(
 
     Args:
         model: in any mode and on any device; left as it was.
-        imgs: (B, C, H, W) normalised, B even: image i is mixed with image B-1-i.
+        imgs: (B, C, H, W) normalised, B even: image i is mixed with image B-1-i. In general, a multiple of the images
+            in a mixture, `images_of_tuples`.
         mask: (L,) 0/1 over the cells.
         mean, std: what the images were normalised with, per channel.
         channels: one or three channels to show (default: the first).
@@ -84,27 +90,47 @@ def reconstruction_figure(
     in_chans = imgs.shape[1]
     display = Display(imgs, mean, std, shown_channels(in_chans, channels))
     columns = [display(column) for column in (imgs, *reconstruct(model, imgs, mask))]
-    hidden = model.check_mask(mask).bool().view(model.grid_size)
+    mask = model.check_mask(mask).view(model.grid_size)
+    of_whom = "its partner's take" if model.fill == "partner" else f"{model.fill.replace('_', ' ')} takes"
     caption = (
-        f"{int(hidden.sum())} of the {hidden.numel()} cells of every image are hidden: its partner's take their place. "
+        f"{int(mask.count_nonzero())} of the {mask.numel()} cells of every image are hidden: {of_whom} their place. "
     )
     if model.norm_pix_loss:
         caption += f"{PREDICTED_UP_TO} "
-    return draw_page(columns, hidden, caption + " ".join(display.caption(in_chans)), source)
+    tuples = images_of_tuples(len(imgs), model.mix_images)
+    caption += " ".join(display.caption(in_chans))
+    return draw_page(columns, mask, tuples, model.fill == "partner", introduction(model), caption, source)
 
 
-def draw_page(columns: list[np.ndarray], hidden: Tensor, caption: str, source: str) -> Image.Image:
-    """The columns of images, each (B, H, W, 3), on one page; `hidden` is the mask over the cells (rows, columns)."""
+def draw_page(
+    columns: list[np.ndarray],
+    mask: Tensor,
+    tuples: list[list[int]],
+    mixed: bool,
+    introduction: str,
+    caption: str,
+    source: str,
+) -> Image.Image:
+    """The columns of images, each (B, H, W, 3), on one page.
+
+    Args:
+        columns: of images.
+        mask: over the cells (rows, columns); where it is k, a mixture shows its k-th image.
+        tuples: the images of each mixture.
+        mixed: whether other images are where one is hidden.
+        introduction, caption, source: above and below the images.
+    """
     # Here, since every rank of a training run imports this module, and one draws.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     width, height = shown_size(columns[0])
-    column_pitch, pair_pitch = max(width, IMAGE_SIDE) + COLUMN_GAP, 2 * height + ROW_GAP + PAIR_GAP
-    num_pairs = len(columns[0]) // 2
+    K = len(tuples[0])
+    column_pitch, tuple_pitch = max(width, IMAGE_SIDE) + COLUMN_GAP, K * (height + ROW_GAP) - ROW_GAP + TUPLE_GAP
+    letters = [list(COLOURS)[number % len(COLOURS)] for number in range(K)]
     caption_lines = textwrap.wrap(caption, LINE_LENGTH)
-    caption_top = HEAD + num_pairs * pair_pitch + 4
+    caption_top = HEAD + len(tuples) * tuple_pitch + 4
     total_height = caption_top + (len(caption_lines) + bool(source)) * LINE + 20
 
     figure = Figure((WIDTH / 72, total_height / 72), dpi=72)  # so that points are pixels
@@ -112,28 +138,31 @@ def draw_page(columns: list[np.ndarray], hidden: Tensor, caption: str, source: s
     axes.axis("off")
     write = partial(axes.text, color=INK, va="baseline", parse_math=False)
     write(LEFT, 84, "MixMAE", size=36)
-    write(LEFT, 122, INTRODUCTION, size=TEXT, color=MUTED)
-    for number, (meaning, colour) in enumerate(LEGEND):
+    write(LEFT, 122, introduction, size=TEXT, color=MUTED)
+    legend = [(f"pixels of image {letter}", COLOURS[letter]) for letter in letters[:4]]
+    for number, (meaning, colour) in enumerate((*legend, ("no outline: predicted pixels", LIGHT))):
         left, top = LEFT + number * 220, 142
         axes.add_patch(Rectangle((left, top), 21, 21, facecolor=LIGHT, edgecolor=colour, linewidth=OUTLINE))
         write(left + 33, top + 11, meaning, size=TEXT, va="center_baseline")
     for number, (heading, explanation) in enumerate(COLUMNS):
         write(LEFT + number * column_pitch, HEAD - 56, heading, size=22)
         write(LEFT + number * column_pitch, HEAD - 29, explanation, size=SMALL, color=MUTED)
-    around, visible, replaced = (outline(region, (height, width)) for region in (hidden | True, ~hidden, hidden))
-    for pair in range(num_pairs):
-        tops = {"A": HEAD + pair * pair_pitch, "B": HEAD + pair * pair_pitch + height + ROW_GAP}
-        axes.plot((74, 74), [top + height / 2 for top in tops.values()], color=HAIRLINE, linewidth=2)
-        for own, partner, index in (("A", "B", pair), ("B", "A", -1 - pair)):
-            middle = tops[own] + height / 2
+    around = outline(mask >= 0, (height, width))
+    shows = [outline(mask == k, (height, width)) for k in range(K)]
+    for number_of_tuple, rows in enumerate(tuples):
+        tops = [HEAD + number_of_tuple * tuple_pitch + place * (height + ROW_GAP) for place in range(K)]
+        axes.plot((74, 74), [tops[0] + height / 2, tops[-1] + height / 2], color=HAIRLINE, linewidth=2)
+        for place, index in enumerate(rows):
+            own, middle = letters[place], tops[place] + height / 2
+            mixture = {letters[(place + k) % K]: shows[k] for k in range(K if mixed else 1)}
             axes.plot(74, middle, "o", color=COLOURS[own], markersize=44, markeredgecolor="white", markeredgewidth=8)
             write(74, middle, own, size=TEXT, color="white", ha="center", va="center_baseline")
-            outlines = [{own: around}, {own: visible, partner: replaced}, {own: visible}, {}]
+            outlines = [{own: around}, mixture, {own: shows[0]}, {}]
             for number, (images, named_lines) in enumerate(zip(columns, outlines)):
                 image = enlarge(images[index], (width, height))
                 for name, lines in named_lines.items():
                     image[lines] = ImageColor.getrgb(COLOURS[name])
-                left, top = LEFT + number * column_pitch, tops[own]
+                left, top = LEFT + number * column_pitch, tops[place]
                 axes.imshow(image, extent=(left, left + width, top + height, top), aspect="auto", interpolation="none")
     for number, line in enumerate(caption_lines):
         write(LEFT, caption_top + number * LINE, line, size=SMALL)
@@ -179,9 +208,12 @@ def visualize(given: VisualizeConfig) -> None:
     mask = model.random_masking(config.mask_ratio, keyed_generator(config.seed, "mask"))
     channels = shown_channels(config.in_chans, config.channels)
     dataset, chosen = choose_images(config, config.num_images)
-    if len(chosen) % 2:
+    while len(chosen) % model.mix_images:
         left_out = dataset.path_of(chosen.pop())
-        logger.warning("images are mixed in pairs: the last of the %d, %s, is left out", len(chosen) + 1, left_out)
+        mixed = "in pairs" if model.mix_images == 2 else f"{model.mix_images} at a time"
+        logger.warning("images are mixed %s: the last of the %d, %s, is left out", mixed, len(chosen) + 1, left_out)
+    if not chosen:
+        raise UserError(f"this model mixes {model.mix_images} images: give at least as many (--images, --num_images)")
     imgs = Normalize(config.mean, config.std)(torch.stack([dataset[(0, index)][0] for index in chosen]))
     out = Path(config.out)
     with unreadable_is_user_error(f"--out {out} cannot be written"):

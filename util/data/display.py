@@ -10,7 +10,8 @@ from torch import Tensor
 from util.errors import UserError
 
 INK, MUTED, HAIRLINE, LIGHT = "#1d2129", "#667080", "#d9dde3", "#f1f3f5"
-COLOURS = {"A": "#2f7fe8", "B": "#f0821e"}  # told apart by every kind of colour vision, and on black and on white
+# Of the images in a mixture. The first two are told apart by every kind of colour vision, and on black and on white.
+COLOURS = {"A": "#2f7fe8", "B": "#f0821e", "C": "#3a9d5d", "D": "#b04fc4", "E": "#c23b4b", "F": "#0f9aa8"}
 OUTLINE = 3  # width of the contours of cells, in pixels
 
 

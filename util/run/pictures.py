@@ -14,6 +14,7 @@ from util.data.reader import extensions_of
 from util.data.sources import open_images
 from util.data.transforms import ResizeAndCentreCrop
 from util.errors import UserError
+from util.layers.mixing import PARTNERS
 from util.run.config import CheckpointFlags, DecodingFlags, with_settings
 from util.run.flags import flag
 from util.seeding import keyed_generator
@@ -102,26 +103,29 @@ def reconstruct(model: MixMAE, imgs: Tensor, mask: Tensor) -> tuple[Tensor, Tens
     taken from the original cell, so the picture shows structure that was predicted, in brightness that was not.
 
     Args:
-        imgs: (B, C, H, W) normalised, B even, on the model's device.
+        imgs: (B, C, H, W) normalised, B even (a multiple of the images in a mixture), on the model's device.
         mask: (L,) 0/1 over the cells.
 
     Returns:
         Normalised images, each (B, C, H, W).
-        mixed: the image's own cells where the mask is 0, its partner's where it is 1.
+        mixed: the image's own cells where the mask is 0, its partner's where it is 1 (zeros where there is none).
         filled: the image's own cells where the mask is 0, predictions where it is 1.
-        predicted: predictions everywhere, every cell from the branch in which it was hidden.
+        predicted: predictions everywhere, every cell from the branch in which it was hidden; of several, the first. A
+            model that reconstructs one image of a mixture predicts hidden cells alone: others stay.
 
     Raises:
         ValueError: for an odd batch, and for a mask that hides no or all cells.
     """
     mask = model.check_mask(mask)
-    was_training = model.training
+    was_training, partner = model.training, model.partner
     model.eval()
+    model.partner = PARTNERS["pairs"]  # rows show tuples, however the images of a batch were mixed in training
     try:
-        pred = model.forward_decoder(model.forward_encoder(imgs, mask), mask).float()  # (B, L, s*s*C)
+        pred = model.forward_decoder(model.forward_encoder(imgs, mask), mask).float()
+        return assemble(model, imgs, mask, pred[: len(imgs)])
     finally:
         model.train(was_training)
-    return assemble(model, imgs, mask, pred)
+        model.partner = partner
 
 
 def assemble(model: MixMAE, imgs: Tensor, mask: Tensor, pred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +134,10 @@ def assemble(model: MixMAE, imgs: Tensor, mask: Tensor, pred: Tensor) -> tuple[T
     if model.norm_pix_loss:
         mean, std = model.cell_statistics(cells)
         pred = pred * std + mean
-    hidden = mask.bool().to(imgs.device)[:, None]  # (L, 1)
-    mixed = torch.where(hidden, cells.flip(0), cells)
-    filled = torch.where(hidden, pred, cells)
-    return model.unpatchify(mixed), model.unpatchify(filled), model.unpatchify(pred)
+    mask = mask.to(imgs.device)[:, None]  # (L, 1)
+    mixed = cells if model.fill == "partner" else torch.where(mask == 0, cells, 0)
+    for k in range(1, model.mix_images if model.fill == "partner" else 0):
+        mixed = torch.where(mask == k, model.partner(cells, k, model.mix_images), mixed)
+    filled = torch.where(mask == 0, cells, pred)
+    predicted = pred if model.num_branches > 1 else filled
+    return model.unpatchify(mixed), model.unpatchify(filled), model.unpatchify(predicted)
