@@ -39,8 +39,18 @@ class PyramidPooling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         maps = [x]
         for side, conv in zip(POOLED, self.pooled):
-            maps.append(resize(conv(F.adaptive_avg_pool2d(x, side)), x.shape[-2:]))
+            maps.append(resize(conv(average_parts(x, side)), x.shape[-2:]))
         return self.fuse(torch.cat(maps, dim=1))
+
+
+def average_parts(x: Tensor, side: int) -> Tensor:
+    """Averages (B, C, side, side) over side x side parts of maps (B, C, rows, columns), which may overlap by a cell."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return F.adaptive_avg_pool2d(x, side)
+    # The same as products, of which PyTorch has deterministic gradients on a GPU.
+    weights = (F.adaptive_avg_pool1d(torch.eye(length, device=x.device), side) for length in x.shape[-2:])
+    rows, columns = (weight.to(x.dtype) for weight in weights)  # (length, side)
+    return rows.mT @ x @ columns
 
 
 class PyramidHead(nn.Module):
@@ -127,8 +137,11 @@ def segmentation_loss(logits: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
     The sum is divided by the number of all pixels, as is usual. So it is an average over images, each with the same
     weight however they are divided into batches, and 0 where nothing is labelled.
     """
+    labels = labels.long()
+    if torch.are_deterministic_algorithms_enabled():  # as a list of pixels, which PyTorch sums in one order on a GPU
+        logits, labels = (values.movedim(1, -1).flatten(0, -2) for values in logits), labels.flatten()
     main, auxiliary = (
-        F.cross_entropy(values.float(), labels.long(), ignore_index=IGNORED, reduction="sum") / labels.numel()
+        F.cross_entropy(values.float(), labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
         for values in logits
     )
     return main + AUXILIARY_WEIGHT * auxiliary

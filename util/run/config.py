@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from util.data.decoding import MAX_PIXELS
 from util.errors import UserError
 from util.run.cores import MOST_WORKERS, choose_workers
+from util.run.determinism import set_up_determinism
 from util.run.flags import (
     AT_LEAST_1,
     BATCHES,
@@ -204,6 +205,11 @@ class DeviceFlags(Config):
         on_resume=ROUNDING,
     )
     seed: int = flag(0, "random seed", "N")
+    deterministic: bool = flag(
+        False,
+        "the same bits in every run on the same GPU, as far as PyTorch can; an operation that cannot ends the run",
+        on_resume=ROUNDING,
+    )
 
 
 @dataclass(frozen=True)
@@ -278,6 +284,8 @@ class TrainingConfig(ReadingFlags, WeightFlags, ModelFlags, OptimizerFlags, Devi
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.deterministic and self.compile:
+            raise UserError("--deterministic does not go with --compile: compiled attention sums in any order")
         if self.epochs is None:
             return
         if self.start_epoch >= self.epochs:
@@ -319,7 +327,7 @@ def resolve(given: C, launch: Launch, settings: WeightSettings, others: Mapping[
         others: values for the flags of `OPTIMISATION` that were not given.
 
     Raises:
-        UserError: a precision that the device does not have.
+        UserError: a precision that the device does not have, or settings that are not deterministic.
     """
     names = {field.name for field in dataclasses.fields(given)}
     values = {
@@ -334,7 +342,8 @@ def resolve(given: C, launch: Launch, settings: WeightSettings, others: Mapping[
         values["num_workers"] = choose_workers(launch.cores)
         logger.info("not given, so chosen: --num_workers %d: %d core(s) per rank", values["num_workers"], launch.cores)
     values["precision"] = resolve_precision(given.precision, launch.device)
-    set_up_arithmetic(values["precision"], given.SAME_SHAPES)
+    set_up_arithmetic(values["precision"], given.SAME_SHAPES and not given.deterministic)
+    set_up_determinism(given.deterministic, launch.device)
     if "log_dir" in names:
         values["log_dir"] = given.log_dir or given.output_dir
     config = dataclasses.replace(with_settings(given, settings), **values)

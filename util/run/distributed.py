@@ -222,7 +222,7 @@ def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
     names = inspect.signature(DistributedDataParallel).parameters
     constant_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
     model = DistributedDataParallel(model, gradient_as_bucket_view=True, **constant_buffers)
-    if device.type == "cpu" and get_world_size() > 2:
+    if (device.type == "cpu" or torch.are_deterministic_algorithms_enabled()) and get_world_size() > 2:
         model.register_comm_hook(None, average_in_rank_order)
     return model
 
@@ -230,8 +230,9 @@ def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
 def average_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """Average gradients over ranks, added in the order of ranks, for a resumed run to be identical.
 
-    The order of gloo's own sum depends on where in a bucket a value lies, and DistributedDataParallel packs its buckets
-    anew after the first step of a process. Between two ranks there is but one order, and gloo's is faster.
+    The order of gloo's own sum, and of NCCL's, depends on where in a bucket a value lies, and DistributedDataParallel
+    packs its buckets anew after the first step of a process. Between two ranks there is but one order, and theirs is
+    faster.
     """
     gradients = [torch.empty_like(bucket.buffer()) for _ in range(dist.get_world_size())]
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from util.data.decoding import BadImageError
 from util.errors import UserError
 from util.run import distributed
+from util.run.determinism import NondeterminismError, explain_nondeterminism
 from util.run.distributed import CollectiveError, World
 from util.run.folder_lock import release_folders
 from util.run.launch import stated_rank
@@ -50,12 +51,12 @@ def user_errors() -> Iterator[None]:
     """
     try:
         try:
-            with explain_collective_failures(), explain_worker_failures():
+            with explain_collective_failures(), explain_worker_failures(), explain_nondeterminism():
                 yield
         except BaseException:
             release_folders()
             raise
-    except (UserError, CollectiveError, WorkerError) as error:
+    except (UserError, CollectiveError, WorkerError, NondeterminismError) as error:
         rank, has_companions = stated_rank(os.environ)
         message = f"{Path(sys.argv[0]).name}: error: {in_one_line(error)}"
         own = isinstance(error, (BadImageError, CollectiveError, WorkerError)) or not has_companions

@@ -84,9 +84,10 @@ class RunHistory:
 
     Args:
         name: of its folder.
-        config, environment: as in config.json.
+        config, environment: as in config.json (see util.run.provenance).
         epochs, steps, times: the records of log.txt, steps.jsonl and times.jsonl.
         bad_images: paths of unreadable images.
+        free, other_bits, data, earlier: as in config.json, too; older runs do not tell.
     """
 
     name: str
@@ -97,6 +98,10 @@ class RunHistory:
     steps: list[dict[str, Any]]
     times: list[dict[str, Any]] = field(default_factory=list)
     bad_images: list[str] = field(default_factory=list)
+    free: list[str] | None = None
+    other_bits: dict[str, str] = field(default_factory=dict)
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    earlier: list[dict[str, Any]] = field(default_factory=list)
 
     def per_step(self, name: str) -> Series:
         """Of the optimizer steps; what was not finite is left out."""
@@ -242,7 +247,10 @@ def read_history(folder: str | Path) -> RunHistory:
     if not steps:
         raise UserError(f"{folder} holds a run that has made no step yet")
     name = path.resolve().name
-    return RunHistory(name, path, content["config"], content["environment"], epochs, steps, times, bad_images)
+    recorded = {part: content[part] for part in ("free", "other_bits", "data", "earlier") if part in content}
+    return RunHistory(
+        name, path, content["config"], content["environment"], epochs, steps, times, bad_images, **recorded
+    )  # fmt: skip
 
 
 def read_records(path: Path, keys: set[str]) -> Iterator[dict[str, Any]]:
@@ -258,11 +266,11 @@ def read_records(path: Path, keys: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """Raises UserError for a file that cannot be read, or has not all of `keys`."""
+    """What a file of JSON holds. Raises UserError where it cannot be read, or has not all of `keys`."""
     with unreadable_is_user_error(f"{path} cannot be read"):
         text = path.read_text(encoding="utf-8", errors="replace")
     try:
         content = json.loads(text)
-        return {key: content[key] for key in keys}
+        return content | {key: content[key] for key in keys}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged, or another program's: it must have {', '.join(keys)} in JSON") from error

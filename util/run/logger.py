@@ -13,9 +13,6 @@ import json
 import logging
 import math
 import os
-import platform
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,9 +20,6 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
-import timm
-import torch
-import torchvision
 from PIL import Image
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
@@ -72,45 +66,6 @@ def setup_logging() -> None:
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(rank)s%(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
-
-
-def describe_environment(device: torch.device) -> dict[str, str]:
-    """Versions, machine, commit and command line: what is needed to repeat the run."""
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    else:
-        machine = f"CPU ({torch.get_num_threads()} threads)"
-    modules = {"torch": torch, "torchvision": torchvision, "timm": timm, "numpy": np}
-    versions = [f"{name} {module.__version__}" for name, module in modules.items()]
-    return {
-        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
-        "device": machine,
-        "commit": git_commit(),
-        "command": shlex.join(sys.argv),
-    }
-
-
-def log_environment(device: torch.device) -> None:
-    environment = describe_environment(device)
-    logger.info("%s, %s", environment["versions"], environment["device"])
-    logger.info("commit %s", environment["commit"])
-    logger.info("command: %s", environment["command"])
-
-
-def git_commit() -> str:
-    """The commit of this code, marked when files were changed since."""
-    root = Path(__file__).resolve().parents[2]
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown (git is not there)"
-    return result.stdout.strip() or "unknown (not a git checkout)"
 
 
 class RunLog:

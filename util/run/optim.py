@@ -165,15 +165,16 @@ def whether_to_compile(given: bool | None, device: torch.device, precision: str)
     return not reasons
 
 
-def set_up_arithmetic(precision: str, same_shapes: bool = True) -> None:
+def set_up_arithmetic(precision: str, measure: bool = True) -> None:
     """Let a GPU compute in TF32, at most, what stays float32 in a lower `precision`, and nothing where all is float32.
 
-    By default PyTorch would round the patch embedding's products to TF32 even then. Kernels for convolutions are chosen
-    by measurement where all batches have the `same_shapes`: it is repeated for every other shape.
+    By default PyTorch would round the patch embedding's products to TF32 even then. With `measure`, kernels for
+    convolutions are chosen by measurement: not where batches differ in shape, since it is repeated for every shape, nor
+    where runs are to be the same.
     """
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    torch.backends.cudnn.benchmark = same_shapes
+    torch.backends.cudnn.benchmark = measure
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import sys
@@ -34,17 +33,19 @@ from util.run.checks import (
     refuse_to_replace_a_run,
 )
 from util.run.config import TrainingConfig, resolve
+from util.run.determinism import NondeterminismError, explain_nondeterminism
 from util.run.flags import given_flags
 from util.run.folder_lock import release_folders, take_folders
 from util.run.gpu_memory import explain_out_of_memory
 from util.run.launch import Launch
-from util.run.logger import RunLog, describe_environment, log_environment, setup_logging
+from util.run.logger import RunLog, setup_logging
 from util.run.metrics import SPIKE_HISTORY, StepMeter
 from util.run.nonfinite import NonFiniteError, NonFiniteGuard
 from util.run.once_per_node import read_checkpoint_together, read_weights_together
 from util.run.optim import make_scaler, resolve_precision, whether_to_compile
 from util.run.preemption import Preemption
 from util.run.progress import TrainingBar
+from util.run.provenance import log_environment, write_provenance
 from util.run.state import Progress, TrainingState
 from util.weights.settings import WeightSettings, weight_settings
 from util.weights.source import WeightsInfo
@@ -89,7 +90,8 @@ class Start(Generic[C]):
         chosen = choose(given, launch, own | known)
         settings = weight_settings(recorded, source, known, given.PRETRAINS, chosen)
         precision = resolve_precision(given.precision, launch.device)
-        given = dataclasses.replace(given, compile=whether_to_compile(given.compile, launch.device, precision))
+        compiled = not given.deterministic and whether_to_compile(given.compile, launch.device, precision)
+        given = dataclasses.replace(given, compile=compiled)
         return resolve(given, launch, settings, chosen | own)
 
 
@@ -337,7 +339,7 @@ def open_run(
             model_ema.set(model)
     axis = int(progress.fraction(steps_per_epoch) * 1000)
     with unreadable_is_user_error(f"{config.output_dir} or {config.log_dir} cannot be written to"):
-        write_configuration(config, state)
+        write_provenance(config, state)
         log = RunLog(config.output_dir, config.log_dir, progress.step, progress.epoch, axis)
     guard = NonFiniteGuard(device, state, Path(config.output_dir) if config.nan_dump else None)
     logger.info(
@@ -349,17 +351,6 @@ def open_run(
     return Run(
         config, device, wrapped, state, loader, normalize, start.folder, log, guard, start.preemption, operations
     )  # fmt: skip
-
-
-def write_configuration(config: TrainingConfig, state: TrainingState) -> None:
-    """Store the settings, the data's fingerprint and the environment in the run's folder as config.json (rank 0)."""
-    if distributed.is_main_process():
-        path = Path(config.output_dir) / "config.json"
-        temporary = path.with_name(".config.json.tmp")
-        environment = describe_environment(torch.device(config.device))
-        content = {"config": dict(state.settings), "data": state.data, "environment": environment}
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", errors="surrogateescape")
-        os.replace(temporary, path)
 
 
 @contextlib.contextmanager
@@ -374,6 +365,7 @@ def orderly_end(run: Run) -> Iterator[None]:
             with (
                 failures.explain_collective_failures(),
                 failures.explain_worker_failures(),
+                explain_nondeterminism(),
                 contextlib.closing(run.bar),
             ):
                 yield
@@ -392,13 +384,14 @@ def orderly_end(run: Run) -> Iterator[None]:
         BadImageError,
         distributed.CollectiveError,
         failures.WorkerError,
+        NondeterminismError,
         SaveError,
     ) as error:  # each says what happened
         if isinstance(error, torch.OutOfMemoryError):
             message = explain_out_of_memory(error, run.state, run.config)
             if failures.is_first_to_say(message):
                 logger.error("%s", message)
-        elif distributed.is_main_process() or not isinstance(error, NonFiniteError):
+        elif distributed.is_main_process() or not isinstance(error, (NonFiniteError, NondeterminismError)):
             logger.error("%s", failures.in_one_line(error))
         if run.folder is not None:
             with contextlib.suppress(SaveError):  # of the checkpoint under way, after the error that ends the run

@@ -1,0 +1,73 @@
+"""`--deterministic`: the same bits in every run on the same GPU, as far as PyTorch can.
+
+An operation of which PyTorch has no deterministic version ends the run, in one line that names it. PyTorch could also
+warn and go on (`warn_only=True`), but then fused attention, which has one, does not use it.
+"""
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+
+import torch
+
+from util.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS promises the same bits; the second is slower and smaller
+NO_VERSION = " does not have a deterministic implementation"  # after the name of a kernel, in PyTorch's errors
+
+
+class NondeterminismError(RuntimeError):
+    """An operation has no deterministic version. The message is one for the user."""
+
+
+def set_up_determinism(deterministic: bool, device: torch.device) -> None:
+    """Let PyTorch choose deterministic operations alone, or whichever are fast; before the first one on a GPU.
+
+    Raises:
+        UserError: cuBLAS was told to work in a way that is not deterministic.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    if not deterministic:
+        return
+    if device.type == "cpu":
+        logger.info("--deterministic: on a CPU the main scripts' runs are identical to the bit without it, too")
+        return
+    # Read when cuBLAS is first used, in this process: its streams get workspaces of their own.
+    if os.environ.setdefault(WORKSPACE, WORKSPACES[0]) not in WORKSPACES:
+        raise UserError(
+            f"--deterministic needs {WORKSPACE} to be {' or '.join(WORKSPACES)}, got {os.environ[WORKSPACE]!r}: unset "
+            "it, and it is set here"
+        )
+    logger.info(
+        "--deterministic: the same bits on the same model and number of GPUs with the same versions, and slower; "
+        "nothing is compiled"
+    )
+
+
+@contextlib.contextmanager
+def explain_nondeterminism() -> Iterator[None]:
+    """PyTorch's refusal of an operation becomes a NondeterminismError that names it. Other errors pass through."""
+    try:
+        yield
+    except RuntimeError as error:
+        before, refused, _ = str(error).partition(NO_VERSION)
+        if not refused:
+            raise
+        kernel = before.split()[-1]
+        raise NondeterminismError(
+            f"--deterministic: PyTorch {torch.__version__} has no deterministic version of {name_operation(kernel)} on "
+            f"this device ({kernel}): leave the flag out"
+        ) from error
+
+
+def name_operation(kernel: str) -> str:
+    """What PyTorch's kernel computes: 'adaptive_avg_pool2d_backward_cuda' -> "adaptive_avg_pool2d's gradient"."""
+    name = re.sub(r"(_nhwc|_out|_cuda|_kernel|_impl|_template|_frame|_forward)+$", "", kernel)
+    operation = name.removesuffix("_backward")
+    return f"{operation}'s gradient" if operation != name else operation
