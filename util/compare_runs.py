@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from util.errors import UserError, unreadable_is_user_error
 from util.run.config import TrainingConfig
@@ -142,7 +143,7 @@ class Comparison:
 
     def at_position(self, position: int) -> str:
         a, b = self.values[position]
-        return f"{self.what} {a!s} | {b!s} (relative difference {self.differences[position]:.1e})"
+        return f"{self.what} {a:.9g} | {b:.9g} (relative difference {self.differences[position]:.1e})"
 
 
 def compare(what: str, a: Mapping[int, Any], b: Mapping[int, Any]) -> Comparison:
@@ -181,14 +182,16 @@ def compare_epochs(a: RunHistory, b: RunHistory) -> list[Comparison]:
 
 
 def where_they_part(comparisons: list[Comparison], unit: str, tolerance: float) -> Iterator[str]:
-    """Lines: the first step or epoch with a difference above `tolerance`, and the largest of each quantity."""
+    """A line for each quantity that differs by more than `tolerance` at the first step or epoch where one does."""
     firsts = [(comparison, comparison.first_above(tolerance)) for comparison in comparisons]
-    starts = [comparison.at[first] for comparison, first in firsts if first is not None]
-    if not starts:
-        return
+    start = min((comparison.at[first] for comparison, first in firsts if first is not None), default=None)
     for comparison, first in firsts:
-        if first is not None and comparison.at[first] == min(starts):
-            yield f"first different {unit}: {min(starts)}, {comparison.at_position(first)}"
+        if first is not None and comparison.at[first] == start:
+            yield f"first different {unit}: {start}, {comparison.at_position(first)}"
+
+
+def largest_differences(comparisons: list[Comparison], unit: str) -> Iterator[str]:
+    """A line for each quantity that differs at all."""
     for comparison in comparisons:
         if comparison.differences.any():
             largest = int(comparison.differences.argmax())
@@ -212,6 +215,7 @@ def draw(a: RunHistory, b: RunHistory, comparisons: list[Comparison], path: str)
                 markersize=3,
             )  # fmt: skip
     below.set(xlabel="optimizer step", ylabel="relative difference")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
     if below.lines:
         below.set_yscale("log")
         below.legend(frameon=False)
@@ -238,7 +242,7 @@ def say_how_they_differ(a: RunHistory, b: RunHistory, tolerance: float, out: str
         logger.info("%s", line)
     steps, epochs = compare_steps(a, b), compare_epochs(a, b)
     parts = [*where_they_part(steps, "step", tolerance), *where_they_part(epochs, "epoch", tolerance)]
-    for line in parts:
+    for line in (*parts, *largest_differences(steps, "step"), *largest_differences(epochs, "epoch")):
         logger.info("%s", line)
     if out:
         draw(a, b, steps, out)
