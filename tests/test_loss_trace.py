@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from loss_trace import HOW_TO_STORE, STORED, TOLERANCES, as_text, complaint, differences, record
 
 import util.data.transforms
-from util.layers import attention
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,8 @@ def test_the_losses_are_those_that_are_stored(stored, tmp_path):
 
 
 def other_initialisation(rank: int) -> None:
-    initialise = attention.trunc_normal_
-    attention.trunc_normal_ = lambda tensor, std: initialise(tensor, std=1.01 * std)
+    initialise = torch.nn.init.xavier_uniform_
+    torch.nn.init.xavier_uniform_ = lambda tensor: initialise(tensor, gain=1.01)
 
 
 def other_crops(rank: int) -> None:
