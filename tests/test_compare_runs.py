@@ -103,7 +103,7 @@ def test_data_versions_and_earlier_starts_are_compared(runs, capfd, tmp_path):
         config["data"]["train"] |= {"images": 23, "names": "?"}
         config["environment"]["versions"] = config["environment"]["versions"].replace("torch 2", "torch 1", 1)
         config["environment"]["commit"] = "0123"
-        config["config"]["seed"], config["config"]["accum_iter"], config["config"]["more"] = 7, 2, 1
+        config["config"] |= {"seed": 7, "accum_iter": 2, "more": 1, "start_epoch": 1}
         config["earlier"] = [{"until_step": 5, "environment": {"commit": "abc", "command": "..."}}]
 
     _, said = compare(capfd, runs / "whole", changed(runs / "whole", tmp_path / "whole", change))
@@ -113,6 +113,7 @@ def test_data_versions_and_earlier_starts_are_compared(runs, capfd, tmp_path):
     assert "versions: torch 2" in said and "| torch 1" in said and "torchvision" not in said
     assert "| 0123\n" in said and f"settings of {tmp_path / 'whole'} alone: more" in said
     assert f"{tmp_path / 'whole'} had other values until step 5: " + '{"commit": "abc"}' in said
+    assert "setting start_epoch: 0 | 1 (what the run started from)" in said
     assert said.index("setting seed: 0 | 7\n") < said.index("setting accum_iter: 1 | 2 (steps are made of other images")
 
 

@@ -37,7 +37,7 @@ PER_STEP = {"lr": "learning rate", "loss": "loss", "grad_norm": "gradient norm"}
 FINGERPRINT = {
     "images": "their number", "names": "their names or order", "labels": "their labels", "sizes": "sizes of files"
 }  # fmt: skip
-START = "the weights that it started from"  # what --finetune means here; for a resumed run it means nothing
+STARTS = ("finetune", "reset_head", "nb_classes", "start_epoch")  # which matter here; to a resumed run they do not
 COLOURS = ("#2f7fe8", "#f0821e")
 
 
@@ -71,7 +71,8 @@ def different_settings(a: RunHistory, b: RunHistory) -> Iterator[str]:
         free = {field.name for field in fields(TrainingConfig) if field.metadata["on_resume"] is FREE}
     else:
         free = {*(a.free or ()), *(b.free or ())}
-    other_bits = a.other_bits | b.other_bits | {"finetune": START}
+    free = free.difference(STARTS)
+    other_bits = a.other_bits | b.other_bits | dict.fromkeys(STARTS, "what the run started from")
     names = [name for name in a.config if name in b.config and a.config[name] != b.config[name]]
     for name in sorted(names, key=lambda name: name in other_bits):
         if name not in free:
