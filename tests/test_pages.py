@@ -66,6 +66,13 @@ def program_of(line: str) -> tuple[str, list[str]]:
     return "", []
 
 
+def test_tests_that_pages_name_exist():
+    named = {name for page in PAGES.values() for name in re.findall(r"`(tests/test_\w+\.py(?:::\w+)?)`", page)}
+    assert len(named) > 10
+    for path, _, name in (name.partition("::") for name in named):
+        assert f"def {name}(" in (ROOT / path).read_text() if name else (ROOT / path).is_file(), (path, name)
+
+
 def test_pages_are_found():
     assert {"README.md", "exp/README.md", "exp/slurm.md", "util/README.md", "tests/README.md"} <= PAGES.keys()
     assert len(COMMANDS) > 40

@@ -91,7 +91,8 @@ def reconstruction_figure(
     display = Display(imgs, mean, std, shown_channels(in_chans, channels))
     columns = [display(column) for column in (imgs, *reconstruct(model, imgs, mask))]
     mask = model.check_mask(mask).view(model.grid_size)
-    of_whom = "its partner's take" if model.fill == "partner" else f"{model.fill.replace('_', ' ')} takes"
+    partners = "its partner's take" if model.mix_images == 2 else "its partners' take"
+    of_whom = partners if model.fill == "partner" else f"{model.fill.replace('_', ' ')} takes"
     caption = (
         f"{int(mask.count_nonzero())} of the {mask.numel()} cells of every image are hidden: {of_whom} their place. "
     )
