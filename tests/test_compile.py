@@ -44,10 +44,11 @@ def train(model: MixMAE, imgs: torch.Tensor, steps: range, optimizer: torch.opti
 
 
 @pytest.mark.slow
-def test_pretraining():
+@pytest.mark.parametrize("variant", [{}, dict(mix_embed=True, partners="cycle", reconstruct="single")])
+def test_pretraining(variant):
     torch.manual_seed(0)
     imgs = torch.randn(4, 3, 64, 64)
-    plain, compiled = models = [MixMAE(**SMALL, **DECODER) for _ in range(2)]
+    plain, compiled = models = [MixMAE(**SMALL, **DECODER, **variant) for _ in range(2)]
     compiled.load_state_dict(plain.state_dict())
     compiled.compile_parts()
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3) for m in models]

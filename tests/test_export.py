@@ -345,6 +345,15 @@ def test_the_authors_format_of_weights_that_do_not_record_their_model(checkpoint
     assert any(name.endswith("relative_position_index") for name in read_checkpoint(out)["model"])
 
 
+def test_the_authors_format_of_a_variant_that_their_models_lack(tmp_path, capfd):
+    variant = models_mixmae.mixmae_quickstart(mix_embed=True, **SHAPE)
+    args = RECORDED | {"model": "mixmae_quickstart", "mix_embed": True}
+    write_checkpoint(tmp_path / "run.pth", {"model": variant.state_dict(), "args": args})
+    flags = ["--checkpoint", tmp_path / "run.pth", "--format", "authors", "--out", tmp_path / "theirs.pth"]
+    fails(export, capfd, "the authors' models have no layers.0.mix_embed.*--format safetensors", *flags)
+    assert not (tmp_path / "theirs.pth").exists()
+
+
 @pytest.mark.slow
 def test_an_exported_program_cannot_be_changed(onnx_file, images, tmp_path, capfd):
     flags = ["--checkpoint", onnx_file, "--device", "cpu", images / "val"]

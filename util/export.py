@@ -35,6 +35,7 @@ from util.data.datasets import NumberedImages
 from util.data.sources import open_images
 from util.data.transforms import Normalize, crop_ratio, eval_transform
 from util.errors import UserError, unreadable_is_user_error
+from util.layers.conversion import MIX_EMBEDS
 from util.run.config import CheckpointFlags, DecodingFlags, with_settings
 from util.run.failures import user_errors
 from util.run.flags import flag, get_parser, given_flags
@@ -167,6 +168,12 @@ def write_authors(export: Export, path: Path) -> None:
     """A checkpoint as the authors' scripts read it: with every tensor that their models register, and a loss scaler."""
     checkpoint = read_checkpoint(export.info.path)
     weights, _ = read_weights(export.info.path, ema=export.averaged)
+    unknown = [name for name in weights if name in (*MIX_EMBEDS, "fill_token")]
+    if unknown:
+        raise UserError(
+            f"the authors' models have no {unknown[0]}, which a variant of the method has: --format safetensors keeps "
+            "the encoder, whose features are the same"
+        )
     optimizer = checkpoint.get("optimizer")
     if optimizer is not None:
         ours = ("name", "fused")  # settings of groups that theirs does not have

@@ -4,7 +4,7 @@
 #     sh exp/trees/run.sh [--seed N] [output folder, default exp/trees/result]
 #
 # Data      122 tiles of five photographs, included in the repository (exp/trees/README.md)
-# Time      about 15 minutes on 2 idle CPU cores (estimated); the first run also installs the requirements into .venv
+# Time      about 15 minutes on 2 idle CPU cores; the first run also installs the requirements into .venv
 # Seeds     0, 1 and 2 one after another; with --seed that one alone
 # Resuming  with the same output folder, a run that was stopped continues
 seeds='0 1 2' extras=pycocotools
