@@ -49,6 +49,14 @@ def test_equal_seeds_make_equal_scenes():
         assert np.array_equal(first[i], again[i]) and not np.array_equal(first[i], other[i])
 
 
+def test_a_class_of_few_garments_is_as_frequent_as_one_of_many():
+    images = np.full((10, 28, 28), 200, dtype=np.uint8)
+    garments = scenes.Garments(images, images > 99, np.array([1] * 9 + [2]))
+    label_maps = [np.asarray(scenes.make_scene(garments, np.random.default_rng(seed))[1]) for seed in range(200)]
+    pixels = np.bincount(np.stack(label_maps).ravel(), minlength=3)
+    assert len(pixels) == 3 and 0.4 < pixels[2] / pixels[1:].sum() < 0.6
+
+
 # --- Measures and windows -----------------------------------------------------------------------------------
 
 

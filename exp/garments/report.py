@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from util.data.label_maps import read_class_names, read_label_map
+from util.data.label_maps import IGNORED, read_class_names, read_label_map
 from util.dense.label_pictures import segmentation_table
 
 SHOWN = 6  # scenes, the first ones for validation
@@ -22,7 +22,7 @@ def miou_of(run: Path) -> float:
 
 
 def draw(run: Path, scenes: Path) -> Image.Image:
-    """Scenes with their label maps, and those that both models of a seed gave."""
+    """Scenes with their label maps, and those that both models of a seed gave; the canvas stays grey."""
     folders = {
         "label map": scenes / "masks/val",
         "pretrained": run / "pretrained/predictions/labels",
@@ -31,17 +31,18 @@ def draw(run: Path, scenes: Path) -> Image.Image:
     rows = []
     for path in sorted((scenes / "images/val").iterdir())[:SHOWN]:
         maps = [read_label_map(str(folder / path.name)) for folder in folders.values()]
-        rows.append((np.asarray(Image.open(path)), maps))
+        rows.append((np.asarray(Image.open(path)), [np.where(classes == 0, IGNORED, classes) for classes in maps]))
     return segmentation_table(rows, ["scene", *folders], read_class_names(str(scenes)))
 
 
 def main(flags: argparse.Namespace) -> None:
     print("seed   pretrained   from scratch")
-    wins = 0
-    for seed in flags.seeds:
-        pretrained, scratch = (miou_of(flags.runs / f"seed{seed}" / name) for name in ("pretrained", "scratch"))
-        wins += pretrained > scratch
-        print(f"{seed:4}   {pretrained:9.1f}%   {scratch:11.1f}%")
+    miou = np.array(
+        [[miou_of(flags.runs / f"seed{seed}" / name) for name in ("pretrained", "scratch")] for seed in flags.seeds]
+    )
+    for name, (pretrained, scratch) in zip([*flags.seeds, "mean"], [*miou, miou.mean(axis=0)]):
+        print(f"{name:>4}   {pretrained:9.1f}%   {scratch:11.1f}%")
+    wins = np.count_nonzero(miou[:, 0] > miou[:, 1])
     print(f"\nWith pretraining the mIoU is higher for {wins} of {len(flags.seeds)} seeds.")
     path = flags.runs / "garments.png"
     draw(flags.runs / f"seed{flags.seeds[0]}", flags.scenes).save(path)
