@@ -5,8 +5,8 @@
 # Data      scenes of Fashion-MNIST's garments (exp/garments/scenes.py): 4,000 to pretrain on, 1,000 of them with
 #           label maps to learn from, 200 others to measure on
 # Seeds     one pretraining, then training with seeds 0, 1 and 2; with --seed that one alone
-# Time      about 16 minutes for one seed on 2 CPU cores shared with six other programs (not measured on idle ones); the
-#           first run also installs the requirements into .venv
+# Time      27 minutes for three seeds on 2 CPU cores shared with other programs, 23 minutes of processor time (not
+#           measured on idle ones); the first run also installs the requirements into .venv
 # Resuming  with the same output folder, a run that was stopped continues
 seeds='0 1 2'
 here=$(cd -- "$(dirname -- "$0")" && pwd)
