@@ -59,6 +59,8 @@ logger = logging.getLogger(__name__)
 
 PICTURE_IMAGES = 6
 
+variant = partial(flag, default_before=True)  # older runs, and the authors', were of the method as it was released
+
 
 @dataclass(frozen=True)
 class VariantFlags(Config):
@@ -67,25 +69,25 @@ class VariantFlags(Config):
         "For ablations (exp/ablations); the defaults are the paper's method, as it was released."
     )
 
-    decoder_dim: int | None = flag(None, "width of the decoder (default: the model's)", "CHANNELS", AT_LEAST_1)
-    decoder_depth: int | None = flag(None, "blocks of the decoder (default: the model's)", "N", AT_LEAST_1)
-    decoder_num_heads: int | None = flag(None, "heads of the decoder (default: the model's)", "N", AT_LEAST_1)
-    mix_embed: bool = flag(False, "add a learned vector to tokens at each stage, one for each image of a mixture")
-    masked_attn: bool = flag(
+    decoder_dim: int | None = variant(None, "width of the decoder (default: the model's)", "CHANNELS", AT_LEAST_1)
+    decoder_depth: int | None = variant(None, "blocks of the decoder (default: the model's)", "N", AT_LEAST_1)
+    decoder_num_heads: int | None = variant(None, "heads of the decoder (default: the model's)", "N", AT_LEAST_1)
+    mix_embed: bool = variant(False, "add a learned vector to tokens at each stage, one for each image of a mixture")
+    masked_attn: bool = variant(
         True,
         "tokens attend to those of their image alone; else to all of their window",
         aliases=("--no_masked_attn",),
     )
-    mix_images: int = flag(
+    mix_images: int = variant(
         2, "images in a mixture; of 3, --mask_ratio 0.67 shows as much of each", "K",
         (lambda value: value >= 2, "must be at least 2"),
     )  # fmt: skip
-    partners: str = flag(
+    partners: str = variant(
         "pairs", "images are mixed in pairs (tuples), or each with those that come after it", choices=("pairs", "cycle")
     )
-    mask_per_pair: bool = flag(False, "a mask for each pair instead of one for the whole batch: slow")
-    reconstruct: str = flag("dual", "both (all) images of a mixture, or the first alone", choices=("dual", "single"))
-    fill: str = flag(
+    mask_per_pair: bool = variant(False, "a mask for each pair instead of one for the whole batch: slow")
+    reconstruct: str = variant("dual", "both (all) images of a mixture, or the first alone", choices=("dual", "single"))
+    fill: str = variant(
         "partner",
         "what takes the place of hidden cells: the partner's, or as in SimMIM a learned token, zeros or noise",
         choices=("partner", "mask_token", "zero", "noise"),
@@ -124,8 +126,8 @@ class PretrainConfig(VariantFlags, ImageTrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mask_per_pair and self.partners != "pairs":
-            raise UserError("--mask_per_pair needs --partners pairs: in a cycle every image is mixed with others")
+        if self.mask_per_pair and (self.partners != "pairs" or self.fill != "partner"):
+            raise UserError("--mask_per_pair needs pairs: leave out --partners cycle and --fill")
         if self.batch_size is not None and self.batch_size % self.mix_images:
             raise UserError(
                 f"--batch_size must be even, since images are mixed in pairs; got {self.batch_size}"

@@ -67,7 +67,12 @@ class MixMAE(SwinTransformer):
         super().__init__(**{"num_classes": 0, **encoder})
         if decoder_depth < 1:
             raise ValueError(f"the decoder needs at least one block, got decoder_depth={decoder_depth}")
-        check_mixing(mix_embed, masked_attn, mix_images, partners, fill)
+        if decoder_dim % 4 or decoder_dim % decoder_num_heads:
+            raise UserError(
+                f"decoder_dim must be a multiple of 4 (for its position embedding) and of decoder_num_heads, got "
+                f"decoder_dim={decoder_dim}, decoder_num_heads={decoder_num_heads}"
+            )
+        check_mixing(mix_embed, masked_attn, mix_images, partners, reconstruct, fill)
         self.norm_pix_loss = norm_pix_loss
         self.range_mask_ratio = range_mask_ratio
         self.group_sizes_vary = range_mask_ratio > 0
@@ -144,8 +149,9 @@ class MixMAE(SwinTransformer):
         Args:
             imgs: (B, C, H, W) normalised images, B even: image i is mixed with image B-1-i.
             mask_ratio: share of the cells that is replaced by the partner's.
-            mask: optional (L,) 0/1 over the cells in row-major order, best on the CPU; drawn when None. Or (B, L), the
-                same for images that are mixed, at the cost of one pass through the encoder for each pair.
+            mask: optional (L,) 0/1 (of K images, 0 to K-1) over the cells in row-major order, best on the CPU; drawn
+                when None. Or (B, L), the same for images that are mixed, at the cost of one pass through the encoder
+                for each pair.
 
         Returns:
             loss: scalar.
@@ -154,7 +160,8 @@ class MixMAE(SwinTransformer):
             mask: the mask used, on the CPU.
 
         Raises:
-            UserError: for an odd batch, and for a mask or ratio that hides no or all cells.
+            UserError: for an odd batch (one that is no multiple of K), and for a mask or ratio that hides no or all
+                cells.
             ValueError: for a mask of another form.
         """
         mask = self.random_masking(mask_ratio) if mask is None else self.check_mask(mask)
@@ -197,7 +204,7 @@ class MixMAE(SwinTransformer):
 
     def check_mask(self, mask: Tensor) -> Tensor:
         """The mask on the CPU; raises as `forward` does."""
-        mask = mask.detach().cpu()
+        mask = mask.detach().cpu().float()
         legal = torch.arange(self.mix_images, device="cpu")
         if mask.shape[-1:] != (self.num_cells,) or mask.ndim > 2 or not bool(torch.isin(mask, legal).all()):
             raise ValueError(
@@ -206,6 +213,11 @@ class MixMAE(SwinTransformer):
                 f"got shape {tuple(mask.shape)} with values from {mask.min():g} to {mask.max():g}"
             )
         if mask.ndim == 2:
+            if len(mask) % self.mix_images or self.partner is not PARTNERS["pairs"]:
+                raise ValueError(
+                    f"a mask for each image needs tuples of {self.mix_images} images that are mixed with each other "
+                    f"alone (partners='pairs'), got masks of {len(mask)} images"
+                )
             for rows in images_of_tuples(len(mask), self.mix_images):
                 if not (mask[rows] == mask[rows[0]]).all():
                     raise ValueError(f"images that are mixed must have one mask, those of images {rows} differ")
@@ -234,8 +246,10 @@ class MixMAE(SwinTransformer):
         """Mix the images (B, C, H, W) and encode the mixtures: latent (B, L, num_features).
 
         Row i holds image i where the mask is 0 and image B-1-i where it is 1; tokens of the two never attend to each
-        other (masked self-attention, section 3.2).
+        other (masked self-attention, section 3.2), unless the model is built without it.
         """
+        if mask.ndim == 2 and len(mask) != len(imgs):
+            raise ValueError(f"masks of {len(mask)} images, but there are {len(imgs)}: give one mask, or one for each")
         if len(imgs) % self.mix_images:
             raise UserError(
                 f"MixMAE mixes image i with image B-1-i: the batch size must be even, got B={len(imgs)} "
@@ -247,7 +261,7 @@ class MixMAE(SwinTransformer):
             raise UserError(f"pretraining takes images of {self.img_size[0]}x{self.img_size[1]}: call set_input_size")
         tokens = upsample(mask.unflatten(-1, self.grid_size), 2 ** (NUM_STAGES - 1))
         x = self.run_part(MixMAE.embed_mixture, imgs, to_device(tokens[..., None], imgs.device))
-        return self.norm(self.encode(x, mask)).flatten(1, 2)
+        return self.norm(self.encode_by_mask(x, mask)).flatten(1, 2)
 
     def embed_mixture(self, imgs: Tensor, mask: Tensor) -> Tensor:
         """x * (1 - m) + x.flip(0) * m for the tokens x of the images; `mask` (rows, columns, 1) is m.
@@ -261,7 +275,7 @@ class MixMAE(SwinTransformer):
             mixture = torch.where(mask == k, self.partner(x, k, self.mix_images), mixture)
         return mixture
 
-    def encode(self, x: Tensor, mask: Tensor) -> Tensor:
+    def encode_by_mask(self, x: Tensor, mask: Tensor) -> Tensor:
         """Mixed tokens -> the last stage's (B, rows, columns, num_features), each image's groups being its mask's."""
         if mask.ndim == 1:
             return self.forward_stages(x, group=mask)[-1]
@@ -310,7 +324,7 @@ class MixMAE(SwinTransformer):
             return x
         K = self.num_branches
         branches = [self.partner(branch, -k, K) for k, branch in enumerate(x.chunk(K))]  # row i: image i
-        kept = []
+        kept = []  # of two branches, where(mask == 0, branches[1], branches[0])
         for step in range(1, K):
             rows = branches[0]
             for k in range(1, K):
@@ -325,10 +339,11 @@ class MixMAE(SwinTransformer):
 
         A single branch predicts visible cells too: with its `mask` they do not count.
         """
-        counts = [to_device(mask[..., None] != 0, imgs.device)] if self.num_branches == 1 else []
-        return self.run_part(MixMAE.loss_of, imgs, pred, *counts)
+        alone = self.num_branches == 1 and mask is not None
+        counts = [to_device(mask[..., None] != 0, imgs.device)] if alone else []
+        return self.run_part(MixMAE.mean_error, imgs, pred, *counts)
 
-    def loss_of(self, imgs: Tensor, pred: Tensor, counts: Tensor | None = None) -> Tensor:
+    def mean_error(self, imgs: Tensor, pred: Tensor, counts: Tensor | None = None) -> Tensor:
         """`forward_loss` on the device alone: `counts` (L, 1) or (B, L, 1) says which cells do."""
         target = self.patchify(imgs)
         if self.norm_pix_loss:
@@ -361,14 +376,21 @@ class MixMAE(SwinTransformer):
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
-def check_mixing(mix_embed: bool, masked_attn: bool, mix_images: int, partners: str, fill: str) -> None:
-    """Raise a UserError for settings of `MixMAE` that exclude each other."""
+def check_mixing(
+    mix_embed: bool, masked_attn: bool, mix_images: int, partners: str, reconstruct: str, fill: str
+) -> None:
+    """Raise a UserError for settings of `MixMAE` that do not exist or exclude each other."""
+    choices = dict(partners=(*PARTNERS,), reconstruct=("dual", "single"), fill=("partner", *FILLINGS))
+    for name, given in dict(partners=partners, reconstruct=reconstruct, fill=fill).items():
+        if given not in choices[name]:
+            raise UserError(f"{name} must be one of {', '.join(choices[name])}, got {given!r}")
     if mix_images < 2:
         raise UserError(f"a mixture has at least 2 images, got mix_images={mix_images}")
-    if fill != "partner" and (masked_attn or mix_embed or mix_images != 2 or partners != "pairs"):
+    others = mix_embed or mix_images != 2 or partners != "pairs" or reconstruct != "dual"
+    if fill != "partner" and (masked_attn or others):
         raise UserError(
             f"with fill={fill} there is one image in a row, and nothing of it would be seen where it is hidden: give "
-            "--no_masked_attn with it, and none of --mix_embed, --mix_images and --partners"
+            "--no_masked_attn with it, and none of --mix_embed, --mix_images, --partners and --reconstruct"
         )
 
 

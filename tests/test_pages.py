@@ -66,6 +66,13 @@ def program_of(line: str) -> tuple[str, list[str]]:
     return "", []
 
 
+def test_pages_are_complete():
+    """No word in capitals that stands for something to be written."""
+    for name, page in PAGES.items():
+        text = re.sub(r"`[^`]*`", "", FENCED.sub("", page))
+        assert not re.findall(r"\b(?:TODO|RESULTS?|XXX|FIXME|[A-Z]+_[A-Z]+)\b", text), name
+
+
 def test_tests_that_pages_name_exist():
     named = {name for page in PAGES.values() for name in re.findall(r"`(tests/test_\w+\.py(?:::\w+)?)`", page)}
     assert len(named) > 10

@@ -4,6 +4,7 @@ import pytest
 
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.errors import UserError
+from util.layers.mixing import images_of_tuples
 
 
 def batches(**kwargs) -> list[list[int]]:
@@ -26,6 +27,20 @@ def test_pairs_of_a_step_do_not_depend_on_ranks_and_accumulation(world_size, acc
     for step, batch in enumerate(whole):
         pieces = [rank[step * accum_iter + micro] for rank in ranks for micro in range(accum_iter)]
         assert set().union(*map(pairs, pieces)) == pairs(batch)
+
+
+@pytest.mark.parametrize("K", [3, 4])
+@pytest.mark.parametrize("world_size, accum_iter", [(2, 1), (1, 2), (2, 2)])
+def test_tuples_of_a_step_do_not_depend_on_ranks_and_accumulation(K, world_size, accum_iter):
+    def tuples(batch: list[int]) -> set[frozenset]:
+        return {frozenset(batch[row] for row in rows) for rows in images_of_tuples(len(batch), K)}
+
+    [whole, *_] = batches(num_samples=100, batch_size=8 * K, seed=3, mix_images=K)
+    size = 8 * K // world_size // accum_iter
+    common = dict(num_samples=100, batch_size=size, accum_iter=accum_iter, world_size=world_size, seed=3, mix_images=K)
+    ranks = [batches(rank=rank, **common)[:accum_iter] for rank in range(world_size)]
+    assert set().union(*(tuples(piece) for rank in ranks for piece in rank)) == tuples(whole)
+    assert len(tuples(whole)) == 8
 
 
 def test_odd_pieces_are_complete():

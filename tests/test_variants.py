@@ -5,17 +5,25 @@ import itertools
 import pytest
 import timm
 import torch
+from running import fails, make_images, run
 from textbook import Config, TextbookMixMAE
+from trials import TINY, steps_of
 
-import models_mixmae  # noqa: F401 - registers mixmae_quickstart
+import main_pretrain
+import models_mixmae
 from models_mixmae import MixMAE
 from models_swin import SwinTransformer
+from util import visualize
 from util.errors import UserError
 from util.layers import mixing
 from util.layers.mixing import PARTNERS, images_of_tuples
-from util.run.pictures import reconstruct
+from util.run.config import compare_recipes
+from util.run.flags import given_flags
+from util.run.optim import autocast
+from util.run.pictures import load_model, reconstruct
 from util.seeding import keyed_generator
 from util.visualize import reconstruction_figure
+from util.weights.file import write_checkpoint
 from util.weights.layouts import load_encoder, load_pretraining
 
 ENCODER = dict(
@@ -55,13 +63,15 @@ def pixels_of_cell(imgs: torch.Tensor, image: int, cell: int) -> torch.Tensor:
 # --- Mix embeddings ---
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("masked_attn", [True, False])
-def test_mix_embeddings_of_zero_change_nothing_to_the_bit(masked_attn):
+def test_mix_embeddings_of_zero_change_nothing_to_the_bit(masked_attn, precision):
     plain, embedded = build(masked_attn=masked_attn), build(masked_attn=masked_attn, mix_embed=True)
     embedded.load_state_dict(plain.state_dict(), strict=False)
     imgs, mask = images(4), plain.random_masking(0.5, keyed_generator(1))
     assert all(not stage.mix_embed.any() for stage in embedded.layers)
-    expected, found = loss_and_gradients(plain, imgs, mask), loss_and_gradients(embedded, imgs, mask)
+    with autocast(precision, torch.device("cpu")):
+        expected, found = loss_and_gradients(plain, imgs, mask), loss_and_gradients(embedded, imgs, mask)
     own = {id(stage.mix_embed.grad) for stage in embedded.layers}
     assert equal(expected, [tensor for tensor in found if id(tensor) not in own])
     for stage in embedded.layers:
@@ -125,6 +135,11 @@ def test_pretraining_goes_on_with_and_without_mix_embeddings():
         stage.mix_embed.data[1] = stage.mix_embed.data[0]  # all tokens as the first image's
     torch.testing.assert_close(embedded.forward_features(imgs, group=mask), latent, rtol=1e-4, atol=1e-4)
 
+    three = with_random_embeddings(mix_images=3)
+    fresh = build(mix_embed=True)
+    load_pretraining(fresh, three.state_dict(), "with three")
+    torch.testing.assert_close(fresh.forward_features(imgs), three.forward_features(imgs), rtol=1e-4, atol=1e-4)
+
     fresh = build(mix_embed=True)
     report = load_pretraining(fresh, plain.state_dict(), "without them")
     assert "at their initial values: layers.0.mix_embed" in str(report)
@@ -182,17 +197,38 @@ def test_a_mixture_has_K_different_images_and_minus_k_undoes_k(K, partners):
 
 
 @pytest.mark.parametrize("mask_ratio", [0.5, 0.75])
-def test_two_images_by_the_general_way_are_todays_to_the_bit(mask_ratio, monkeypatch):
-    model, general = build(), build()
+def test_two_images_by_the_general_way_are_the_plain_formulas_to_the_bit(mask_ratio, monkeypatch):
+    """Loss, predictions and gradients, against the method as it is written down for two images."""
+    model, plain = build(), build()
     imgs, mask = images(6), model.random_masking(mask_ratio, keyed_generator(1))
-    monkeypatch.setattr(general, "partner", lambda x, k, K: by_blocks(x, k))
-    assert equal(loss_and_gradients(model, imgs, mask), loss_and_gradients(general, imgs, mask))
+
+    def embed_mixture(imgs, mask):
+        x = plain.embed(imgs)
+        return torch.where(mask.bool(), x.flip(0), x)
+
+    def unmix(x, mask):
+        return torch.cat([torch.where(mask.bool(), plain.mask_token, x), torch.where(mask.bool(), x, plain.mask_token)])
+
+    def keep_hidden(x, mask):
+        first, second = x.chunk(2)
+        return torch.where(mask.bool(), first, second.flip(0))
+
+    monkeypatch.setattr(MixMAE, "run_part", lambda self, part, *args: getattr(self, part.__name__)(*args))
+    for function in (embed_mixture, unmix, keep_hidden):
+        monkeypatch.setattr(plain, function.__name__, function)
+    assert equal(loss_and_gradients(model, imgs, mask), loss_and_gradients(plain, imgs, mask))
 
 
 def by_blocks(x: torch.Tensor, k: int) -> torch.Tensor:
     """`partner_in_tuple` for two images, without the shorter way that it has for them."""
     blocks = mixing._every_second_reversed(x, 2).roll(-k, 0).flatten(0, 1)
     return mixing._every_second_reversed(blocks, 2).flatten(0, 1)
+
+
+def test_the_general_rule_of_partners_gives_the_pairs_of_two_images():
+    batch = torch.arange(10)
+    for k in (-1, 0, 1):
+        assert torch.equal(by_blocks(batch, k), PARTNERS["pairs"](batch, k, 2))
 
 
 @pytest.mark.parametrize("partners", PARTNERS)
@@ -258,6 +294,12 @@ def test_masks_of_pairs_are_as_if_each_pair_were_a_batch(K, embedded):
     bad[0] = mask[1]
     with pytest.raises(ValueError, match="images that are mixed must have one mask"):
         model(imgs, mask=bad)
+    with pytest.raises(ValueError, match=f"masks of {2 * K} images, but there are {3 * K}"):
+        model(imgs, mask=mask[: 2 * K] * 0 + mask[0])
+    with pytest.raises(ValueError, match="tuples of"):
+        build(mix_images=K, partners="cycle")(imgs, mask=mask)
+    with pytest.raises(ValueError, match="tuples of"):
+        model(imgs[:-1], mask=mask[:-1])
 
 
 # --- One image reconstructed ---
@@ -327,7 +369,13 @@ def test_fillings_are_what_their_names_say():
         (dict(fill="zero"), "fill=zero .* give --no_masked_attn"),
         (dict(fill="zero", masked_attn=False, mix_embed=True), "none of --mix_embed"),
         (dict(fill="noise", masked_attn=False, mix_images=3), "none of --mix_embed, --mix_images"),
+        (dict(fill="noise", masked_attn=False, reconstruct="single"), "none of .* --reconstruct"),
         (dict(mix_images=1), "at least 2 images, got mix_images=1"),
+        (dict(reconstruct="both"), "reconstruct must be one of dual, single, got 'both'"),
+        (dict(fill="black"), "fill must be one of partner, mask_token, zero, noise, got 'black'"),
+        (dict(partners="all"), "partners must be one of pairs, cycle"),
+        (dict(decoder_dim=30), "multiple of 4 .* decoder_dim=30"),
+        (dict(decoder_num_heads=3), "of decoder_num_heads, got decoder_dim=16, decoder_num_heads=3"),
     ],
 )
 def test_settings_that_exclude_each_other_are_errors(arguments, message):
@@ -377,3 +425,72 @@ def test_pictures_without_partners_hide_cells_and_predict_them_alone():
             if "fill" in arguments:
                 assert pixels_of_cell(mixed, 0, cell).any() == (k == 0)
         reconstruction_figure(model, imgs, mask, (0.5,) * 3, (0.25,) * 3)
+
+
+# --- The program ---
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mix_images", "3", "--mask_ratio", "0.67", "--mix_embed"],
+        ["--mask_per_pair", "--mix_embed", "--no_masked_attn"],
+        ["--fill", "mask_token", "--no_masked_attn", "--decoder_dim", "32"],
+    ],
+)
+def test_a_run_of_a_variant_trains_resumes_and_is_drawn(flags, tmp_path, capfd):
+    make_images(tmp_path / "images", 12)
+    common = [*TINY, "--batch_size", "6", "--data_path", tmp_path / "images", *flags]
+    run(main_pretrain, *common, "--vis_every", "1", "--epochs", "3", "--output_dir", tmp_path / "whole")
+    run(
+        main_pretrain,
+        *common,
+        "--epochs",
+        "3",
+        "--output_dir",
+        tmp_path / "run",
+        "--save_steps",
+        "2",
+        "--keep_checkpoints",
+        "9",
+    )
+    checkpoint = sorted((tmp_path / "run").glob("checkpoint-0*.pth"))[0]
+    capfd.readouterr()
+    run(main_pretrain, *common, "--epochs", "3", "--output_dir", tmp_path / "again", "--resume", checkpoint)
+    whole, again = ([step["loss"] for step in steps_of(tmp_path / name)] for name in ("whole", "again"))
+    assert len(whole) == 6 and again[-4:] == whole[-4:]
+    out = tmp_path / "picture.png"
+    run(visualize, "--checkpoint", tmp_path / "whole/checkpoint.pth", "--images", tmp_path / "images", "--out", out)
+    assert out.exists() and (tmp_path / "whole/reconstructions/epoch0003.png").exists()
+
+
+def test_a_run_of_an_older_version_is_not_resumed_as_a_variant():
+    """What it does not record was the released method."""
+    now = {"lr": 1e-3, "mix_images": 2, "partners": "cycle", "mix_embed": False}
+    errors, warnings = compare_recipes({"lr": 1e-3}, now, main_pretrain.PretrainConfig)
+    assert errors == ["partners: pairs -> cycle"] and not warnings
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--mix_images", "3", "--batch_size", "32"], "--batch_size must be a multiple of --mix_images 3; got 32"),
+        (["--mask_per_pair", "--partners", "cycle"], "--mask_per_pair needs pairs"),
+        (["--fill", "zero"], "give --no_masked_attn"),
+        (["--decoder_num_heads", "5"], "of decoder_num_heads, got decoder_dim=64"),
+    ],
+)
+def test_flags_that_exclude_each_other_are_one_line(flags, message, tmp_path, capfd):
+    make_images(tmp_path / "images", 8)
+    common = [*TINY, "--data_path", tmp_path / "images", "--epochs", "1", "--output_dir", tmp_path / "run"]
+    fails(main_pretrain, capfd, message, *common, *flags)
+
+
+def test_a_picture_hides_what_its_flag_says(tmp_path):
+    """Whatever the run added to it at random."""
+    model = models_mixmae.mixmae_quickstart(in_chans=1)
+    args = {"model": "mixmae_quickstart", "in_chans": 1, "mean": (0.2,), "std": (0.3,), "range_mask_ratio": 0.4}
+    write_checkpoint(tmp_path / "run.pth", {"model": model.state_dict(), "args": args})
+    flags = ["--checkpoint", str(tmp_path / "run.pth"), "--images", "unused", "--out", "picture.png"]
+    model, _, _ = load_model(given_flags(visualize.VisualizeConfig, visualize.get_args_parser().parse_args(flags)))
+    assert {int(model.random_masking(0.75, keyed_generator(seed)).sum()) for seed in range(20)} == {12}

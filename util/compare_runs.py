@@ -24,6 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from util.data.display import COLOURS
 from util.errors import UserError, unreadable_is_user_error
 from util.run.config import TrainingConfig
 from util.run.failures import user_errors
@@ -38,7 +39,6 @@ FINGERPRINT = {
     "images": "their number", "names": "their names or order", "labels": "their labels", "sizes": "sizes of files"
 }  # fmt: skip
 STARTS = ("finetune", "reset_head", "nb_classes", "start_epoch")  # which matter here; to a resumed run they do not
-COLOURS = ("#2f7fe8", "#f0821e")
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def draw(a: RunHistory, b: RunHistory, comparisons: list[Comparison], path: str)
     """Both losses, and below them the relative differences on a logarithmic axis, by optimizer step."""
     figure = Figure(figsize=(7, 6), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
-    for run, colour, style in zip((a, b), COLOURS, ("-", "--")):
+    for run, colour, style in zip((a, b), COLOURS.values(), ("-", "--")):
         line = [(step["step"], step.get("loss")) for step in run.steps]
         above.plot(*np.array(line, dtype=float).T, style, color=colour, label=run.name, linewidth=1.2)
     above.set_ylabel("loss")

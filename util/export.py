@@ -169,10 +169,10 @@ def write_authors(export: Export, path: Path) -> None:
     checkpoint = read_checkpoint(export.info.path)
     weights, _ = read_weights(export.info.path, ema=export.averaged)
     unknown = [name for name in weights if name in (*MIX_EMBEDS, "fill_token")]
-    if unknown:
+    if unknown or checkpoint.get("args", {}).get("fill", "partner") != "partner":
         raise UserError(
-            f"the authors' models have no {unknown[0]}, which a variant of the method has: --format safetensors keeps "
-            "the encoder, whose features are the same"
+            f"the authors' programs have no such variant of the method ({', '.join(unknown[:1]) or '--fill'}): "
+            "--format safetensors keeps the encoder, whose features are the same"
         )
     optimizer = checkpoint.get("optimizer")
     if optimizer is not None:

@@ -155,13 +155,13 @@ def draw_page(
         axes.plot((74, 74), [tops[0] + height / 2, tops[-1] + height / 2], color=HAIRLINE, linewidth=2)
         for place, index in enumerate(rows):
             own, middle = letters[place], tops[place] + height / 2
-            mixture = {letters[(place + k) % K]: shows[k] for k in range(K if mixed else 1)}
+            mixture = [(letters[(place + k) % K], shows[k]) for k in range(K if mixed else 1)]
             axes.plot(74, middle, "o", color=COLOURS[own], markersize=44, markeredgecolor="white", markeredgewidth=8)
             write(74, middle, own, size=TEXT, color="white", ha="center", va="center_baseline")
-            outlines = [{own: around}, mixture, {own: shows[0]}, {}]
+            outlines = [[(own, around)], mixture, [(own, shows[0])], []]
             for number, (images, named_lines) in enumerate(zip(columns, outlines)):
                 image = enlarge(images[index], (width, height))
-                for name, lines in named_lines.items():
+                for name, lines in named_lines:
                     image[lines] = ImageColor.getrgb(COLOURS[name])
                 left, top = LEFT + number * column_pitch, tops[place]
                 axes.imshow(image, extent=(left, left + width, top + height, top), aspect="auto", interpolation="none")

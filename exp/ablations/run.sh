@@ -4,8 +4,8 @@
 #
 # Data      the quickstart's 10,000 images; or DATA=/path/to/folder with train/ and val/, with what both programs need
 #           for it in FLAGS ('--in_chans 3 --input_size 64 --patch_size 2'; blanks divide)
-# Budget    fixed in advance, for every variant: 250 steps of 32 images without labels, then 80 steps of 50 images of at
-#           most 500 labels
+# Budget    fixed in advance, for every variant: one epoch without labels (of the quickstart's images 250 steps of 32,
+#           with 3 images in a mixture 242 of 33), then 8 epochs of at most 500 labels (80 steps of 50)
 # Seeds     0, 1 and 2 one after another; with --seed that one alone
 # Time      see exp/ablations/README.md; the first run also installs the requirements into .venv
 # Resuming  with the same output folder, a run that was stopped continues
@@ -20,16 +20,25 @@ if [ -z "${DATA:-}" ]; then
     DATA=exp/quickstart/data FLAGS='--in_chans 1 --mean 0.219 --std 0.332'
 fi
 data=$(cd -- "$DATA" && pwd)
-if [ ! -e "$output/labelled/val" ]; then
-    classes=$(find -L "$data/train" -mindepth 1 -maxdepth 1 -type d | wc -l)
-    for class in "$data"/train/*/; do
-        name=$(basename -- "$class")
-        mkdir -p "$output/labelled/train/$name"
-        find -L "$class" -type f | sort | head -n $((500 / classes)) |
-            while read -r file; do ln -sf "$file" "$output/labelled/train/$name/"; done
-    done
-    ln -s "$data/val" "$output/labelled/val"
+classes=$(find -L "$data/train" -mindepth 1 -maxdepth 1 -type d | wc -l)
+if [ "$classes" -lt 2 ] || [ "$classes" -gt 500 ]; then
+    echo "$0: 2 to 500 folders of classes are needed in $data/train, there are $classes" >&2
+    exit 2
 fi
+rm -rf "$output/labelled"
+for class in "$data"/train/*/; do
+    name=$(basename -- "$class")
+    mkdir -p "$output/labelled/train/$name"
+    find -L "$class" -maxdepth 1 -type f | LC_ALL=C sort | head -n $((500 / classes)) |
+        while read -r file; do ln -s "$file" "$output/labelled/train/$name/"; done
+done
+ln -s "$data/val" "$output/labelled/val"
+
+# Show the end of a variant's output, and stop.
+failed() {
+    tail "$1" >&2
+    exit 1
+}
 
 # variant NAME [flags]: one line of the table. Two processes share the lines, each takes every second one.
 variant() {
@@ -42,12 +51,13 @@ variant() {
     $python main_pretrain.py --data_path "$data" --output_dir "$folder/pretrain" --model mixmae_quickstart \
         --batch_size 32 --epochs 1 --warmup_epochs 0.2 --lr 2e-3 --knn_every 1 --probe_every 1 --vis_every 1 \
         --num_workers 0 --keep_checkpoints 1 --resume auto --seed "$seed" ${FLAGS:-} "$@" \
-        >>"$folder/output.txt" 2>&1
+        >>"$folder/output.txt" 2>&1 || failed "$folder/output.txt"
     # shellcheck disable=SC2086
     $python main_finetune.py --data_path "$output/labelled" --output_dir "$folder/finetune" \
         --finetune "$folder/pretrain/checkpoint.pth" --model swin_quickstart \
         --batch_size 50 --epochs 8 --warmup_epochs 1 --lr 2e-3 --layer_decay 1 --drop_path 0 --aa '' --reprob 0 \
-        --num_workers 0 --keep_checkpoints 1 --resume auto --seed "$seed" ${FLAGS:-} >>"$folder/output.txt" 2>&1
+        --num_workers 0 --keep_checkpoints 1 --resume auto --seed "$seed" ${FLAGS:-} \
+        >>"$folder/output.txt" 2>&1 || failed "$folder/output.txt"
     touch "$folder/done"
 }
 

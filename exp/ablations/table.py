@@ -14,8 +14,10 @@ from statistics import mean
 import numpy as np
 from matplotlib.figure import Figure
 
+from util.data.display import COLOURS, HAIRLINE, INK, LIGHT, MUTED
 from util.errors import UserError
 from util.run.failures import user_errors
+from util.run.history import read_history
 from util.run.logger import setup_logging
 
 MEASURES = {
@@ -53,7 +55,6 @@ GROUPS = {  # variants by their folders, and how they are called, in the order o
         "plain_pixels": "pixels not normalised",
     },
 }
-INK, MUTED, ACCENT = "#1d2129", "#667080", "#2f7fe8"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def read_rows(runs: Path, seeds: list[int]) -> dict[str, list[Row]]:
     for group, variants in GROUPS.items():
         groups[group] = []
         for folder, name in variants.items():
-            complete = [path for path in (runs / folder / f"seed{seed}" for seed in seeds) if (path / "done").exists()]
+            paths = (runs / folder / f"seed{seed}" for seed in seeds)
+            complete = [path for path in paths if (path / "done").exists()]
             logs = [last_line(path / "pretrain") | last_line(path / "finetune") for path in complete]
             if logs:
                 values = {measure: [log[measure] for log in logs] for measure in MEASURES}
@@ -91,12 +93,11 @@ def last_line(run: Path) -> dict[str, float]:
 
 def epoch_seconds(run: Path) -> float:
     """Seconds of pretraining's only epoch, measures and pictures not counted."""
-    speeds = [json.loads(line) for line in (run / "times.jsonl").read_text().splitlines()]
-    return sum(record["seconds"] for record in speeds if "steps" in record)
+    return read_history(run).time_spent.steps
 
 
 def table(groups: dict[str, list[Row]], seeds: list[int]) -> str:
-    """In Markdown: mean, and half the distance from the lowest to the highest seed."""
+    """In Markdown."""
     lines = ["| variant | " + " | ".join(MEASURES.values()) + " | seconds per epoch |", "|---|" + "---|" * 4]
     for group, rows in groups.items():
         for row in rows:
@@ -104,6 +105,11 @@ def table(groups: dict[str, list[Row]], seeds: list[int]) -> str:
             few = f" (of {len(row.seconds)} seeds)" if len(row.seconds) < len(seeds) else ""
             name = f"{group}: {row.name}" if group else row.name
             lines.append(f"| {name}{few} | {' | '.join(cells)} | {mean(row.seconds):.0f} |")
+    lines += [
+        "",
+        f"Top-1 accuracy in %: mean over the seeds {seeds}, and half the distance from the lowest to the highest.",
+    ]
+    lines.append("Seconds of pretraining's epoch, with another variant beside it on the same machine.")
     return "\n".join(lines) + "\n"
 
 
@@ -114,20 +120,20 @@ def plot(groups: dict[str, list[Row]]) -> Figure:
     figure = Figure((12, 0.34 * len(rows) + 1.5), layout="constrained")
     columns = figure.subplots(1, len(MEASURES), sharey=True)
     for axes, (measure, heading) in zip(columns, MEASURES.items()):
-        reference = rows[0][1].values[measure]
-        axes.axvspan(min(reference), max(reference), color="#e8ebef", zorder=0)
+        for row in groups[""][:1]:
+            axes.axvspan(min(row.values[measure]), max(row.values[measure]), color=HAIRLINE, alpha=0.6, zorder=0)
         for place, (_, row) in enumerate(rows):
             values = row.values[measure]
-            axes.plot(values, [place] * len(values), "o", color=ACCENT, alpha=0.6, markersize=5)
+            axes.plot(values, [place] * len(values), "o", color=COLOURS["A"], alpha=0.6, markersize=5)
             axes.plot([mean(values)] * 2, [place - 0.32, place + 0.32], color=INK, linewidth=2)
         for place in range(1, len(rows)):
             if rows[place][0] != rows[place - 1][0]:
-                axes.axhline(place - 0.5, color="#d9dde3", linewidth=1)
+                axes.axhline(place - 0.5, color=HAIRLINE, linewidth=1)
         axes.set_title(heading, fontsize=11, color=INK)
         axes.set_xlabel("top-1 accuracy in %", color=MUTED)
         axes.tick_params(length=0, labelcolor=INK)
         axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.grid(axis="x", color="#f1f3f5")
+        axes.grid(axis="x", color=LIGHT)
     columns[0].set_yticks(np.arange(len(rows)), [f"{group}: {row.name}" if group else row.name for group, row in rows])
     columns[0].set_ylim(len(rows) - 0.5, -0.5)
     return figure

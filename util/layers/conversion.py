@@ -72,9 +72,13 @@ def adapt_state_dict(model: nn.Module, state_dict: StateDict, prefix: str, *_) -
 
 
 def for_model(weights: StateDict, model: nn.Module) -> StateDict:
-    """The weights, without mix embeddings where `model` has none."""
-    has_some = any(name in weights for name in MIX_EMBEDS)
-    return without_mix_embed(weights) if has_some and model.layers[0].mix_embed is None else weights
+    """The weights, without mix embeddings where `model` has none, or other numbers of them."""
+    fits = all(
+        stage.mix_embed is not None and stage.mix_embed.shape == weights[name].shape
+        for stage, name in zip(model.layers, MIX_EMBEDS)
+        if name in weights
+    )
+    return weights if fits else without_mix_embed(weights)
 
 
 def without_mix_embed(weights: StateDict) -> StateDict:
@@ -93,7 +97,7 @@ def without_mix_embed(weights: StateDict) -> StateDict:
         if stage > 0:
             bias = f"layers.{stage - 1}.downsample.norm.bias"
             reduction = weights[f"layers.{stage - 1}.downsample.reduction.weight"].double()  # (2C, 4C)
-            shift = reduction.T @ torch.linalg.solve(reduction @ reduction.T, shift)
+            shift = torch.linalg.lstsq(reduction, shift[:, None], driver="gelsd").solution[:, 0]
         weights[bias] = (weights[bias].double() + shift).to(weights[bias].dtype)
     return weights
 

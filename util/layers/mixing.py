@@ -13,7 +13,9 @@ from torch import Tensor
 def partner_in_tuple(x: Tensor, k: int, K: int) -> Tensor:
     """Tuples of K images. With K = 2, image i and image B-1-i, as in the authors' code; in general the batch is K
     blocks, of which every second is read backwards, and a tuple has the images at one place of all blocks."""
-    if K == 2 and k % 2:
+    if k % K == 0:
+        return x
+    if K == 2:
         return x.flip(0)
     return _every_second_reversed(_every_second_reversed(x, K).roll(-k, 0).flatten(0, 1), K).flatten(0, 1)
 

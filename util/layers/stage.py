@@ -130,7 +130,8 @@ class Stage(nn.Module):
         layout = layout or self.layout(grid)
         x = x.flatten(1, 2)
         if self.mix_embed is not None:
-            x = x + (self.mix_embed[0] if layout.group_of is None else self.mix_embed[layout.group_of])
+            vectors = self.mix_embed.to(x.dtype)  # so that they do not change the precision of what follows
+            x = x + (vectors[0] if layout.group_of is None else vectors[layout.group_of])
         if layout.order is not None:  # once for the whole stage: windows are never shifted
             x = x.index_select(1, layout.order)
         for block in self.blocks:

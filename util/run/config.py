@@ -209,6 +209,7 @@ class DeviceFlags(Config):
         False,
         "the same bits in every run on the same GPU, as far as PyTorch can; an operation that cannot ends the run",
         on_resume=ROUNDING,
+        default_before=True,
     )
 
 
@@ -372,7 +373,10 @@ def compare_recipes(
         errors: 'name: saved -> now' for every difference in model or recipe.
         warnings: differences after which the run goes on, but no longer identically to an uninterrupted one.
     """
-    changes = {field.name: field.metadata["on_resume"] for field in dataclasses.fields(config_class)}
+    fields = dataclasses.fields(config_class)
+    changes = {field.name: field.metadata["on_resume"] for field in fields}
+    before = {field.name: field.default for field in fields if field.metadata["default_before"] and field.name in now}
+    saved = before | dict(saved)
     free = {name for name, change in changes.items() if change is FREE} | OBSOLETE
     errors, warnings = [], []
     for name in sorted((saved.keys() & now.keys()) - free):

@@ -59,6 +59,7 @@ def flag(
     choices: Sequence[str] | None = None,
     aliases: Sequence[str] = (),
     required: str = "",
+    default_before: bool = False,
 ) -> Any:
     """A field of a configuration class that is a flag.
 
@@ -71,9 +72,12 @@ def flag(
         choices: the allowed words.
         aliases: other spellings, with their dashes.
         required: what to give, as the message says where the flag is missing (its value is empty).
+        default_before: whether runs that do not record it, being older or the authors', went as with the default.
     """
     metadata = dict(help=help, metavar=metavar, check=check, on_resume=on_resume, choices=choices, aliases=aliases)
-    return dataclasses.field(default=default, metadata=metadata | {"required": required})
+    return dataclasses.field(
+        default=default, metadata=metadata | dict(required=required, default_before=default_before)
+    )
 
 
 def with_default(flags: type["Config"], name: str, default: Any) -> Any:

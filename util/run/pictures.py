@@ -67,7 +67,8 @@ def load_model(given: P) -> tuple[MixMAE, P, WeightsInfo]:
             "alone): give a checkpoint of main_pretrain.py"
         )
     settings = weight_settings(info.args, info.source, given.as_dict(), pretraining=True)
-    model = timm.create_model(settings.model, **mixing_arguments(info.args), **model_arguments(settings))
+    variant = mixing_arguments(info.args) | {"range_mask_ratio": 0.0}  # --mask_ratio says how much to hide
+    model = timm.create_model(settings.model, **variant, **model_arguments(settings))
     logger.info("%s", load_pretraining(model, weights, info))
     return model.eval(), with_settings(given, settings), info
 

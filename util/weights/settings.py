@@ -199,6 +199,12 @@ def check_recorded(recorded: Mapping[str, Any], source: str) -> None:
         "input_size": lambda value: type(value) is int or is_list_of((int,), value),
         "mean": lambda value: is_list_of((int, float), value),
         "std": lambda value: is_list_of((int, float), value),
+        **dict.fromkeys(
+            ("decoder_dim", "decoder_depth", "decoder_num_heads", "mix_images"),
+            lambda value: type(value) is int and value > 0,
+        ),
+        **dict.fromkeys(("norm_pix_loss", "mix_embed", "masked_attn"), lambda value: type(value) is bool),
+        **dict.fromkeys(("partners", "reconstruct", "fill"), lambda value: isinstance(value, str)),
     }
     for name, is_legal in legal.items():
         value = recorded.get(name)
