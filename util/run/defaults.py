@@ -57,9 +57,9 @@ class Choices:
         if most < usual:
             usual, reason = most, f"an epoch of {images} images should have {STEPS_PER_EPOCH} steps"
         together = self.settings.get("mix_images", 2)
-        if usual % together:
-            usual, reason = max(together, usual // together * together), f"{reason}; a multiple of {together}"
-        self.choose("batch_size", usual, reason)
+        if together > 2:
+            reason += f", in multiples of {together}"
+        self.choose("batch_size", max(together, usual // together * together), reason)
 
     def choose_warmup(self, most: int) -> None:
         tenth = round(self.settings["epochs"] / 10, 1)
