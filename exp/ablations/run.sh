@@ -4,8 +4,8 @@
 #
 # Data      the quickstart's 10,000 images; or DATA=/path/to/folder with train/ and val/, with what both programs need
 #           for it in FLAGS ('--in_chans 3 --input_size 64 --patch_size 2'; blanks divide)
-# Budget    fixed in advance, for every variant: one epoch without labels (of the quickstart's images 250 steps of 32,
-#           with 3 images in a mixture 242 of 33), then 8 epochs of at most 500 labels (80 steps of 50)
+# Budget    the quickstart's, for every variant: 4 epochs without labels (1,000 steps of 32 images; with 3 images in a
+#           mixture 968 of 33), then 15 epochs of at most 500 labels (150 steps of 50)
 # Seeds     0, 1 and 2 one after another; with --seed that one alone
 # Time      see exp/ablations/README.md; the first run also installs the requirements into .venv
 # Resuming  with the same output folder, a run that was stopped continues
@@ -49,13 +49,13 @@ variant() {
     echo "$name, seed $seed"
     # shellcheck disable=SC2086 # FLAGS is divided at blanks
     $python main_pretrain.py --data_path "$data" --output_dir "$folder/pretrain" --model mixmae_quickstart \
-        --batch_size 32 --epochs 1 --warmup_epochs 0.2 --lr 2e-3 --knn_every 1 --probe_every 1 --vis_every 1 \
+        --batch_size 32 --epochs 4 --warmup_epochs 0.5 --lr 2e-3 --knn_every 4 --probe_every 4 --vis_every 4 \
         --num_workers 0 --keep_checkpoints 1 --resume auto --seed "$seed" ${FLAGS:-} "$@" \
         >>"$folder/output.txt" 2>&1 || failed "$folder/output.txt"
     # shellcheck disable=SC2086
     $python main_finetune.py --data_path "$output/labelled" --output_dir "$folder/finetune" \
         --finetune "$folder/pretrain/checkpoint.pth" --model swin_quickstart \
-        --batch_size 50 --epochs 8 --warmup_epochs 1 --lr 2e-3 --layer_decay 1 --drop_path 0 --aa '' --reprob 0 \
+        --batch_size 50 --epochs 15 --warmup_epochs 1 --lr 2e-3 --layer_decay 1 --drop_path 0 --aa '' --reprob 0 \
         --num_workers 0 --keep_checkpoints 1 --resume auto --seed "$seed" ${FLAGS:-} \
         >>"$folder/output.txt" 2>&1 || failed "$folder/output.txt"
     touch "$folder/done"

@@ -92,8 +92,9 @@ def last_line(run: Path) -> dict[str, float]:
 
 
 def epoch_seconds(run: Path) -> float:
-    """Seconds of pretraining's only epoch, measures and pictures not counted."""
-    return read_history(run).time_spent.steps
+    """Seconds of one epoch of pretraining, measures and pictures not counted."""
+    history = read_history(run)
+    return history.time_spent.steps / len(history.epochs)
 
 
 def table(groups: dict[str, list[Row]], seeds: list[int]) -> str:
@@ -109,7 +110,7 @@ def table(groups: dict[str, list[Row]], seeds: list[int]) -> str:
         "",
         f"Top-1 accuracy in %: mean over the seeds {seeds}, and half the distance from the lowest to the highest.",
     ]
-    lines.append("Seconds of pretraining's epoch, with another variant beside it on the same machine.")
+    lines.append("Seconds of an epoch of pretraining, with another variant beside it on the same machine.")
     return "\n".join(lines) + "\n"
 
 
