@@ -226,10 +226,11 @@ class MixMAE(SwinTransformer):
             return mask
         if self.num_cells < self.mix_images:
             height, width = self.img_size
+            cells = "one cell" if self.num_cells == 1 else f"{self.num_cells} cells"
             raise UserError(
-                f"an image of {height}x{width} is {self.num_cells} cell(s) of "
-                f"{self.encoder_stride}x{self.encoder_stride} pixels, of which no part can be hidden and another "
-                f"visible for {self.mix_images} images: use a larger input size or smaller patches"
+                f"an image of {height}x{width} is {cells} of {self.encoder_stride}x{self.encoder_stride} pixels, of "
+                f"which no part can be hidden and another visible for each of {self.mix_images} images: use a larger "
+                "input size or smaller patches"
             )
         shown = [int((mask == k).sum()) for k in range(self.mix_images)]
         if not all(shown):

@@ -37,7 +37,8 @@ def test_every_variant_builds_its_model_and_differs_from_the_paper():
 def make_run(folder, knn: float, seconds: float) -> None:
     for part, record in (("pretrain", {"knn_acc1_k20": knn, "probe_acc1": 80.0}), ("finetune", {"test_acc1": 60.0})):
         (folder / part).mkdir(parents=True)
-        (folder / part / "log.txt").write_text(json.dumps({"knn_acc1_k20": 0.0}) + "\n" + json.dumps(record) + "\n")
+        lines = [{"epoch": 0, "train_loss": 1.0, "knn_acc1_k20": 0.0}, {"epoch": 1, "train_loss": 1.0, **record}]
+        (folder / part / "log.txt").write_text("\n".join(map(json.dumps, lines)) + "\n")
     times = [{"time": 0.0, "start": True, "epoch": 0.0, "step": 0}]
     for step in (20, 40):
         record = {
@@ -52,15 +53,17 @@ def make_run(folder, knn: float, seconds: float) -> None:
     (folder / "pretrain" / "times.jsonl").write_text("\n".join(map(json.dumps, times)) + "\n")
     configuration = {"config": {"epochs": 1}, "environment": {}, "program": "main_pretrain.py"}
     (folder / "pretrain" / "config.json").write_text(json.dumps(configuration))
-    steps = [{"step": step, "epoch": 0, "lr": 1e-3, "loss": 1.0, "grad_norm": 1.0} for step in range(1, 41)]
+    steps = [
+        {"step": step, "epoch": (step - 1) // 20, "lr": 1e-3, "loss": 1.0, "grad_norm": 1.0} for step in range(1, 41)
+    ]
     (folder / "pretrain" / "steps.jsonl").write_text("\n".join(map(json.dumps, steps)) + "\n")
     (folder / "done").touch()
 
 
 def test_table_and_plot_are_of_the_complete_runs(tmp_path, capsys):
     for seed, knn in enumerate((75.0, 76.0, 78.0)):
-        make_run(tmp_path / "paper" / f"seed{seed}", knn, 10 + seed)
-    make_run(tmp_path / "images_3" / "seed0", 70.0, 30)
+        make_run(tmp_path / "paper" / f"seed{seed}", knn, 20 + 2 * seed)  # in two epochs
+    make_run(tmp_path / "images_3" / "seed0", 70.0, 60)
     (tmp_path / "images_3" / "seed1").mkdir()  # has not ended
     flags = table.get_args_parser().parse_args(["--runs", str(tmp_path), "--seeds", "0", "1", "2"])
     table.main(flags)
