@@ -1,6 +1,6 @@
 # shellcheck shell=sh
-# How the demonstrations begin: exp/quickstart/run.sh, exp/trees/run.sh and exp/garments/run.sh source this file. Each is
-# started by
+# How the demonstrations begin: exp/quickstart/run.sh, exp/trees/run.sh, exp/garments/run.sh and exp/ablations/run.sh
+# source this file. Each is started by
 #     sh exp/NAME/run.sh [--seed N] [output folder, default exp/NAME/result]
 #
 # They have set

@@ -49,6 +49,9 @@ def describe_environment(device: torch.device) -> dict[str, str]:
 
 
 def log_environment(device: torch.device) -> None:
+    """On rank 0 alone: others need not ask git."""
+    if not distributed.is_main_process():
+        return
     environment = describe_environment(device)
     logger.info("%s, %s", environment["versions"], environment["device"])
     logger.info("commit %s", environment["commit"])
