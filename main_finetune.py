@@ -125,6 +125,7 @@ class AugmentationFlags(Config):
 class EvaluationFlags(Config):
     TITLE: ClassVar[str] = "evaluation"
 
+    eval_every: int = flag(1, "evaluate every N epochs, and after the last", "EPOCHS", AT_LEAST_1, on_resume=FREE)
     eval: bool = flag(False, "only evaluate the weights of --finetune or --resume", on_resume=FREE)
     dist_eval: bool = flag(False, "no effect: evaluation always uses all ranks and is always exact", on_resume=FREE)
     per_class: bool = flag(False, "with --eval: print top-1 per class", on_resume=FREE)
@@ -243,21 +244,22 @@ def prepare(config: FinetuneConfig, start: Start) -> tuple[Run, DataLoader]:
 
 
 def train(run: Run, validation: DataLoader) -> None:
-    """All epochs, each followed by an evaluation."""
+    """All epochs, each followed by an evaluation if one is due."""
     config, state, progress = run.config, run.state, run.state.progress
     augment = BatchAugmentation(config, state.model.num_classes, run.device)
     final = None  # result of the plain weights after the last epoch
     while progress.epoch < config.epochs:
         start = time.time()
-        lr = train_one_epoch(run, augment)
-        final = result = evaluate(state.model, validation, run.normalize, config.precision, run.device)
-        record = {"train_lr": lr, "test_loss": result.loss, "test_acc1": result.acc1, "test_acc5": result.acc5}
-        if state.model_ema is not None:
-            result = evaluate(state.model_ema.module, validation, run.normalize, config.precision, run.device)
-            record |= {"test_ema_loss": result.loss, "test_ema_acc1": result.acc1, "test_ema_acc5": result.acc5}
-        # By the averaged weights, where there are any.
-        best = progress.is_best(result.acc1)
-        run.finish_epoch({**record, "best_acc1": progress.best, "seconds": time.time() - start}, best)
+        record, best = {"train_lr": train_one_epoch(run, augment)}, False
+        if run.is_due(config.eval_every):
+            final = result = evaluate(state.model, validation, run.normalize, config.precision, run.device)
+            record |= {"test_loss": result.loss, "test_acc1": result.acc1, "test_acc5": result.acc5}
+            if state.model_ema is not None:
+                result = evaluate(state.model_ema.module, validation, run.normalize, config.precision, run.device)
+                record |= {"test_ema_loss": result.loss, "test_ema_acc1": result.acc1, "test_ema_acc5": result.acc5}
+            best = progress.is_best(result.acc1)  # by the averaged weights, where there are any
+            record |= {"best_acc1": progress.best}
+        run.finish_epoch({**record, "seconds": time.time() - start}, best)
     if final is None:  # resumed when all was done
         final = evaluate(state.model, validation, run.normalize, config.precision, run.device)
     if run.folder is not None:

@@ -195,12 +195,6 @@ def prepare(config: PretrainConfig, start: Start) -> tuple[Run, list[ImageDatase
     return run, evaluated
 
 
-def due(every: int, run: Run) -> bool:
-    """Whether something that happens every so many epochs, and after the last one, is due at the end of this one."""
-    finished = run.state.progress.epoch + 1
-    return every > 0 and (finished % every == 0 or finished == run.config.epochs)
-
-
 def save_picture(run: Run, epochs: int) -> None:
     """Write reconstructions of training images from all over the data set, after `epochs` epochs, to the output folder
     and TensorBoard."""
@@ -220,7 +214,7 @@ def save_picture(run: Run, epochs: int) -> None:
 def measure(run: Run, evaluated: list[ImageDataset]) -> dict[str, float]:
     """The measures of the encoder that are due, by their names in log.txt."""
     config, model, found = run.config, run.state.model, {}
-    knn, probe = due(config.knn_every, run), due(config.probe_every, run)
+    knn, probe = run.is_due(config.knn_every), run.is_due(config.probe_every)
     if knn or probe:
         train, val = (own_features(model, dataset, run.normalize, config) for dataset in evaluated)
         if knn:
@@ -228,7 +222,7 @@ def measure(run: Run, evaluated: list[ImageDataset]) -> dict[str, float]:
             found |= {f"knn_acc1_k{k}": value for k, value in accuracy.items()}
         if probe:
             found["probe_acc1"] = probe_accuracy(train, val, len(evaluated[0].classes))
-    if due(config.rank_every, run):
+    if run.is_due(config.rank_every):
         if knn or probe:
             found["rankme"] = rank_of_features(val[0], len(evaluated[-1]))
         else:
@@ -249,7 +243,7 @@ def train(run: Run, evaluated: list[ImageDataset]) -> None:
     while progress.epoch < config.epochs:
         epoch_start = time.time()
         lr = train_one_epoch(run)
-        if due(config.vis_every, run) or (config.vis_every and progress.epoch == 0):
+        if run.is_due(config.vis_every) or (config.vis_every and progress.epoch == 0):
             save_picture(run, progress.epoch + 1)
         record = {"train_lr": lr, **measure(run, evaluated)}
         run.finish_epoch({**record, "seconds": time.time() - epoch_start})

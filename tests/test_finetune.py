@@ -297,6 +297,16 @@ def test_there_is_a_best_checkpoint_even_when_nothing_is_right(data, tmp_path):
     assert state_of(tmp_path, "checkpoint-best.pth")["step"] == 3
 
 
+def test_evaluation_every_few_epochs_and_after_the_last(data, tmp_path):
+    flags = [*FINETUNE, *PLAIN, "--epochs", "5", "--eval_every", "2", "--data_path", data, "--output_dir", tmp_path]
+    said = Trial(tmp_path, *flags, sabotage=scripted(60, 80, 70), main=main_finetune).finish()
+    assert "best top-1 of all epochs: 80.000% (checkpoint-best.pth)" in said
+    assert state_of(tmp_path, "checkpoint-best.pth")["step"] == 12  # of four epochs
+    accuracies = {record["epoch"]: record["test_acc1"] for record in epochs_of(tmp_path) if "test_acc1" in record}
+    assert accuracies == {1: 60, 3: 80, 4: 70}
+    assert all(("best_acc1" in record) == ("test_acc1" in record) for record in epochs_of(tmp_path))
+
+
 # --- How a batch is made up -----------------------------------------------------------------------------------------
 
 

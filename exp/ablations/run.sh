@@ -56,7 +56,7 @@ variant() {
     $python main_finetune.py --data_path "$output/labelled" --output_dir "$folder/finetune" \
         --finetune "$folder/pretrain/checkpoint.pth" --model swin_quickstart \
         --batch_size 50 --epochs 15 --warmup_epochs 1 --lr 2e-3 --layer_decay 1 --drop_path 0 --aa '' --reprob 0 \
-        --num_workers 0 --keep_checkpoints 1 --resume auto --seed "$seed" ${FLAGS:-} \
+        --eval_every 15 --num_workers 0 --keep_checkpoints 1 --resume auto --seed "$seed" ${FLAGS:-} \
         >>"$folder/output.txt" 2>&1 || failed "$folder/output.txt"
     touch "$folder/done"
 }
@@ -67,7 +67,7 @@ matrix() {
     for seed in $seeds; do
         line=0
         variant paper
-        variant random --lr 0 # fine-tuned, it is supervised training from scratch
+        variant random --lr 0 --epochs 1 # fine-tuned, it is supervised training from scratch
         variant mix_embed --mix_embed
         variant mix_embed_unmasked --mix_embed --no_masked_attn
         variant unmasked --no_masked_attn

@@ -255,6 +255,12 @@ class Run:
         if self.folder is not None:
             self.folder.save(self.state.checkpoint(), milestone=milestone, best=best)
 
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every so many epochs (0: never), and after the last one, is due at the end of
+        this one."""
+        finished = self.state.progress.epoch + 1
+        return every > 0 and (finished % every == 0 or finished == self.config.epochs)
+
     def finish_epoch(self, record: dict, best: bool = False) -> None:
         """Move to the next epoch, save when due, and write the epoch's line of log.txt with `record` in it.
 
