@@ -1,4 +1,4 @@
-"""What only a GPU shows: `sh tests/run.sh -m gpu`. Elsewhere these tests are skipped.
+"""What only a GPU shows: `sh tests/run.sh -n 0 -m gpu`. Elsewhere these tests are skipped.
 
 One GPU is enough but for NCCL's ranks.
 """
