@@ -88,8 +88,8 @@ def little_goodput(run: RunHistory) -> str:
         "passed while it was stopped: a requeued job with --resume auto continues by itself": spent.stopped,
         "went into steps that a kill undid: with a smaller --save_steps these are fewer": spent.again,
         "went into starting": spent.starting,
-        "went into evaluation, pictures and saving: --knn_every, --probe_every, --vis_every and --save_every say how "
-        "often": spent.other,
+        "went into evaluation, pictures and saving: --knn_every, --probe_every, --vis_every, --eval_every and "
+        "--save_every say how often": spent.other,
     }
     reason = max(reasons, key=reasons.get)
     return f"{str(spent).capitalize()}. Most of the rest {reason}."
