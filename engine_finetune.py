@@ -72,6 +72,10 @@ class Evaluation:
     class_acc1: list[float]  # percent; nan for a class without images
     predictions: list[tuple[int, int, list[int], list[float]]]  # index, label, top classes, their probabilities
 
+    def measures(self) -> dict[str, float]:
+        """The three numbers, by their names in log.txt."""
+        return {"loss": self.loss, "acc1": self.acc1, "acc5": self.acc5}
+
 
 @torch.inference_mode()
 def evaluate(

@@ -18,7 +18,6 @@ import util.run.startup  # noqa: F401 - before PyTorch
 import argparse
 import csv
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,6 +41,7 @@ from util.run import advice, classes, distributed
 from util.run.checks import check_overlap, check_statistics
 from util.run.config import ImageTrainingConfig, resolve
 from util.run.defaults import EVALUATION_BATCH, FINETUNING_MODEL, finetuning_defaults
+from util.run.evaluation import EvaluationFlags, train_and_evaluate
 from util.run.failures import user_errors
 from util.run.flags import (
     AT_LEAST_1,
@@ -122,18 +122,16 @@ class AugmentationFlags(Config):
 
 
 @dataclass(frozen=True)
-class EvaluationFlags(Config):
-    TITLE: ClassVar[str] = "evaluation"
+class ClassificationFlags(EvaluationFlags):
+    TITLE: ClassVar[str] = "evaluation of classifiers"
 
-    eval_every: int = flag(1, "evaluate every N epochs, and after the last", "EPOCHS", AT_LEAST_1, on_resume=FREE)
-    eval: bool = flag(False, "only evaluate the weights of --finetune or --resume", on_resume=FREE)
     dist_eval: bool = flag(False, "no effect: evaluation always uses all ranks and is always exact", on_resume=FREE)
     per_class: bool = flag(False, "with --eval: print top-1 per class", on_resume=FREE)
     predictions: str = flag("", "with --eval: write the top-5 of every image", "FILE.csv", on_resume=FREE)
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(FinetuningFlags, AugmentationFlags, EvaluationFlags, ImageTrainingConfig):
+class FinetuneConfig(FinetuningFlags, AugmentationFlags, ClassificationFlags, ImageTrainingConfig):
     PROGRAM: ClassVar[str] = "main_finetune.py"
 
     drop_path: float = with_default(ImageTrainingConfig, "drop_path", 0.1)
@@ -150,8 +148,6 @@ class FinetuneConfig(FinetuningFlags, AugmentationFlags, EvaluationFlags, ImageT
             )
         if (self.per_class or self.predictions) and not self.eval:
             raise UserError("--per_class and --predictions go with --eval")
-        if self.eval and (self.finetune or self.resume) in ("", "auto"):
-            raise UserError("--eval needs the weights to evaluate: --finetune WEIGHTS (or --resume PATH)")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -244,27 +240,24 @@ def prepare(config: FinetuneConfig, start: Start) -> tuple[Run, DataLoader]:
 
 
 def train(run: Run, validation: DataLoader) -> None:
-    """All epochs, each followed by an evaluation if one is due."""
+    """All epochs, each followed by an evaluation if one is due; the best epoch is that of the averaged weights, where
+    there are any."""
     config, state, progress = run.config, run.state, run.state.progress
     augment = BatchAugmentation(config, state.model.num_classes, run.device)
-    final = None  # result of the plain weights after the last epoch
-    while progress.epoch < config.epochs:
-        start = time.time()
-        record, best = {"train_lr": train_one_epoch(run, augment)}, False
-        if run.is_due(config.eval_every):
-            final = result = evaluate(state.model, validation, run.normalize, config.precision, run.device)
-            record |= {"test_loss": result.loss, "test_acc1": result.acc1, "test_acc5": result.acc5}
-            if state.model_ema is not None:
-                result = evaluate(state.model_ema.module, validation, run.normalize, config.precision, run.device)
-                record |= {"test_ema_loss": result.loss, "test_ema_acc1": result.acc1, "test_ema_acc5": result.acc5}
-            best = progress.is_best(result.acc1)  # by the averaged weights, where there are any
-            record |= {"best_acc1": progress.best}
-        run.finish_epoch({**record, "seconds": time.time() - start}, best)
-    if final is None:  # resumed when all was done
-        final = evaluate(state.model, validation, run.normalize, config.precision, run.device)
-    if run.folder is not None:
-        run.folder.wait(final=True)  # what the result is said to be of
-    logger.info(describe_result(config, final, f"{config.output_dir}/checkpoint.pth"))
+    result: Evaluation | None = None  # the last one of the plain weights
+
+    def measure() -> dict[str, float]:
+        nonlocal result
+        result = evaluate(state.model, validation, run.normalize, config.precision, run.device)
+        measured = result.measures()
+        if state.model_ema is not None:
+            averaged = evaluate(state.model_ema.module, validation, run.normalize, config.precision, run.device)
+            measured |= {f"ema_{name}": value for name, value in averaged.measures().items()}
+        return measured
+
+    best_by = "acc1" if state.model_ema is None else "ema_acc1"
+    train_and_evaluate(run, partial(train_one_epoch, augment=augment), measure, best_by)
+    logger.info(describe_result(config, result, f"{config.output_dir}/checkpoint.pth"))
     if progress.best is not None:  # unknown in a finished run of the authors' program
         averaged = ": its averaged weights, --eval --model_ema" if config.model_ema else ""
         logger.info("best top-1 of all epochs: %.3f%% (checkpoint-best.pth%s)", progress.best, averaged)

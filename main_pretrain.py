@@ -13,6 +13,7 @@ import util.run.startup  # noqa: F401 - before PyTorch
 
 # isort: split
 import argparse
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -52,8 +53,9 @@ from util.run.optim import autocast
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
 from util.seeding import keyed_generator, seed_all
 from util.visualize import reconstruction_figure
-from util.weights.layouts import load_pretraining
+from util.weights.layouts import LoadReport, load_pretraining
 from util.weights.settings import mixing_arguments, model_arguments
+from util.weights.source import WeightsInfo
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +164,19 @@ def rebuild_step(
     return model.to(device).train(), lambda imgs, micro: model(imgs, mask=micro["mask"])[0]
 
 
+def load_to_go_on(model: MixMAE, config: PretrainConfig, weights: dict[str, Tensor], source: WeightsInfo) -> LoadReport:
+    """Load a pretraining model to train on; says where it was pretrained by another variant of the method."""
+    before = {field.name: source.args.get(field.name) for field in dataclasses.fields(config)}
+    differing = [name for name in advice.METHOD if before[name] not in (None, getattr(config, name))]
+    if differing:
+        logger.warning(
+            "%s was pretrained by another variant of the method: %s; to go on with that, give the same flags",
+            source,
+            ", ".join(f"{name} {before[name]} (here: {getattr(config, name)})" for name in differing),
+        )
+    return load_pretraining(model, weights, source)
+
+
 def prepare(config: PretrainConfig, start: Start) -> tuple[Run, list[ImageDataset]]:
     """Everything before the first step: the run, and the images that its encoder is measured on."""
     launch = start.launch
@@ -191,7 +206,8 @@ def prepare(config: PretrainConfig, start: Start) -> tuple[Run, list[ImageDatase
     groups = param_groups_weight_decay(model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
     data = {"train": dataset.fingerprint()}
-    run = open_run(config, start, model, optimizer, loader, data, partial(load_pretraining, model), operations)
+    load_weights = partial(load_to_go_on, model, config)
+    run = open_run(config, start, model, optimizer, loader, data, load_weights, operations)
     return run, evaluated
 
 
@@ -245,7 +261,10 @@ def train(run: Run, evaluated: list[ImageDataset]) -> None:
         lr = train_one_epoch(run)
         if run.is_due(config.vis_every) or (config.vis_every and progress.epoch == 0):
             save_picture(run, progress.epoch + 1)
-        record = {"train_lr": lr, **measure(run, evaluated)}
+        record = {"train_lr": lr}
+        if any(map(run.is_due, (config.knn_every, config.probe_every, config.rank_every))):
+            with run.measuring():
+                record |= measure(run, evaluated)
         run.finish_epoch({**record, "seconds": time.time() - epoch_start})
 
 

@@ -99,6 +99,33 @@ def test_commands_read_images_as_the_run_did(tmp_path):
                 assert (flags in line) == reads
 
 
+def test_going_on_is_with_the_same_method_and_the_same_images(tmp_path):
+    method = [
+        "--no_masked_attn",
+        "--mix_images",
+        "3",
+        "--mask_ratio",
+        "0.67",
+        "--no-norm_pix_loss",
+        "--val_share",
+        "0.2",
+    ]
+    flags = ["--data_path", str(tmp_path), "--output_dir", str(tmp_path / "out"), *method, "--batch_size", "6"]
+    config = given_flags(main_pretrain.PretrainConfig, main_pretrain.get_args_parser().parse_args(flags))
+    further = dict(advice.after_pretraining(config, labelled=False))["pretrain further"]
+    words = shlex.split(further)[2:]
+    assert {"--no-masked_attn", "--mix_images", "--mask_ratio", "--no-norm_pix_loss", "--val_share"} <= set(words)
+    again = given_flags(main_pretrain.PretrainConfig, main_pretrain.get_args_parser().parse_args(words))
+    assert all(getattr(again, name) == getattr(config, name) for name in (*advice.METHOD, "val_share"))
+
+
+def test_the_averaged_weights_are_used_where_the_best_is_theirs(tmp_path):
+    flags = ["--data_path", str(tmp_path), "--output_dir", "out", "--model_ema"]
+    config = given_flags(main_finetune.FinetuneConfig, main_finetune.get_args_parser().parse_args(flags))
+    commands = [line for _, line in advice.after_fine_tuning(config) if "checkpoint-best.pth" in line]
+    assert len(commands) == 3 and all("--model_ema" in line for line in commands)
+
+
 @pytest.mark.parametrize("data", ["x.tar", "tars", "tars with val"])
 def test_nothing_is_offered_that_divides_a_tar(tmp_path, data):
     (tmp_path / "tars").mkdir()

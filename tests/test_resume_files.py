@@ -131,6 +131,33 @@ def test_failing_saves_are_reported_tolerated_a_few_times_and_harm_nothing(tmp_p
         folder.wait(final=True)
 
 
+def test_what_is_best_and_milestones_are_written_once_that_is_possible_again(tmp_path, monkeypatch):
+    """A later save, of something worse, does not take the place of what could not be written."""
+    folder, real_write, full = CheckpointFolder(tmp_path), util.run.checkpoint_folder.write_checkpoint, True
+
+    def write(*args, **kwargs):
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_write(*args, **kwargs)
+
+    monkeypatch.setattr(util.run.checkpoint_folder, "write_checkpoint", write)
+    folder.save(run_state(10, epoch=0), best=True)
+    folder.save(run_state(20, epoch=1), best=True, milestone=True)
+    folder.save(run_state(30, epoch=2))
+    folder.wait()
+    assert names(tmp_path) == []
+    full = False
+    save_steps(folder, 40)
+    lasting = ["checkpoint-best.pth", "checkpoint-epoch0002.pth"]
+    assert names(tmp_path) == ["checkpoint-00000040.pth", *lasting, "checkpoint.pth"]
+    for name in lasting:
+        saved = read_checkpoint(tmp_path / name)
+        assert saved["step"] == 20 and torch.equal(saved["model"]["weight"], torch.full((100,), 20.0))
+    assert step_of(folder.newest_valid()) == 40
+    save_steps(folder, 50)
+    assert read_checkpoint(tmp_path / "checkpoint-best.pth")["step"] == 20
+
+
 def test_an_unwritable_folder_is_an_error_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot be written to.*--output_dir"):

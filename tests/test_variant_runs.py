@@ -78,3 +78,18 @@ def test_a_picture_hides_what_its_flag_says(tmp_path):
     flags = ["--checkpoint", str(tmp_path / "run.pth"), "--images", "unused", "--out", "picture.png"]
     model, _, _ = load_model(given_flags(visualize.VisualizeConfig, visualize.get_args_parser().parse_args(flags)))
     assert {int(model.random_masking(0.75, keyed_generator(seed)).sum()) for seed in range(20)} == {12}
+
+
+def test_going_on_with_another_variant_is_pointed_out(tmp_path, capfd):
+    make_images(tmp_path / "images", 12)
+    common = [*TINY, "--batch_size", "6", "--epochs", "1", "--data_path", tmp_path / "images"]
+    flags = ["--no_masked_attn", "--mask_ratio", "0.75"]
+    run(main_pretrain, *common, *flags, "--output_dir", tmp_path / "before")
+    further = [*common, "--finetune", tmp_path / "before" / "checkpoint.pth"]
+    run(main_pretrain, *further, *flags, "--output_dir", tmp_path / "same")
+    assert "another variant" not in capfd.readouterr().out
+    run(main_pretrain, *further, "--output_dir", tmp_path / "other")
+    said = capfd.readouterr().out
+    assert (
+        "masked_attn False (here: True), mask_ratio 0.75 (here: 0.5); to go on with that, give the same flags" in said
+    )

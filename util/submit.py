@@ -121,7 +121,7 @@ def submit(given: SubmitConfig, task: str, options: list[str], flags: list[str])
         raise UserError(f"{task} is a script of an experiment: add --exp, such as --exp base_600ep")
     # Parse the flags here, where the user sees what is wrong with them.
     parsed = runpy.run_path(str(ROOT / main))["get_args_parser"]().parse_args(flags)
-    if not parsed.dataset and not Path(parsed.data_path).exists():
+    if not getattr(parsed, "dataset", "") and not Path(parsed.data_path).exists():
         raise UserError(f"the data folder (or list of images) '{parsed.data_path}' does not exist")
     further = {}
     for option in options:

@@ -39,11 +39,12 @@ from util.data.transforms import Normalize
 from util.dense.config import DenseConfig
 from util.dense.encoder import DenseEncoder
 from util.dense.label_pictures import PredictionFolder, segmentation_picture
-from util.dense.task import open_to_evaluate, settings_to_train, train_and_evaluate
+from util.dense.task import open_to_evaluate, settings_to_train
 from util.dense.upernet import UPerNet, segmentation_loss
 from util.run import distributed
 from util.run.checks import check_statistics
 from util.run.config import TrainingConfig
+from util.run.evaluation import train_and_evaluate
 from util.run.failures import user_errors
 from util.run.flags import AT_LEAST_1, FREE, NOT_NEGATIVE, flag, get_parser, with_default
 from util.run.launch import Launch

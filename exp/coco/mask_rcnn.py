@@ -33,11 +33,12 @@ from util.dense.average_precision import Result, require_writable, write_results
 from util.dense.config import DenseConfig
 from util.dense.detector import build_detector
 from util.dense.drawing import detections_picture
-from util.dense.task import open_to_evaluate, settings_to_train, train_and_evaluate
+from util.dense.task import open_to_evaluate, settings_to_train
 from util.errors import UserError
 from util.run import distributed
 from util.run.checks import check_statistics
 from util.run.config import TrainingConfig
+from util.run.evaluation import train_and_evaluate
 from util.run.failures import user_errors
 from util.run.flags import AT_LEAST_1, FREE, flag, get_parser, other_bits, with_default
 from util.run.launch import Launch

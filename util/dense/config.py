@@ -9,7 +9,8 @@ from typing import Any, ClassVar, TypeVar
 
 from util.errors import UserError
 from util.run.config import DataFlags, TrainingConfig
-from util.run.flags import AT_LEAST_1, FREE, flag, with_default
+from util.run.evaluation import EvaluationFlags
+from util.run.flags import FREE, flag, with_default
 from util.run.launch import Launch
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ C = TypeVar("C", bound="DenseConfig")
 
 
 @dataclass(frozen=True)
-class DenseConfig(TrainingConfig):
+class DenseConfig(EvaluationFlags, TrainingConfig):
     TITLE: ClassVar[str] = "task"
     DATA: ClassVar[str]  # what --data_path is, as messages call it
     SAME_SHAPES: ClassVar[bool] = False
@@ -45,8 +46,6 @@ class DenseConfig(TrainingConfig):
         (), "divide the learning rate by 10 at these epochs (default: half a cosine down to --min_lr)", "EPOCH",
         (lambda value: all(step > 0 for step in value), "must be positive"),
     )  # fmt: skip
-    eval_every: int = flag(1, "evaluate every N epochs, and after the last one", "EPOCHS", AT_LEAST_1, on_resume=FREE)
-    eval: bool = flag(False, "only evaluate the weights of --finetune or --resume", on_resume=FREE)
     predictions: str = flag(
         "",
         "with --eval: write what was found: detections to a file, in COCO's result format; label maps and pictures of "
@@ -61,8 +60,6 @@ class DenseConfig(TrainingConfig):
             raise UserError(f"--data_path is missing: give {self.DATA}")
         if self.compile:
             raise UserError("--compile is for the mains: here images differ in size, and each size would be compiled")
-        if self.eval and (self.finetune or self.resume) in ("", "auto"):
-            raise UserError("--eval needs the weights to evaluate: --finetune WEIGHTS (or --resume PATH)")
         if self.predictions and not self.eval:
             raise UserError(f"--predictions {self.predictions} goes with --eval")
         if self.lr_steps and self.min_lr:
@@ -73,10 +70,6 @@ class DenseConfig(TrainingConfig):
                 f"--lr_steps {' '.join(f'{step:g}' for step in outside)} must not be within --warmup_epochs {first:g}, "
                 f"and below --epochs {last:g}"
             )
-
-    def evaluates_after(self, epoch: int) -> bool:
-        """Whether the weights are to be evaluated at the end of that epoch, counted from 0."""
-        return (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.epochs
 
 
 def choose_recipe(given: DenseConfig, launch: Launch, known: Mapping[str, Any]) -> dict[str, Any]:

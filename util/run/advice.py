@@ -6,13 +6,16 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Container
 from pathlib import Path
 
 from util.data.sources import find_validation
 from util.run.config import DecodingFlags, ImageTrainingConfig
 from util.run.history import summarise
 from util.run.startup import ROOT
+from util.weights.settings import MIXING
 
+METHOD = (*MIXING, "mask_ratio", "mask_per_pair")
 DECODING = [field.name for field in dataclasses.fields(DecodingFlags)]
 
 
@@ -30,12 +33,15 @@ def command(*words: object) -> str:
     return path + shlex.join([python, program, *flags])
 
 
-def decoding_flags(config: ImageTrainingConfig, *others: str) -> list[object]:
-    """The flags that say how image files are read, and `others`, where they are not the defaults."""
+def changed_flags(config: ImageTrainingConfig, names: Container[str]) -> list[object]:
+    """Those of the named flags that are not at their defaults."""
     flags: list[object] = []
     for field in dataclasses.fields(config):
-        if field.name in (*DECODING, *others) and (value := getattr(config, field.name)) != field.default:
-            flags += [f"--{field.name}"] if value is True else [f"--{field.name}", value]
+        if field.name in names and (value := getattr(config, field.name)) != field.default:
+            if isinstance(value, bool):
+                flags.append(f"--{field.name}" if value else f"--no-{field.name}")
+            else:
+                flags += [f"--{field.name}", value]
     return flags
 
 
@@ -44,11 +50,11 @@ def data_flags(config: ImageTrainingConfig, divided: bool = True) -> list[object
     flags: list[object] = ["--data_path", config.data_path]
     if config.dataset:
         flags += ["--dataset", config.dataset]
-    elif divided and config.val_share:
+    elif config.val_share:
         flags += ["--val_share", config.val_share]
     elif divided:
         flags += [] if find_validation(config.data_path) else ["--val_share", 0.1]
-    return flags + decoding_flags(config, "bad_images", "max_bad_images", "allow_odd_statistics")
+    return flags + changed_flags(config, (*DECODING, "bad_images", "max_bad_images", "allow_odd_statistics"))
 
 
 def can_validate(config: ImageTrainingConfig) -> bool:
@@ -65,7 +71,7 @@ def images_of(config: ImageTrainingConfig) -> str:
 
 def predict(config: ImageTrainingConfig, checkpoint: Path, *flags: object) -> str:
     """The command of `util.predict` for the images of a run, read as the run did."""
-    reading = decoding_flags(config, "bad_images", "allow_odd_statistics")
+    reading = changed_flags(config, (*DECODING, "bad_images", "allow_odd_statistics"))
     return command("-m", "util.predict", "--checkpoint", checkpoint, images_of(config), *flags, *reading)
 
 
@@ -83,7 +89,13 @@ def after_pretraining(config: ImageTrainingConfig, labelled: bool) -> list[tuple
     checkpoint = ["--checkpoint", folder / "checkpoint.pth"]
     steps = [report(folder)]
     if not config.dataset:
-        drawn = ["--images", images_of(config), "--out", folder / "reconstructions.png", *decoding_flags(config)]
+        drawn = [
+            "--images",
+            images_of(config),
+            "--out",
+            folder / "reconstructions.png",
+            *changed_flags(config, DECODING),
+        ]
         steps.append(("see reconstructions", command("-m", "util.visualize", *checkpoint, *drawn)))
     if labelled and can_validate(config):
         steps.append(("measure the features", command("-m", "util.knn", *checkpoint, *data)))
@@ -97,20 +109,22 @@ def after_pretraining(config: ImageTrainingConfig, labelled: bool) -> list[tuple
     steps.append(("use the encoder elsewhere", command("-m", "util.export", *checkpoint, *exported)))
     more = folder.with_name(f"{folder.name}_continued")
     flags = [*data_flags(config, False), "--finetune", folder / "checkpoint.pth", "--output_dir", more]
+    flags += changed_flags(config, METHOD)
     steps.append(("pretrain further", command("main_pretrain.py", *flags)))
     return steps
 
 
 def after_fine_tuning(config: ImageTrainingConfig) -> list[tuple[str, str]]:
-    """Likewise for a classifier."""
+    """What can be done with the best checkpoint of a classifier, and how; the best by its averaged weights, where there
+    are any."""
     folder, data = Path(config.output_dir), data_flags(config)
-    best = folder / "checkpoint-best.pth"
+    best, averaged = folder / "checkpoint-best.pth", changed_flags(config, ("model_ema",))
     predictions = ["--per_class", "--predictions", folder / "predictions.csv"]
-    evaluation = command("main_finetune.py", "--eval", "--finetune", best, *data, *predictions)
+    evaluation = command("main_finetune.py", "--eval", "--finetune", best, *averaged, *data, *predictions)
     steps = [report(folder), ("evaluate again", evaluation)]
     if not config.dataset:
-        steps.append(("classify images", predict(config, best, "--out", folder / "classes.csv")))
-    exported = ["--checkpoint", best, "--format", "safetensors", "--out", folder / "classifier.safetensors"]
+        steps.append(("classify images", predict(config, best, *averaged, "--out", folder / "classes.csv")))
+    exported = ["--checkpoint", best, *averaged, "--format", "safetensors", "--out", folder / "classifier.safetensors"]
     return [*steps, ("use the classifier elsewhere", command("-m", "util.export", *exported))]
 
 

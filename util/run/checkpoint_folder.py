@@ -48,6 +48,7 @@ POSITION = (
 )
 
 STEP_NAME = re.compile(r"checkpoint-\d+\.pth")
+LASTING_NAME = re.compile(r"checkpoint-(best|epoch\d+)\.pth")
 TEMPORARY_NAME = re.compile(r"\.checkpoint.*\.pth\..+\.\d+\.tmp")  # see temporary_path
 
 
@@ -55,7 +56,7 @@ class CheckpointFolder:
     """Saves and finds the checkpoints of one run. For one process of a run: rank 0, which has taken the folder.
 
     Saving copies the tensors to the CPU and returns; a thread writes the copy, one at a time. The copy's memory is kept
-    for the next one, since getting it anew would take longer than copying. It is all that saving needs: the writer
+    for the next one, since getting new memory would take longer than copying. It is all that saving needs: the writer
     passes on the copy's own bytes. From a GPU, the copy is in page-locked memory, of which PyTorch gives each tensor a
     power of two: 1.5 GB in all for base and AdamW, 4.2 for large, 9.4 for huge. The folder is whole at every moment:
     each name appears by an atomic rename after its content is on the disk, and older files go last.
@@ -77,11 +78,9 @@ class CheckpointFolder:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._copied: dict[str, Any] | None = None  # what was saved last; its memory serves again
-        probe = temporary_path(self.folder / "checkpoint.pth")
+        self._unwritten: list[tuple[dict[str, Any], list[str]]] = []  # with the names that no later checkpoint gets
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"probe")
-            probe.unlink()
             self._remove_leftovers()
         except OSError as error:
             raise CheckpointError(
@@ -94,7 +93,8 @@ class CheckpointFolder:
         """Save `checkpoint` as the newest, named by its 'step'; on request as a milestone and as the best.
 
         Returns once the tensors are copied; `wait()` before relying on the file. A write that fails is logged, leaves
-        all earlier files as they were and is tolerated `TOLERATED_FAILURES` times in a row.
+        all earlier files as they were and is tolerated `TOLERATED_FAILURES` times in a row. A milestone, or what is
+        still the best, is then kept in memory and written with the next save.
 
         Raises:
             CheckpointError: `checkpoint` holds something that is not a tensor or plain.
@@ -108,8 +108,12 @@ class CheckpointFolder:
         names = [f"checkpoint-epoch{checkpoint['epoch'] + 1:04d}.pth"] if milestone else []
         names += ["checkpoint-best.pth"] if best else []
         names += [f"checkpoint-{checkpoint['step']:08d}.pth", "checkpoint.pth"]
-        self._copied = _copied_to_cpu(checkpoint, self._copied)
-        self._thread = threading.Thread(target=self._write, args=(self._copied, names), name="checkpoint writer")
+        owed = [(kept, [name for name in its_names if name not in names]) for kept, its_names in self._unwritten]
+        owed = [(kept, its_names) for kept, its_names in owed if its_names]
+        reusable = None if any(kept is self._copied for kept, _ in owed) else self._copied
+        self._copied = _copied_to_cpu(checkpoint, reusable)
+        writes = [*owed, (self._copied, names)]
+        self._thread = threading.Thread(target=self._write, args=(writes,), name="checkpoint writer")
         self._thread.start()
 
     def wait(self, final: bool = False) -> None:
@@ -147,13 +151,17 @@ class CheckpointFolder:
         saved = any(self.folder.glob("checkpoint*.pth"))
         return "Earlier checkpoints are intact" if saved else "No checkpoint has been saved yet"
 
-    def _write(self, checkpoint: dict[str, Any], names: list[str]) -> None:
+    def _write(self, writes: list[tuple[dict[str, Any], list[str]]]) -> None:
+        """Write checkpoints, each under its names, one after another."""
+        self._unwritten = [(checkpoint, list(filter(LASTING_NAME.fullmatch, names))) for checkpoint, names in writes]
         try:
-            latest = max((moment for moment, _ in self._by_age()), default=0)
-            written = self.folder / names[0]
-            write_checkpoint(written, checkpoint, later_than=latest)
-            for name in names[1:]:
-                _give_name(written, self.folder / name)
+            for checkpoint, names in writes:
+                latest = max((moment for moment, _ in self._by_age()), default=0)
+                written = self.folder / names[0]
+                write_checkpoint(written, checkpoint, later_than=latest)
+                for name in names[1:]:
+                    _give_name(written, self.folder / name)
+                del self._unwritten[0]
             self._prune()
             self.failures = 0
         except Exception as error:  # raised in the caller's thread by wait()
@@ -183,11 +191,11 @@ class CheckpointFolder:
     # -- Resuming ----------------------------------------------------------------------------------------------
 
     def resume(self, spec: str) -> tuple[Path, dict[str, Any]] | None:
-        """The file and the checkpoint to go on from, or None to start anew.
+        """The file and the checkpoint to go on from, or None to start from scratch.
 
         Args:
-            spec: '' starts anew; 'auto' takes the newest whole checkpoint of the folder, if there is any; a path takes
-                that file.
+            spec: '' starts from scratch; 'auto' takes the newest whole checkpoint of the folder, if there is any; a
+                path takes that file.
 
         Raises:
             CheckpointError: the path is missing, damaged or no checkpoint of a run; or 'auto' finds damaged ones only.
@@ -224,7 +232,7 @@ class CheckpointFolder:
         if reasons:
             raise CheckpointError(
                 f"{self.folder} has checkpoints, but none to resume from: {'; '.join(reasons)}. "
-                "Move them away to start anew, or give another --output_dir"
+                "Move them away to start from scratch, or give another --output_dir"
             )
         logger.info("no checkpoint in %s: starting from scratch", self.folder)
         return None

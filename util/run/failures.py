@@ -46,8 +46,8 @@ NETWORK_FAILURE_SIGNS = ("refused", "no route", "unreachable", "network error", 
 def user_errors() -> Iterator[None]:
     """Around all but training: a UserError, or ranks that are gone, end in one line and exit code 2.
 
-    Ranks of a node that fail with the same message say it once, whichever is first. A bad image and a failed
-    collective are one rank's own.
+    Of ranks of a node that fail with the same message the first says it, and rank 0, whose log may be a file of its
+    own. A bad image and a failed collective are one rank's own.
     """
     try:
         try:
@@ -60,7 +60,7 @@ def user_errors() -> Iterator[None]:
         rank, has_companions = stated_rank(os.environ)
         message = f"{Path(sys.argv[0]).name}: error: {in_one_line(error)}"
         own = isinstance(error, (BadImageError, CollectiveError, WorkerError)) or not has_companions
-        if own or is_first_to_say(message):
+        if own or is_to_say(message, rank):
             line = message if rank == "0" else f"[rank {rank}] {message}"
             print(f"{line}\n", end="", file=sys.stderr, flush=True)  # at once, so that no other rank's comes between
         if distributed.get_world_size() > 1:
@@ -75,8 +75,9 @@ def in_one_line(error: Exception) -> str:
     return message.rpartition(name)[2] if name in message else message
 
 
-def is_first_to_say(message: str) -> bool:
-    """Whether no other process that our launcher started on this node has said `message` since we were started.
+def is_to_say(message: str, rank: str) -> bool:
+    """Whether `rank` is 0, or no other process that our launcher started on this node has said `message` since we were
+    started.
 
     They may not have met yet, so they tell each other through a file of the user's in the temporary folder. What was
     said before this process was started belongs to an earlier run. In doubt, say it: twice is better than never.
@@ -92,7 +93,7 @@ def is_first_to_say(message: str) -> bool:
             file.truncate(0)
             said = json.loads(text or "{}")  # what was said in the last hour -> when
             json.dump({name: moment for name, moment in said.items() if moment > now - 3600} | {key: now}, file)
-        return said.get(key, 0) < now - age
+        return rank == "0" or said.get(key, 0) < now - age
     except (OSError, ValueError):
         return True
 

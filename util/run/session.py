@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -142,6 +144,9 @@ def find_start(given: C, launch: Launch) -> Start[C]:
 # --- The run ---
 
 
+SHORT_MEASURES = 20.0  # seconds; schedulers give a job 30 or more between SIGTERM and SIGKILL
+
+
 class Preempted(Exception):
     """The run was asked to stop, and has saved."""
 
@@ -162,6 +167,7 @@ class Run:
     preemption: Preemption
     operations: float = 0.0  # of training on one image; known to rank 0, which logs
     usual_losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_HISTORY))
+    seconds_to_measure: float = math.inf  # after an epoch, as last time
     bar: TrainingBar = field(init=False)
 
     def __post_init__(self) -> None:
@@ -260,6 +266,16 @@ class Run:
         this one."""
         finished = self.state.progress.epoch + 1
         return every > 0 and (finished % every == 0 or finished == self.config.epochs)
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Around what is measured after the last step of an epoch, on all ranks together. Nobody asks meanwhile whether
+        the run is to stop, so the epoch is saved first; not where measuring is known to be short."""
+        if distributed.on_main_process(lambda: self.seconds_to_measure > SHORT_MEASURES):
+            self.save()
+        start = time.monotonic()
+        yield
+        self.seconds_to_measure = time.monotonic() - start
 
     def finish_epoch(self, record: dict, best: bool = False) -> None:
         """Move to the next epoch, save when due, and write the epoch's line of log.txt with `record` in it.
@@ -395,7 +411,7 @@ def orderly_end(run: Run) -> Iterator[None]:
     ) as error:  # each says what happened
         if isinstance(error, torch.OutOfMemoryError):
             message = explain_out_of_memory(error, run.state, run.config)
-            if failures.is_first_to_say(message):
+            if failures.is_to_say(message, str(distributed.get_rank())):
                 logger.error("%s", message)
         elif distributed.is_main_process() or not isinstance(error, (NonFiniteError, NondeterminismError)):
             logger.error("%s", failures.in_one_line(error))

@@ -136,8 +136,8 @@ def count_classes(state_dict: StateDict, source: object) -> int:
 def load_pretraining(model: nn.Module, state_dict: StateDict, source: object) -> LoadReport:
     """Load a whole pretraining model, decoder included, to train on or to reconstruct; resizes as `load_encoder` does.
 
-    What not every pretraining model has, mix embeddings and the token that fills hidden cells, starts anew where the
-    file has none that fit.
+    What not every pretraining model has, mix embeddings and the token that fills hidden cells, keeps its initial values
+    where the file has none that fit.
 
     Raises:
         CheckpointError: the file is not a pretraining checkpoint of this model.
