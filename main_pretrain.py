@@ -85,13 +85,16 @@ class VariantFlags(Config):
         (lambda value: value >= 2, "must be at least 2"),
     )  # fmt: skip
     partners: str = variant(
-        "pairs", "images are mixed in pairs (tuples), or each with those that come after it", choices=("pairs", "cycle")
+        "pairs",
+        "images are mixed in pairs (tuples), or, with --no_masked_attn, each with those that come after it",
+        choices=("pairs", "cycle"),
     )
     mask_per_pair: bool = variant(False, "a mask for each pair instead of one for the whole batch: slow")
     reconstruct: str = variant("dual", "both (all) images of a mixture, or the first alone", choices=("dual", "single"))
     fill: str = variant(
         "partner",
-        "what takes the place of hidden cells: the partner's, or as in SimMIM a learned token, zeros or noise",
+        "what takes the place of hidden cells: the partner's, or as in SimMIM, with --no_masked_attn, a learned token, "
+        "zeros (the mean colour) or noise",
         choices=("partner", "mask_token", "zero", "noise"),
     )
 

@@ -172,6 +172,7 @@ def test_uncommitted_changes_are_recorded(tmp_path, monkeypatch):
     code = tmp_path / "code"
     code.mkdir()
     git = ["git", "-C", code, "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    provenance.ask_git.cache_clear()
     monkeypatch.setattr(provenance, "ROOT", code)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     assert provenance.describe_commit() == "unknown (git is not there, or this is no git checkout)"
@@ -183,7 +184,9 @@ def test_uncommitted_changes_are_recorded(tmp_path, monkeypatch):
     described = []
     for text in ("a = 2\n", "a = 3\n"):
         (code / "a.py").write_text(text)
+        provenance.ask_git.cache_clear()  # as in another process
         described.append(provenance.describe_commit())
         assert described[-1].startswith(f"{clean}-dirty (uncommitted changes ")
         assert text.encode() in provenance.uncommitted_changes()
     assert described[0] != described[1]
+    provenance.ask_git.cache_clear()

@@ -280,7 +280,7 @@ def test_single_process_start_and_its_errors(monkeypatch):
     assert (launch.rank, launch.world_size, launch.device) == (0, 1, torch.device("cpu"))
     assert vars(args) == given
     assert distributed.is_main_process() and distributed.get_world_size() == 1
-    assert distributed.all_reduce_mean(3.5) == 3.5 and distributed.gather_objects("a") == ["a"]
+    assert distributed.all_reduce_mean(torch.tensor(3.5)) == 3.5 and distributed.gather_objects("a") == ["a"]
     value = torch.ones(2)
     total = distributed.all_reduce_sum(value)
     total += 1
@@ -327,7 +327,7 @@ def fail_with(rank, world_size, errors, all_started):
                 raise error
 
 
-def test_each_error_is_said_once_per_node_by_whichever_rank_has_it(capfd, tmp_path, monkeypatch):
+def test_each_error_is_said_by_rank_0_or_once_by_whichever_rank_of_a_node_has_it(capfd, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     errors = [
         (UserError("every rank's"), range(4)),
@@ -345,7 +345,8 @@ def test_each_error_is_said_once_per_node_by_whichever_rank_has_it(capfd, tmp_pa
             rank.join()
         time.sleep(0.05)  # the system knows when a process was started to 0.01 s only
         said = capfd.readouterr().err
-        assert said.count("error: every rank's") == 1, start
+        lines = [line.startswith("[rank ") for line in said.splitlines() if "error: every rank's" in line]
+        assert sorted(lines) in ([False], [False, True]), start  # rank 0's, and another's that was before it
         assert said.count("error: of two") == 1
         assert re.findall(r"(\[rank \d\]).*error: local rank 1's", said) == ["[rank 1]"]
         assert sorted(re.findall(r"(\[rank \d\]).*error: a collective", said)) == ["[rank 2]", "[rank 3]"]
@@ -450,7 +451,7 @@ def test_reductions_and_gathering_across_ranks(tmp_path):
     rank = distributed.get_rank()
     assert (launch.rank, launch.world_size, launch.device) == (rank, 3, torch.device("cpu"))
     assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in os.environ  # torch's own default
-    assert distributed.all_reduce_mean(float(rank)) == 1.0
+    assert distributed.all_reduce_mean(torch.tensor(float(rank))) == 1.0
     own = torch.full((2,), float(rank))
     assert distributed.all_reduce_sum(own).tolist() == [3.0, 3.0] and own[0] == rank
     assert distributed.gather_objects({"rank": rank}) == [{"rank": i} for i in range(3)]
@@ -555,7 +556,7 @@ with failures.explain_collective_failures():
     for step in range(1000):
         if step == 3 and distributed.get_rank() == VICTIM:
             os.kill(os.getpid(), signal.SIGNAL)
-        distributed.all_reduce_mean(1.0)
+        distributed.all_reduce_mean(torch.tensor(1.0))
 """
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +271,29 @@ def scripted(*accuracies: float):
         main_finetune.evaluate = evaluate
 
     return install
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_epoch_is_saved_before_it_is_evaluated(data, tmp_path, ranks):
+    """Nobody asks meanwhile whether the run is to stop, and evaluations may be long."""
+
+    def killed_in_the_first_evaluation(_rank: int) -> None:
+        def evaluate(*_):
+            for _ in range(1000):
+                if (tmp_path / "checkpoint.pth").exists():
+                    os._exit(9)
+                time.sleep(0.02)
+
+        main_finetune.evaluate = evaluate
+
+    flags = [*FINETUNE, *PLAIN, "--save_every", "9", "--data_path", data, "--output_dir", tmp_path]
+    trial = Trial(tmp_path, *flags, sabotage=killed_in_the_first_evaluation, main=main_finetune, ranks=ranks)
+    trial.finish(*[9] * ranks)
+    state = state_of(tmp_path)
+    assert (state["epoch"], state["step"], state["step_in_epoch"]) == (-1, state["step"], state["step"])
+    assert state["step"] > 0 and not (tmp_path / "log.txt").exists()
+    said = Trial(tmp_path, *flags, "--resume", "auto", sabotage=scripted(*[50] * 9), main=main_finetune).finish()
+    assert "resumed at epoch 0 step" in said and epochs_of(tmp_path)[0]["test_acc1"] == 50
 
 
 def test_the_best_checkpoint_survives_a_resume(data, tmp_path):

@@ -28,7 +28,13 @@ from exp.garments import scenes
 from util import replay
 from util.data.label_maps import IGNORED
 from util.dense.label_pictures import class_colors, overlay, segmentation_table
-from util.dense.segmentation import confusion_matrix, segmentation_scores, sliding_logits, window_starts
+from util.dense.segmentation import (
+    confusion_matrix,
+    enlarged_classes,
+    segmentation_scores,
+    sliding_logits,
+    window_starts,
+)
 from util.dense.upernet import UPerNet, enlarge, segmentation_loss
 from util.run.checkpoint_folder import CheckpointFolder
 from util.run.flags import given_flags
@@ -82,6 +88,14 @@ def test_scores_equal_a_count_by_hand():
     assert scores.miou == pytest.approx(np.mean(ious[:5]))
     assert scores.pixel_acc == pytest.approx(100 * right / counted)
     assert np.isnan(segmentation_scores(torch.zeros(3, 3)).miou)
+
+
+@pytest.mark.parametrize("nb_classes", [2, 8, 19])
+def test_classes_enlarged_a_few_at_a_time_are_those_of_all_at_once(nb_classes):
+    logits = torch.randn(2, nb_classes, 5, 7, generator=torch.Generator().manual_seed(0))
+    for size in ((5, 7), (13, 20), (4, 3)):
+        expected = nn.functional.interpolate(logits, size, mode="bilinear").argmax(dim=1)
+        assert torch.equal(enlarged_classes(logits, size), expected.to(torch.uint8))
 
 
 def test_windows_cover_every_pixel():

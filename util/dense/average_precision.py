@@ -26,6 +26,9 @@ def results_of(detections: dict[str, Tensor], index: int, annotations: Annotatio
     boxes = detections["boxes"].cpu().double().numpy()
     boxes[:, 2:] -= boxes[:, :2]
     scores, labels = detections["scores"].tolist(), detections["labels"].tolist()
+    masks = None
+    if "masks" in detections:
+        masks = (detections["masks"][:, 0] > MASK_THRESHOLD).cpu().numpy()
     results = []
     for i, (box, score, label) in enumerate(zip(boxes.round(2).tolist(), scores, labels)):
         category = annotations.category_ids[label - 1]
@@ -37,8 +40,8 @@ def results_of(detections: dict[str, Tensor], index: int, annotations: Annotatio
             "bbox": box,
             "score": round(score, 5),
         }
-        if "masks" in detections:
-            result["segmentation"] = encode_mask((detections["masks"][i, 0] > MASK_THRESHOLD).cpu().numpy())
+        if masks is not None:
+            result["segmentation"] = encode_mask(masks[i])
         results.append(result)
     return results
 

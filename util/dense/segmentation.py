@@ -1,5 +1,6 @@
 """Semantic segmentation: prediction by sliding windows, and exact measures."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from util.data.label_maps import IGNORED
+
+ENLARGED_CLASSES = 8  # at a time
 
 # --- Prediction ---
 
@@ -39,10 +42,20 @@ def sliding_logits(
 
 
 def enlarged_classes(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """The most probable class of each pixel (B, *size) uint8, by logits (B, classes, H, W) of another size."""
-    if logits.shape[-2:] != tuple(size):
-        logits = F.interpolate(logits, tuple(size), mode="bilinear")
-    return logits.argmax(dim=1).to(torch.uint8)
+    """The most probable class of each pixel (B, *size) uint8, by logits (B, classes, H, W) of another size.
+
+    A few classes at a time, since the enlarged logits of all of them are gigabytes for a large photograph.
+    """
+    if logits.shape[-2:] == tuple(size):
+        return logits.argmax(dim=1).to(torch.uint8)
+    highest = logits.new_full((len(logits), *size), -math.inf)
+    classes = torch.zeros_like(highest, dtype=torch.uint8)
+    for first in range(0, logits.shape[1], ENLARGED_CLASSES):
+        enlarged = F.interpolate(logits[:, first : first + ENLARGED_CLASSES], tuple(size), mode="bilinear")
+        value, index = enlarged.max(dim=1)
+        classes = torch.where(value > highest, (first + index).to(torch.uint8), classes)
+        highest = torch.maximum(value, highest)
+    return classes
 
 
 # --- Measures ---

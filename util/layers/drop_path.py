@@ -7,7 +7,6 @@ from timm.layers import drop_path
 from torch import Tensor
 
 from util.layers.tracing import runs_eagerly
-from util.layers.windows import to_device
 
 
 def add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], drop_rate: float) -> Tensor:
@@ -27,5 +26,4 @@ def add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], drop_rate: float) 
         return torch.add(x, branch(x), alpha=scale)
     if len(kept) == 0:  # one row times zero, so that every parameter has a gradient, which DDP waits for
         kept, scale = kept.new_zeros(1), 0.0
-    index = to_device(kept, x.device)
-    return x.index_add(0, index, branch(x.index_select(0, index)).to(x.dtype), alpha=scale)
+    return x.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=scale)

@@ -89,14 +89,9 @@ def after_pretraining(config: ImageTrainingConfig, labelled: bool) -> list[tuple
     checkpoint = ["--checkpoint", folder / "checkpoint.pth"]
     steps = [report(folder)]
     if not config.dataset:
-        drawn = [
-            "--images",
-            images_of(config),
-            "--out",
-            folder / "reconstructions.png",
-            *changed_flags(config, DECODING),
-        ]
-        steps.append(("see reconstructions", command("-m", "util.visualize", *checkpoint, *drawn)))
+        drawn = ["--images", images_of(config), "--out", folder / "reconstructions.png"]
+        drawing = command("-m", "util.visualize", *checkpoint, *drawn, *changed_flags(config, DECODING))
+        steps.append(("see reconstructions", drawing))
     if labelled and can_validate(config):
         steps.append(("measure the features", command("-m", "util.knn", *checkpoint, *data)))
         finetuned = folder.with_name(f"{folder.name}_finetuned")

@@ -164,11 +164,9 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def all_reduce_mean(value: torch.Tensor | float) -> torch.Tensor | float:
-    """The mean of `value` over all ranks: a tensor for a tensor, a float (summed in float64) for a number."""
-    if isinstance(value, torch.Tensor):
-        return all_reduce_sum(value) / get_world_size()
-    return all_reduce_sum(torch.tensor(value, dtype=torch.float64)).item() / get_world_size()
+def all_reduce_mean(value: torch.Tensor) -> torch.Tensor:
+    """The mean of `value` over all ranks."""
+    return all_reduce_sum(value) / get_world_size()
 
 
 def gather_objects(obj: Any) -> list[Any]:

@@ -125,8 +125,12 @@ def rank_of_images(model: SwinTransformer, dataset: ImageDataset, normalize: Nor
 
 def rank_of_features(own: Tensor, images: int) -> float:
     """The same, of the features (n, D) of this rank's images where `images` of all ranks have theirs already."""
-    features = gather_all(own, images)
-    return rankme(features[rank_sample(images, features.shape[1])])
+    chosen = torch.tensor(rank_sample(images, own.shape[1]))
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    mine = chosen % ranks == rank
+    features = own.new_zeros(len(chosen), own.shape[1])
+    features[mine] = own[(chosen[mine] // ranks).to(own.device)]
+    return rankme(distributed.all_reduce_sum(features))  # every row is zero on all ranks but its own
 
 
 def probe_accuracy(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], num_classes: int) -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -74,6 +75,7 @@ def uncommitted_changes() -> bytes:
     return ask_git("diff", "HEAD", "--binary", "--no-ext-diff")
 
 
+@functools.cache  # so that log, config.json and uncommitted.diff tell of one moment
 def ask_git(*arguments: str) -> bytes:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, timeout=10, check=True).stdout
 
