@@ -2,16 +2,18 @@
 # How the demonstrations begin: exp/quickstart/run.sh, exp/trees/run.sh, exp/garments/run.sh and exp/ablations/run.sh
 # source this file. Each is started by
 #     sh exp/NAME/run.sh [--seed N] [output folder, default exp/NAME/result]
+# and shows the comment at its top for --help.
 #
 # They have set
 #   here     their folder
 #   seeds    what they run with where no --seed is given
 #   extras   packages that they need besides the requirements; may be missing
+#   names    what --only chooses from, with blanks between; where it is missing, there is no --only
 # and get, in the root of the repository and with its environment made,
-#   seeds, output (a full path), python, start (seconds)
+#   seeds, output (a full path), python, start (seconds), only (the names that are chosen, in the order of names)
 set -eu
 
-output=''
+output='' chosen=''
 while [ $# -gt 0 ]; do
     case $1 in
     --seed)
@@ -19,15 +21,36 @@ while [ $# -gt 0 ]; do
         seeds=${2:?--seed needs a number}
         shift 2
         ;;
+    -h | --help)
+        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+        exit
+        ;;
     -*)
-        echo "usage: sh $0 [--seed N] [output folder]" >&2
-        exit 2
+        if [ "$1" != --only ] || [ -z "${names:-}" ]; then
+            echo "usage: sh $0 [--seed N]${names:+ [--only NAME,NAME...]} [output folder] (--help: more)" >&2
+            exit 2
+        fi
+        chosen="$chosen $(echo "${2:?--only needs names}" | tr , ' ')"
+        shift 2
         ;;
     *)
         output=$1
         shift
         ;;
     esac
+done
+for name in $chosen; do
+    case " $names " in
+    *" $name "*) ;;
+    *)
+        echo "$0: --only $name is not one of $names" >&2
+        exit 2
+        ;;
+    esac
+done
+only=''
+for name in ${names:-}; do
+    case " ${chosen:-$names} " in *" $name "*) only="$only $name" ;; esac
 done
 mkdir -p "${output:=$here/result}"
 output=$(cd -- "$output" && pwd)

@@ -1,30 +1,60 @@
 #!/bin/sh
 # The variants of the method beside each other: pretrain a small encoder with each, and measure what it learned.
-#     sh exp/ablations/run.sh [--seed N] [output folder, default exp/ablations/result]
+#     sh exp/ablations/run.sh [--seed N] [--only NAME,NAME...] [output folder, default exp/ablations/result]
 #
-# Data      the quickstart's 10,000 images; or DATA=/path/to/folder with train/ and val/, with what both programs need
-#           for it in FLAGS ('--in_chans 3 --input_size 64 --patch_size 2'; blanks divide)
+# Data      the quickstart's 10,000 images; or DATA=/path/to/folder with train/CLASS/ and val/CLASS/, with what both
+#           programs need for it in FLAGS ('--in_chans 3 --input_size 64 --patch_size 2'; blanks divide)
 # Budget    the quickstart's, for every variant: 4 epochs without labels (1,000 steps of 32 images; with 3 images in a
-#           mixture 968 of 33), then 15 epochs of at most 500 labels (150 steps of 50)
+#           mixture 968 of 33), or EPOCHS=N; then 15 epochs of at most 500 labels (150 steps of 50)
+# Variants  all; with --only those that are named (an unknown name shows the list)
 # Seeds     0, 1 and 2 one after another; with --seed that one alone
-# Time      see exp/ablations/README.md; the first run also installs the requirements into .venv
+# Time      of a variant and seed, 5 to 7 minutes of one core for 1,000 steps and fine-tuning. Steps are EPOCHS x images
+#           in train/ / 32, of 32 x 32 patches an image (64 pixels / patches of 2, as above); more patches take longer.
+#           Two variants run at a time. The first run also installs the requirements into .venv
 # Resuming  with the same output folder, a run that was stopped continues
-# Result    table.md and plot.png in the output folder
+# Result    table.md and plot.png in the output folder, of all that is complete there
 seeds='0 1 2'
 here=$(cd -- "$(dirname -- "$0")" && pwd)
+
+refuse() {
+    echo "$0: $*" >&2
+    exit 2
+}
+
+# count_classes SET: the number of its folders of classes, where DATA has it.
+count_classes() { find -L "$DATA/$1" -mindepth 1 -maxdepth 1 -type d 2>/dev/null | wc -l; }
+
+EPOCHS=${EPOCHS:-4} # of pretraining
+case $EPOCHS in
+0* | *[!0-9]*) refuse "EPOCHS=$EPOCHS must be a whole number of epochs of pretraining, from 1" ;;
+esac
+if [ -n "${DATA:-}" ]; then # before the work starts
+    [ -d "$DATA" ] || refuse "DATA=$DATA is not a folder; needed is one with train/CLASS/ and val/CLASS/"
+    for set in train val; do
+        [ "$(count_classes $set)" -gt 0 ] ||
+            refuse "DATA=$DATA has no folders of classes in $set/; needed are train/CLASS/ and val/CLASS/"
+    done
+    if [ "$(count_classes train)" -lt 2 ] || [ "$(count_classes train)" -gt 500 ]; then
+        refuse "DATA=$DATA has $(($(count_classes train))) folders of classes in train/; 2 to 500 are needed"
+    fi
+    DATA=$(cd -- "$DATA" && pwd)
+fi
+
+names=$(sed -n 's/^ *variant \([a-z_0-9]*\).*/\1/p' "$here/run.sh" | tr '\n' ' ') # the lines of matrix, below
+names=${names% }
 . "$here/../demonstration.sh" # takes the arguments; sets output, python and more
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two variants at a time
 
+budget="EPOCHS=$EPOCHS DATA='${DATA:-}' FLAGS='${FLAGS:-}'"
+if [ -e "$output/budget" ] && [ "$budget" != "$(cat "$output/budget")" ]; then
+    refuse "$output has runs with $(cat "$output/budget"), this is $budget: give another output folder"
+fi
+echo "$budget" >"$output/budget"
 if [ -z "${DATA:-}" ]; then
     sh exp/quickstart/unpack.sh
-    DATA=exp/quickstart/data FLAGS='--in_chans 1 --mean 0.219 --std 0.332'
+    DATA=$PWD/exp/quickstart/data FLAGS="--in_chans 1 --mean 0.219 --std 0.332 ${FLAGS:-}"
 fi
-data=$(cd -- "$DATA" && pwd)
-classes=$(find -L "$data/train" -mindepth 1 -maxdepth 1 -type d | wc -l)
-if [ "$classes" -lt 2 ] || [ "$classes" -gt 500 ]; then
-    echo "$0: 2 to 500 folders of classes are needed in $data/train, there are $classes" >&2
-    exit 2
-fi
+data=$DATA classes=$(count_classes train)
 rm -rf "$output/labelled"
 for class in "$data"/train/*/; do
     name=$(basename -- "$class")
@@ -34,22 +64,25 @@ for class in "$data"/train/*/; do
 done
 ln -s "$data/val" "$output/labelled/val"
 
-# Show the end of a variant's output, and stop.
+# Say that a variant failed, show the end of its output, and stop.
 failed() {
+    echo "$name, seed $seed, failed" >&3
     tail "$1" >&2
     exit 1
 }
 
 # variant NAME [flags]: one line of the table. Two processes share the lines, each takes every second one.
 variant() {
-    name=$1 folder=$output/$1/seed$seed line=$((line + 1))
+    name=$1 folder=$output/$1/seed$seed
     shift
+    case " $only " in *" $name "*) line=$((line + 1)) ;; *) return ;; esac
     if [ $((line % 2)) -ne "$worker" ] || [ -e "$folder/done" ]; then return; fi
     mkdir -p "$folder"
-    echo "$name, seed $seed"
+    echo "$line of $runs: $name, seed $seed (output in $folder/output.txt)" >&3
     # shellcheck disable=SC2086 # FLAGS is divided at blanks
     $python main_pretrain.py --data_path "$data" --output_dir "$folder/pretrain" --model mixmae_quickstart \
-        --batch_size 32 --epochs 4 --warmup_epochs 0.5 --lr 2e-3 --knn_every 4 --probe_every 4 --vis_every 4 \
+        --batch_size 32 --epochs "$EPOCHS" --warmup_epochs 0.5 --lr 2e-3 \
+        --knn_every "$EPOCHS" --probe_every "$EPOCHS" --vis_every "$EPOCHS" \
         --num_workers 0 --keep_checkpoints 1 --resume auto --seed "$seed" ${FLAGS:-} "$@" \
         >>"$folder/output.txt" 2>&1 || failed "$folder/output.txt"
     # shellcheck disable=SC2086
@@ -63,14 +96,14 @@ variant() {
 
 # In the order of the table.
 matrix() {
-    worker=$1
+    worker=$1 line=0
     for seed in $seeds; do
-        line=0
         variant paper
         variant random --lr 0 --epochs 1 # fine-tuned, it is supervised training from scratch
         variant mix_embed --mix_embed
         variant mix_embed_unmasked --mix_embed --no_masked_attn
         variant unmasked --no_masked_attn
+        variant partners_cycle --partners cycle --no_masked_attn # with masked attention, partners cannot matter
         variant single --reconstruct single
         variant fill_mask_token --fill mask_token --no_masked_attn
         variant fill_zero --fill zero --no_masked_attn
@@ -79,7 +112,6 @@ matrix() {
         variant ratio_75 --mask_ratio 0.75
         variant ratio_varied --range_mask_ratio 0.25
         variant mask_per_pair --mask_per_pair
-        variant partners_cycle --partners cycle
         variant images_3 --mix_images 3 --mask_ratio 0.67 --batch_size 33
         variant images_4 --mix_images 4 --mask_ratio 0.75
         variant decoder_deep --decoder_depth 4
@@ -88,9 +120,12 @@ matrix() {
     done
 }
 
-step "Pretraining and measuring every variant, two at a time"
-beside "$output/second.txt" matrix 1
-matrix 0
+exec 3>&1 # where both processes announce what they start
+runs=$(($(echo "$only" | wc -w) * $(echo "$seeds" | wc -w)))
+images=$(find -L "$data/train" -mindepth 2 -type f | wc -l)
+step "Pretraining and measuring two at a time: $runs runs, each of about $((EPOCHS * images / 32)) steps and fine-tuning"
+beside "$output/second.txt" matrix 0
+matrix 1
 wait_for_it
 
 step "Results after $(seconds) seconds"

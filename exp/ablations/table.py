@@ -30,7 +30,8 @@ GROUPS = {  # variants by their folders, and how they are called, in the order o
     "Telling two images apart": {
         "mix_embed": "mix embeddings too",
         "mix_embed_unmasked": "mix embeddings instead of masked attention",
-        "unmasked": "neither",
+        "unmasked": "neither mix embeddings nor masked attention",
+        "partners_cycle": "no masked attention, partners in a cycle",
     },
     "Reconstruction": {"single": "single instead of dual"},
     "What fills a hidden cell": {
@@ -45,7 +46,6 @@ GROUPS = {  # variants by their folders, and how they are called, in the order o
         "mask_per_pair": "one for each pair",
     },
     "Mixtures": {
-        "partners_cycle": "partners in a cycle",
         "images_3": "3 images (ratio 0.67)",
         "images_4": "4 images (ratio 0.75)",
     },
@@ -121,8 +121,9 @@ def plot(groups: dict[str, list[Row]]) -> Figure:
     figure = Figure((12, 0.34 * len(rows) + 1.5), layout="constrained")
     columns = figure.subplots(1, len(MEASURES), sharey=True)
     for axes, (measure, heading) in zip(columns, MEASURES.items()):
-        for row in groups[""][:1]:
-            axes.axvspan(min(row.values[measure]), max(row.values[measure]), color=HAIRLINE, alpha=0.6, zorder=0)
+        for row in groups[""]:
+            if row.name == GROUPS[""]["paper"]:
+                axes.axvspan(min(row.values[measure]), max(row.values[measure]), color=HAIRLINE, alpha=0.6, zorder=0)
         for place, (_, row) in enumerate(rows):
             values = row.values[measure]
             axes.plot(values, [place] * len(values), "o", color=COLOURS["A"], alpha=0.6, markersize=5)
