@@ -21,7 +21,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import timm
@@ -36,7 +35,7 @@ from models_swin import SwinTransformer, classification_loss
 from util.data.datasets import ImageDataset, build_dataset, build_loader
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import BatchAugmentation, Normalize, eval_transform, train_transform, uses_mixup
-from util.errors import UserError, unreadable_is_user_error
+from util.errors import UserError, require_writable, unreadable_is_user_error
 from util.run import advice, classes, distributed
 from util.run.checks import check_overlap, check_statistics
 from util.run.config import ImageTrainingConfig, resolve
@@ -218,7 +217,7 @@ def prepare(config: FinetuneConfig, start: Start) -> tuple[Run, DataLoader]:
     if dataset.classes:
         validation.dataset.number_labels_as(dataset.classes, "the training images")
     classes.count_classes(config, validation.dataset)
-    classes.name_classes_without_images(validation.dataset)
+    classes.warn_of_empty_classes(validation.dataset)
     check_overlap(dataset, validation.dataset)
     check_statistics(config, validation.dataset, f"{config.data_path} (val)")
     config = replace(config, nb_classes=num_classes)
@@ -284,10 +283,8 @@ def evaluate_only(given: FinetuneConfig, launch: Launch) -> None:
     classes.check_division(config, dataset, info)
     model = build_classifier(config, classes.classes_to_evaluate(config, dataset, weights, info))
     logger.info("%s", load_classifier(model, weights, info))
-    if config.predictions and launch.rank == 0:  # while an evaluation is not yet lost
-        with unreadable_is_user_error(f"--predictions {config.predictions} cannot be written"):
-            Path(config.predictions).parent.mkdir(parents=True, exist_ok=True)
-            open(config.predictions, "ab").close()
+    if config.predictions and launch.rank == 0:
+        require_writable(config.predictions, "--predictions")
     normalize = Normalize(config.mean, config.std).to(device)
     result = evaluate(model.to(device), validation, normalize, config.precision, device, bool(config.predictions))
     if launch.rank != 0:

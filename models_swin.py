@@ -174,7 +174,7 @@ class SwinTransformer(nn.Module):
             self.feature_info[i]["reduction"] = patch_size * 2**i
         self.img_size, self.patch_size = img_size, patch_size
         built = dict(patch_size=patch_size, window_size=tuple(windows), always_partition=True)
-        update_model_input_size(self, img_size, **built)  # for timm, which builds a saved model anew
+        update_model_input_size(self, img_size, **built)  # for timm, which rebuilds a saved model
 
     # -- What timm's tools expect of a model ---------------------------------------------------------------------
 

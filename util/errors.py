@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -19,3 +20,11 @@ def unreadable_is_user_error(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{what}: {error.strerror or error}") from error
+
+
+def require_writable(path: str, flag: str) -> None:
+    """Raise a UserError where results cannot be written to the file that `flag` names; what is in it stays. To be
+    called before the work that would be lost."""
+    with unreadable_is_user_error(f"{flag} {path} cannot be written"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        open(path, "ab").close()

@@ -27,7 +27,7 @@ from torch import Tensor
 from models_swin import SwinTransformer
 from util.data.datasets import ImageDataset, build_dataset
 from util.data.transforms import Normalize, eval_transform
-from util.errors import UserError, unreadable_is_user_error
+from util.errors import UserError, require_writable, unreadable_is_user_error
 from util.run import distributed
 from util.run.checks import check_overlap, check_statistics
 from util.run.config import CheckpointFlags, DataFlags, DeviceFlags, ProcessFlags, resolve
@@ -209,10 +209,8 @@ def main(flags: argparse.Namespace) -> None:
         setup_logging()
         given = given_flags(KnnConfig, flags)
         launch = distributed.init_distributed(given)
-        if launch.rank == 0 and given.out:  # while an evaluation is not yet lost
-            with unreadable_is_user_error(f"--out {given.out} cannot be written"):
-                Path(given.out).parent.mkdir(parents=True, exist_ok=True)
-                open(given.out, "ab").close()
+        if launch.rank == 0 and given.out:
+            require_writable(given.out, "--out")
         result = evaluate(given, launch)
         logger.info("%s", describe(result))
         if launch.rank == 0 and given.out:

@@ -29,12 +29,12 @@ from util.data.coco import AsItIs, Flip, build_coco_dataset, collate_lists
 from util.data.datasets import build_loader
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import Normalize
-from util.dense.average_precision import Result, require_writable, write_results
+from util.dense.average_precision import Result, write_results
 from util.dense.config import DenseConfig
 from util.dense.detector import build_detector
 from util.dense.drawing import detections_picture
 from util.dense.task import open_to_evaluate, settings_to_train
-from util.errors import UserError
+from util.errors import UserError, require_writable
 from util.run import distributed
 from util.run.checks import check_statistics
 from util.run.config import TrainingConfig
@@ -192,7 +192,7 @@ def evaluate_only(given: DetectionConfig, launch: Launch) -> None:
     model = build_detector(config, len(checkpoint["classes"]))
     model.load_state_dict(checkpoint["model"])
     if config.predictions and launch.rank == 0:
-        require_writable(config.predictions)  # while an evaluation is not yet lost
+        require_writable(config.predictions, "--predictions")
     normalize = Normalize(config.mean, config.std).to(launch.device)
     measured, results = evaluate(model.to(launch.device), validation, normalize, launch.device)
     if launch.rank == 0:

@@ -96,7 +96,8 @@ class CocoSource(FileSource):
         return target
 
     def number_classes_as(self, classes: Sequence[str], owner: str) -> None:
-        """Let labels count in `classes`, those of the weights called `owner`. Raises UserError where one is unknown."""
+        """Renumber the labels in the order of `classes`, those of the weights called `owner`, matched by name. Raises
+        UserError where one is unknown."""
         if unknown := sorted(set(self.classes) - set(classes)):
             raise UserError(
                 f"{self.annotations.path} has categories that {owner} does not know: {abbreviate(unknown)}; it knows "

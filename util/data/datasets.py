@@ -99,7 +99,7 @@ class ImageDataset(Dataset):
         }  # fmt: skip
 
     def number_labels_as(self, classes: Sequence[str], owner: str, exactly: bool = False) -> None:
-        """Let labels count in `classes`, the names of which belong to `owner` (for messages), whatever their order.
+        """Renumber the labels in the order of `classes`, matched by name; they belong to `owner` (for messages).
 
         Data that tell numbers are matched with names that are numbers (folders 0 to 11 count as 0, 1, 10, 11, 2, ...);
         with other names they are taken as positions, with a warning. To be called before the data set is read. Raises

@@ -117,13 +117,6 @@ def true_annotations(content: dict[str, Any], kind: str) -> list[dict[str, Any]]
     return annotations
 
 
-def require_writable(path: str) -> None:
-    """Raise a UserError where results cannot be written to that file; what is in it stays."""
-    with unreadable_is_user_error(f"--predictions {path} cannot be written"):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        open(path, "ab").close()
-
-
 def write_results(path: str, results: list[Result]) -> None:
     """The results as a JSON file, which COCO's server and pycocotools read.
 

@@ -32,7 +32,7 @@ def prepare_compiling() -> None:
 def why_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
     """Why torch.compile does not work on `device`, as it says itself; '' where it does.
 
-    Tried on a GPU is attention of two sizes, for which PyTorch generates different kernels, with gradients.
+    On a GPU this tries attention of two sizes, for which PyTorch generates different kernels, with gradients.
     """
 
     def loss(qkv: torch.Tensor, bias: torch.Tensor, group: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ try:
 except ImportError:
 
     def update_model_input_size(*_, **__) -> None:
-        """timm before 1.0.31 does not build a saved model anew with its present size."""
+        """timm before 1.0.31 does not rebuild a saved model with its present size."""
 
 
 StateDict = dict[str, Tensor]

@@ -44,7 +44,6 @@ POSITION = (
     ("step_in_epoch", (int,), 0),
     ("epoch_loss", (int, float), float("-inf")),
     ("best", (int, float, type(None)), float("-inf")),
-    ("best_acc1", (int, float, type(None)), float("-inf")),
 )
 
 STEP_NAME = re.compile(r"checkpoint-\d+\.pth")

@@ -45,14 +45,15 @@ def count_classes(config: Config, dataset: ImageDataset) -> int:
 
 
 def number_classes(config: Config, dataset: ImageDataset, start: Start) -> int:
-    """Let labels count in the classes of a head that the run goes on with, by their names; the number of classes.
+    """Renumber the labels in the order of the classes of the head that the run goes on with, matched by name; returns
+    the number of classes.
 
     Raises:
         UserError: the head's classes are not those of the data.
     """
     number = count_classes(config, dataset)
-    name_twins(dataset.classes or [])
-    name_classes_without_images(dataset, "training")
+    warn_of_similar_names(dataset.classes or [])
+    warn_of_empty_classes(dataset, "training")
     if start.checkpoint is not None:
         classes, owner = recorded_classes(start.checkpoint, "the checkpoint to resume"), "the checkpoint to resume"
     elif start.weights is not None and not config.reset_head and len(start.weights[0].get("head.weight", ())) == number:
@@ -78,7 +79,7 @@ def warn_of_unknown_classes(source: object) -> None:
 
 
 def classes_to_evaluate(config: Config, dataset: ImageDataset, weights: dict[str, Tensor], info: WeightsInfo) -> int:
-    """Let labels count in the classes of the weights, by their names; the number of classes.
+    """Renumber the labels in the order of the classes of the weights, matched by name; returns the number of classes.
 
     Raises:
         UserError: these are not the classes of the data.
@@ -99,11 +100,11 @@ def classes_to_evaluate(config: Config, dataset: ImageDataset, weights: dict[str
             )
     if dataset.targets is not None:
         check_targets(torch.as_tensor(dataset.targets), number)
-    name_classes_without_images(dataset)
+    warn_of_empty_classes(dataset)
     return number
 
 
-def name_twins(classes: list[str]) -> None:
+def warn_of_similar_names(classes: list[str]) -> None:
     """Warn of classes that are one to most people, and to the file systems of macOS and Windows."""
     numbers = Counter(map(_spelt_alike, classes))
     if twins := [name for name in classes if numbers[_spelt_alike(name)] > 1]:
@@ -114,7 +115,7 @@ def _spelt_alike(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold().strip()
 
 
-def name_classes_without_images(dataset: ImageDataset, what: str = "validation") -> None:
+def warn_of_empty_classes(dataset: ImageDataset, what: str = "validation") -> None:
     """Warn of classes that are not learned; or of which no accuracy on the validation images says anything."""
     used = set(() if dataset.targets is None else dataset.targets.tolist())
     unused = [name for i, name in enumerate(dataset.classes or ()) if i not in used]

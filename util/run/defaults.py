@@ -1,6 +1,6 @@
 """What a run does where no flag says: chosen once from the data and the machine, logged with the reason, and stored
 with the run, so that resuming it does not choose again. The experiment scripts give every setting, so nothing is chosen
-for them. util/README.md has the rules in a table; --num_workers, which every run chooses anew, is util.run.config's.
+for them. util/README.md has the rules in a table; --num_workers, which every start chooses again, is util.run.config's.
 """
 
 import logging
@@ -109,7 +109,7 @@ def choose_for_pretraining(known: Mapping[str, Any], survey: Survey, device: tor
 
 
 def choose_for_finetuning(known: Mapping[str, Any], survey: Survey, device: torch.device) -> Choices:
-    """Likewise."""
+    """Likewise for fine-tuning."""
     choices = Choices(known)
     if survey.in_chans is not None:
         choices.choose("in_chans", survey.in_chans, "what the image files have")

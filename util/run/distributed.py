@@ -229,7 +229,7 @@ def average_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Fut
     """Average gradients over ranks, added in the order of ranks, for a resumed run to be identical.
 
     The order of gloo's own sum, and of NCCL's, depends on where in a bucket a value lies, and DistributedDataParallel
-    packs its buckets anew after the first step of a process. Between two ranks there is but one order, and theirs is
+    packs its buckets again after the first step of a process. Between two ranks there is but one order, and theirs is
     faster.
     """
     gradients = [torch.empty_like(bucket.buffer()) for _ in range(dist.get_world_size())]

@@ -166,7 +166,7 @@ def whether_to_compile(given: bool | None, device: torch.device, precision: str)
 
 
 def set_up_arithmetic(precision: str, measure: bool = True) -> None:
-    """Let a GPU compute in TF32, at most, what stays float32 in a lower `precision`, and nothing where all is float32.
+    """Allow TF32 for what stays float32 in a lower `precision`; with fp32, for nothing.
 
     By default PyTorch would round the patch embedding's products to TF32 even then. With `measure`, kernels for
     convolutions are chosen by measurement: not where batches differ in shape, since it is repeated for every shape, nor

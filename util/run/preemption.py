@@ -73,7 +73,7 @@ class Preemption:
         if distributed.get_world_size() == 1:
             self._flags = self._local_flags()
             return bool(self._flags.any())
-        self.finish()
+        self.wait_for_reduction()
         if self._flags.any():
             return True
         self._flags = self._local_flags()
@@ -92,7 +92,7 @@ class Preemption:
         Raises:
             SystemExit: with `EXIT_REQUEUE`, or whatever submitit's handler exits with.
         """
-        self.finish()
+        self.wait_for_reduction()
         requeue, terminated = bool(self._flags[0]), bool(self._flags[1])
         try:
             if requeue and not terminated and distributed.is_main_process():
@@ -105,7 +105,7 @@ class Preemption:
 
     def close(self) -> None:
         """Wait for the reduction under way and give the signals back to their previous handlers."""
-        self.finish()
+        self.wait_for_reduction()
         for signum, handler in self._previous.items():
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         self._previous.clear()
@@ -115,7 +115,7 @@ class Preemption:
         ended = any(signum in self._seen for signum in END_SIGNALS)
         return torch.tensor([requeue, ended], dtype=torch.int32)
 
-    def finish(self) -> None:
+    def wait_for_reduction(self) -> None:
         """Wait for the reduction under way, on all ranks."""
         if self._pending is not None:
             pending, self._pending = self._pending, None

@@ -122,7 +122,7 @@ def find_start(given: C, launch: Launch) -> Start[C]:
         UserError: the folder cannot be written to, is another run's, or holds one that this one would replace.
     """
     preemption = Preemption()
-    preemption.install()  # not before: in an evaluation, nobody would ask it
+    preemption.install()  # not before: an evaluation never polls it
     start = Start(given, launch, preemption)
 
     def open_folder() -> str | None:
@@ -301,7 +301,7 @@ class Run:
             self.folder.wait(final=True)
         self.log.close()
         release_folders()
-        self.preemption.finish()
+        self.preemption.wait_for_reduction()
         distributed.shutdown()
         self.preemption.close()
 

@@ -80,7 +80,7 @@ def weight_settings(
     Args:
         recorded: the arguments stored with the weights; {} where there are none.
         source: what the weights are called, for messages.
-        given: flags by name, which win; None and missing ones are not given.
+        given: flags by name, which take precedence; None and missing ones are not given.
         pretraining: whether the model is to be a pretraining model, rather than a classifier or encoder.
         defaults: by name, for what neither says; without a model in it, an unknown model is an error.
 
