@@ -5,13 +5,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from running import fails, make_images, read_lines, run
 from trials import TINY, Trial
 
 import util.compare_runs
-from util.compare_runs import relative_difference
+from util.compare_runs import relative_difference, whole_decades
 from util.run import provenance
 
 RECIPE = (*TINY, "--epochs", "3", "--save_steps", "2")
@@ -139,6 +140,36 @@ def test_mistakes_are_explained(runs, capfd, tmp_path):
     other = changed(runs / "whole", tmp_path / "later", later)
     message = "no optimizer step in common: whole has steps 1 to 18, later has steps 101 to 118"
     fails(util.compare_runs, capfd, message, runs / "whole", other)
+
+
+def test_runs_of_other_programs_are_refused(runs, capfd, tmp_path):
+    def classify(config, steps):
+        del config["config"]["mask_ratio"]
+        config["config"]["nb_classes"] = 10
+        config["environment"]["command"] = "/code/main_finetune.py --epochs 3"
+
+    def segment(config, steps):
+        config["environment"]["command"] = "upernet.py --epochs 3"
+
+    def by_another_script(config, steps):
+        config["environment"]["command"] = "own.py --epochs 3"
+
+    finetuned = changed(runs / "whole", tmp_path / "finetuned", classify)
+    segmenter = changed(finetuned, tmp_path / "segmenter", segment)
+    message = "not the same kind of run.*whole is of main_pretrain.py, finetuned of main_finetune.py"
+    fails(util.compare_runs, capfd, message, runs / "whole", finetuned)
+    message = "segmenter is of exp/ade20k/upernet.py, finetuned of main_finetune.py"
+    fails(util.compare_runs, capfd, message, segmenter, finetuned)
+    assert compare(capfd, finetuned, changed(finetuned, tmp_path / "own", by_another_script))[0] == 0
+
+
+def test_the_axis_of_differences_has_a_decade_at_least():
+    for values, limits in (
+        ([8.9e-8, 9.5e-8], (1e-8, 1e-7)),
+        ([1e-3], (1e-3, 1e-2)),
+        ([2e-9, 3e-4], (1e-9, 1e-3)),
+    ):
+        assert whole_decades(np.array(values)) == pytest.approx(limits)
 
 
 # --- What a run was made with ---

@@ -1,5 +1,7 @@
 """The picture of the method shows what the model does with the pair, at any size; wrong inputs are explained."""
 
+import logging
+
 import numpy as np
 import pytest
 import timm
@@ -12,6 +14,7 @@ from util.data.display import COLOURS, Display
 from util.explain import explanation_figure, find_window, run_steps
 from util.layers.windows import upsample
 from util.run.flags import given_flags
+from util.run.pictures import PREDICTED_UP_TO, wrap
 from util.weights.file import write_checkpoint
 
 MASK = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0.0])
@@ -128,6 +131,38 @@ def test_any_size_and_number_of_channels(in_chans, size):
         assert (picture == ImageColor.getrgb(colour)).all(axis=-1).sum() > 10_000
 
 
+def drawn_texts(monkeypatch, model: MixMAE, imgs: torch.Tensor) -> dict[str, float]:
+    """What a picture says, with the right edge of each in pixels, were it all of monospace."""
+    said, write = {}, explain.Page.write
+    monkeypatch.setattr(
+        explain.Page, "write", lambda page, x, y, text, size=11, **style: (
+            said.update({text: x + 0.602 * size * len(text)}), write(page, x, y, text, size, **style)
+        ),
+    )  # fmt: skip
+    mask = model.random_masking(0.5, torch.Generator().manual_seed(0))
+    channels = imgs.shape[1]
+    explanation_figure(run_steps(model, imgs, mask), Display(imgs, (0.5,) * channels, (0.5,) * channels, (0,)), [])
+    return said
+
+
+def test_mix_embeddings_are_spoken_of_where_there_are_some(monkeypatch):
+    for mix_embed in (False, True):
+        said = drawn_texts(monkeypatch, small_model(mix_embed=mix_embed), random_images())
+        assert any("adds a learned vector" in text for text in said) == mix_embed
+
+
+def test_shapes_of_large_images_end_at_the_edge(monkeypatch):
+    said = drawn_texts(monkeypatch, small_model(img_size=96), random_images(size=(96, 96)))
+    assert said["(2, 12, 12, 128)"] <= explain.WIDTH - explain.MARGIN
+
+
+def test_lines_of_a_caption_are_as_equal_as_words_allow():
+    text = "aaa bbb ccc ddd eee"
+    assert wrap(text, 18) == ["aaa bbb ccc", "ddd eee"] and wrap(text, 19) == [text] and wrap("", 19) == []
+    shorter, longer = sorted(map(len, wrap(PREDICTED_UP_TO, explain.LINE_LENGTH)))
+    assert longer - shorter < 20 and longer <= explain.LINE_LENGTH
+
+
 # --- The command --------------------------------------------------------------------------------------------
 
 
@@ -161,6 +196,14 @@ def test_two_images_or_a_pair_of_a_folder(tmp_path, checkpoint, images):
     assert a == b != c and two != a
 
 
+def test_the_same_image_twice_is_worth_a_warning(tmp_path, checkpoint, images, caplog):
+    with caplog.at_level(logging.WARNING):
+        run(checkpoint, images[:2], tmp_path / "two.png")
+        assert not caplog.records
+        run(checkpoint, [images[0], images[0]], tmp_path / "same.png")
+    assert f"both images are the same ({images[0]}, {images[0]})" in caplog.text
+
+
 def test_wrong_inputs_are_explained(tmp_path, checkpoint, images):
     out = tmp_path / "picture.png"
     with pytest.raises(ValueError, match="at least 2 are needed, --images gives 1"):
@@ -172,7 +215,7 @@ def test_wrong_inputs_are_explained(tmp_path, checkpoint, images):
     for stage in ("0", "5"):
         with pytest.raises(ValueError, match="--stage must be between 1 and 4"):
             run(checkpoint, images[:2], out, "--stage", stage)
-    with pytest.raises(ValueError, match="mask hides 0 of 16 cells"):
+    with pytest.raises(ValueError, match=r"--mask_ratio 0\.01 hides 0 of the 16 cells of an image"):
         run(checkpoint, images[:2], out, "--mask_ratio", "0.01")
     encoder = timm.create_model("swin_quickstart", in_chans=1, num_classes=0)
     torch.save({"model": encoder.state_dict(), "args": {"model": "swin_quickstart"}}, tmp_path / "encoder.pth")

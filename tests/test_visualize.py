@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 import models_mixmae
 from util import visualize
-from util.data.display import Display, shown_channels
+from util.data.display import COLOURS, HAIRLINE, Display, shown_channels
 from util.run.flags import given_flags
-from util.visualize import outline, reconstruct, reconstruction_figure
+from util.visualize import headings, introduction, outline, reconstruct, reconstruction_figure
 from util.weights.file import write_checkpoint
 
 MASK = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0.0])
@@ -98,6 +98,60 @@ def test_pixels_of_small_images_are_exact_blocks(size, factor):
         assert np.array_equal(column[top : top + blocks.shape[1]], blocks[image])
 
 
+# --- Variants of the method ---
+
+FILLED = [dict(fill=fill, masked_attn=False) for fill in ("mask_token", "zero", "noise")]
+
+
+def count(figure: np.ndarray, colour: str) -> int:
+    return int((figure == ImageColor.getrgb(colour)).all(axis=-1).sum())
+
+
+def column(figure: np.ndarray, number: int) -> np.ndarray:
+    """The images of a column, from 0, with the space around them."""
+    left = visualize.LEFT + number * 320
+    return figure[visualize.HEAD : visualize.HEAD + 600, left : left + 288]
+
+
+@pytest.mark.parametrize("fill", ["zero", "noise"])
+def test_a_filling_is_drawn_as_the_encoder_gets_it(fill):
+    model, imgs, taken = small_model(fill=fill, masked_attn=False), random_images(4), []
+    hook = model.layers[0].register_forward_hook(lambda module, inputs, output: taken.append(inputs[0]))
+    mixed, _, _ = reconstruct(model, imgs, MASK)
+    hook.remove()
+    with torch.no_grad():
+        torch.testing.assert_close(model.embed(mixed), taken[0])
+        assert not torch.allclose(model.embed(imgs), taken[0])
+
+
+def test_noise_is_the_same_in_every_picture_and_leaves_random_numbers_alone():
+    model, imgs = small_model(**FILLED[2]), random_images(4)
+    state = torch.get_rng_state()
+    first = reconstruct(model, imgs, MASK)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    assert all(map(torch.equal, first, reconstruct(model, imgs, MASK)))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, dict(reconstruct="single"), dict(masked_attn=False, reconstruct="single"), *FILLED]
+)
+def test_a_picture_has_the_columns_and_marks_that_are_true_of_its_model(arguments):
+    model, mixed = small_model(**arguments), "fill" not in arguments
+    figure = np.asarray(reconstruction_figure(model, random_images(4), MASK, (0.5,), (0.5,)))
+    both = model.num_branches == 2
+    assert len(headings(model)) == 3 + both
+    assert len(introduction(model)) < visualize.LINE_LENGTH - 10  # in a larger font than the caption's
+    assert (column(figure, 2) < 255).any() and (column(figure, 3) < 255).any() == both
+    assert (count(figure, COLOURS["B"]) > 1000) == mixed and count(figure, COLOURS["A"]) > 1000
+    assert ("Mixed input" in dict(headings(model))) == ("mixed" in introduction(model)) == mixed
+    line = figure[visualize.HEAD + 288 : visualize.HEAD + 304, 74]  # from image A to B
+    assert (count(line[None], HAIRLINE) > 0) == mixed
+    # Mask tokens are no pixels of the image, of any value.
+    grey = count(column(figure, 1)[:288], HAIRLINE)
+    assert (grey > 9 * 32 * 32) if arguments.get("fill") == "mask_token" else (grey < 2000)
+
+
 def test_outlines_follow_the_contour_just_inside():
     region = torch.tensor([[True, True], [True, False]])
     line = outline(region, (40, 40))
@@ -179,6 +233,45 @@ def test_folder_list_and_files(tmp_path, checkpoint, images, caplog):
     assert heights[0] == heights[2] > heights[1]
 
 
+def test_all_that_are_left_out_are_named_in_one_line(tmp_path, images, caplog):
+    path = save_model(tmp_path / "three.pth", small_model(mix_images=3), mix_images=3, mask_ratio=0.67)
+    with caplog.at_level(logging.WARNING):
+        run(path, images, tmp_path / "files.png")
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said == f"images are taken 3 at a time: the last 2 of the 5, {images[3]} and {images[4]}, are left out"
+    with pytest.raises(ValueError, match="this model mixes 3 images: give at least as many"):
+        run(path, images[:2], tmp_path / "two.png")
+
+
+def mask_ratio_of(path: str, *flags: str) -> float:
+    command = ["--checkpoint", path, "--images", "unused", "--out", "unused.png", *flags]
+    _, config, _ = visualize.load_model(
+        given_flags(visualize.VisualizeConfig, visualize.get_args_parser().parse_args(command))
+    )
+    return config.mask_ratio
+
+
+def test_as_much_is_hidden_as_in_training_unless_a_flag_says_more(tmp_path, checkpoint, images, caplog):
+    path = save_model(tmp_path / "most.pth", small_model(), mask_ratio=0.75, range_mask_ratio=0.1)
+    with caplog.at_level(logging.INFO):
+        assert mask_ratio_of(path) == 0.75
+        assert mask_ratio_of(path, "--mask_ratio", "0.25") == 0.25
+        assert mask_ratio_of(checkpoint) == 0.5
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("mask ratio")]
+    assert said == [
+        "mask ratio 0.75, not given: the weights were trained with 0.75 or up to 0.1 more",
+        "mask ratio 0.25, as given: the weights were trained with 0.75 or up to 0.1 more",
+        "mask ratio 0.5, not given: the weights record no mask ratio",
+    ]
+    for name, flags in (("own.png", []), ("same.png", ["--mask_ratio", "0.75"]), ("less.png", ["--mask_ratio", "0.5"])):
+        run(path, images[:2], tmp_path / name, *flags)
+    own, same, less = ((tmp_path / name).read_bytes() for name in ("own.png", "same.png", "less.png"))
+    assert own == same != less
+    for value in ("much", 1.5, True):
+        with pytest.raises(ValueError, match=f"records mask_ratio={value!r}, which is no value of --mask_ratio"):
+            mask_ratio_of(save_model(tmp_path / "odd.pth", small_model(), mask_ratio=value))
+
+
 def test_same_seed_same_picture(tmp_path, checkpoint, images):
     for name, seed in (("a.png", "1"), ("b.png", "1"), ("c.png", "2")):
         run(checkpoint, [str(tmp_path / "images")], tmp_path / name, "--seed", seed)
@@ -236,8 +329,13 @@ def test_wrong_inputs_are_explained(tmp_path, checkpoint, images):
         run(checkpoint, [str(tmp_path / "absent")], out)
     with pytest.raises(ValueError, match=r"missing\.pth is neither a file nor"):
         run(str(tmp_path / "missing.pth"), images, out)
-    with pytest.raises(ValueError, match="mask hides 0 of 16 cells"):
+    with pytest.raises(
+        ValueError, match=r"--mask_ratio 0\.01 hides 0 of the 16 cells .*give --mask_ratio 0\.063 or more"
+    ):
         run(checkpoint, images, out, "--mask_ratio", "0.01")
+    for ratio in ("0", "1", "-1"):
+        with pytest.raises(ValueError, match=f"--mask_ratio must be above 0 and below 1, got {ratio}"):
+            run(checkpoint, images, out, "--mask_ratio", ratio)
     with pytest.raises(ValueError, match="does not record which model"):
         torch.save({"model": small_model().state_dict()}, tmp_path / "bare.pth")
         run(str(tmp_path / "bare.pth"), images, out)

@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import math
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -22,7 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from util.data.display import COLOURS
 from util.errors import UserError, unreadable_is_user_error
@@ -31,6 +32,8 @@ from util.run.failures import user_errors
 from util.run.flags import FREE, NOT_NEGATIVE, Config, flag, get_parser, given_flags
 from util.run.history import RunHistory, read_history
 from util.run.logger import setup_logging
+from util.run.provenance import ROOT
+from util.run.state import program_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,27 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 # --- How they were made ---
+
+
+def program_of_run(run: RunHistory) -> str | None:
+    """The script that makes runs like this one, if it is known.
+
+    Pretraining and fine-tuning are told by their settings, whatever script called them; other tasks, which may have
+    settings of the same names, by the command line.
+    """
+    script, *_ = shlex.split(run.environment.get("command", "")) or ["unknown"]
+    task = next(ROOT.glob(f"exp/*/{Path(script).name}"), None)
+    return task.relative_to(ROOT).as_posix() if task else program_of({"args": run.config})
+
+
+def refuse_other_kinds(a: RunHistory, b: RunHistory) -> None:
+    """Raise a UserError for runs of different programs, whose losses are not the same quantity."""
+    programs = program_of_run(a), program_of_run(b)
+    if None not in programs and programs[0] != programs[1]:
+        raise UserError(
+            f"these are not the same kind of run, so their numbers cannot be compared: {a.name} is of {programs[0]}, "
+            f"{b.name} of {programs[1]}; give two runs of one program"
+        )
 
 
 def different_settings(a: RunHistory, b: RunHistory) -> Iterator[str]:
@@ -219,6 +243,8 @@ def draw(a: RunHistory, b: RunHistory, comparisons: list[Comparison], path: str)
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     if below.lines:
         below.set_yscale("log")
+        below.set_ylim(whole_decades(np.concatenate([line.get_ydata() for line in below.lines])))
+        below.yaxis.set_minor_formatter(NullFormatter())
         below.legend(frameon=False)
     else:
         below.text(0.5, 0.5, "no difference", ha="center", transform=below.transAxes)
@@ -231,7 +257,13 @@ def draw(a: RunHistory, b: RunHistory, comparisons: list[Comparison], path: str)
         figure.savefig(path, dpi=150)
 
 
-def say_how_they_differ(a: RunHistory, b: RunHistory, tolerance: float, out: str) -> bool:
+def whole_decades(values: np.ndarray) -> tuple[float, float]:
+    """The limits of a logarithmic axis for positive values: powers of ten, at least one decade apart."""
+    low = math.floor(math.log10(values.min()))
+    return 10.0**low, 10.0 ** max(low + 1, math.ceil(math.log10(values.max())))
+
+
+def report_differences(a: RunHistory, b: RunHistory, tolerance: float, out: str) -> bool:
     """Log all about it, draw it to `out` if that is given, and return whether the numbers are the same."""
     for line in (
         *different_settings(a, b),
@@ -264,7 +296,8 @@ def main(flags: argparse.Namespace) -> None:
         a, b = (read_history(folder) for folder in flags.runs)
         if a.name == b.name:
             a, b = (replace(run, name=folder) for run, folder in zip((a, b), flags.runs))
-        same = say_how_they_differ(a, b, config.tolerance, config.out)
+        refuse_other_kinds(a, b)
+        same = report_differences(a, b, config.tolerance, config.out)
     sys.exit(0 if same else 1)
 
 

@@ -11,7 +11,6 @@ import util.run.startup  # noqa: F401 - before PyTorch
 # isort: split
 import argparse
 import logging
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from util.layers.windows import upsample
 from util.run.failures import user_errors
 from util.run.flags import flag, get_parser, given_flags
 from util.run.logger import setup_logging
-from util.run.pictures import PREDICTED_UP_TO, PictureFlags, assemble, choose_images, describe_origin, load_model
+from util.run.pictures import PREDICTED_UP_TO, PictureFlags, assemble, choose_images, describe_origin, load_model, wrap
 from util.seeding import keyed_generator
 
 logger = logging.getLogger(__name__)
@@ -66,6 +65,7 @@ class Steps:
     mixed: Tensor  # (2, C, H, W) the mixtures: image i where the mask is 0, its partner where it is 1
     predicted: Tensor  # (2, C, H, W) every cell from the branch in which it was hidden
     loss: float
+    mix_embed: bool  # whether the stages add a vector that says which image of its mixture a token is of
     window: Window
     shapes: dict[str, tuple[int, ...]]  # of `tokens`, `stages.0` to `stages.3`, `latent`, `branches` and `pred`
 
@@ -98,7 +98,8 @@ def run_steps(model: MixMAE, imgs: Tensor, mask: Tensor, stage: int | None = Non
         window = next((window for window in windows if window.group.any() and not window.group.all()), windows[0])
     else:
         window = windows[stage]
-    return Steps(imgs, hidden, mixed, predicted, loss.item(), window, shapes | {"pred": tuple(pred.shape)})
+    mix_embed = model.layers[0].mix_embed is not None
+    return Steps(imgs, hidden, mixed, predicted, loss.item(), mix_embed, window, shapes | {"pred": tuple(pred.shape)})
 
 
 @contextmanager
@@ -161,6 +162,7 @@ SMALL_SIDE = 88  # of the mask and the latent cells
 STAGE_SIDES, STAGE_PITCH = (112, 88, 66, 48), 146
 STRIP = 6  # width of the tokens beside their attention
 LINE, LINE_LENGTH = 16, 190  # of the caption
+SHAPE_SIZE = 9  # of the font of shapes, whose characters are 0.602 times as wide
 
 BLUE, ORANGE, MASK_TOKEN, NOTHING = np.array(
     [ImageColor.getrgb(colour) for colour in (COLOURS["A"], COLOURS["B"], HAIRLINE, LIGHT)]
@@ -187,7 +189,7 @@ class Page:
     def label(self, x: float, top: float, name: str, shape: str) -> None:
         """Above what is drawn at `top`: its name and the shape of its tensor."""
         self.write(x, top - 22, name)
-        self.write(x, top - 8, shape, size=9, color=MUTED, family="monospace")
+        self.write(x, top - 8, shape, size=SHAPE_SIZE, color=MUTED, family="monospace")
 
     def arrow(self, *ends: tuple[float, float]) -> None:
         style = dict(arrowstyle="-|>,head_width=0.2,head_length=0.4", color=MUTED, linewidth=1.2, shrinkA=0, shrinkB=0)
@@ -265,7 +267,7 @@ def written(shape: tuple[int, ...]) -> str:
 
 def explanation_figure(steps: Steps, display: Display, captions: list[str]) -> Image.Image:
     """The picture of the steps; `captions` are paragraphs at its end."""
-    lines = [line for caption in captions for line in textwrap.wrap(caption, LINE_LENGTH)]
+    lines = [line for caption in captions for line in wrap(caption, LINE_LENGTH)]
     page = Page(HEIGHT + LINE * len(lines) + 8)
     draw_encoding(page, steps, display)
     page.axes.plot((MARGIN, WIDTH - MARGIN), (472, 472), color=HAIRLINE, linewidth=1)
@@ -303,10 +305,11 @@ def draw_encoding(page: Page, steps: Steps, display: Display) -> None:
     top = UPPER[0]
     page.arrow((MIX + SIDE + 6, top + 24), (ENCODE - 6, top + 24))
     for stage, side in enumerate(STAGE_SIDES):
-        left = ENCODE + stage * STAGE_PITCH
+        shape = written(shapes[f"stages.{stage}"])
+        left = min(ENCODE + stage * STAGE_PITCH, WIDTH - MARGIN - 0.602 * SHAPE_SIZE * len(shape))
         rows, columns = shapes[f"stages.{stage}"][1:3]
         tokens = upsample(hidden, 2 ** (NUM_STAGES - 1 - stage))[:rows, :columns]
-        page.label(left, top, f"stage {stage + 1}", written(shapes[f"stages.{stage}"]))
+        page.label(left, top, f"stage {stage + 1}", shape)
         width, height = page.show_tokens(tokens, left, top, side)
         if stage == window.stage:
             corner = (left + window.columns.start / columns * width, top + window.rows.start / rows * height)
@@ -315,6 +318,9 @@ def draw_encoding(page: Page, steps: Steps, display: Display) -> None:
         if stage:
             page.arrow((left - 30, top + 24), (left - 8, top + 24))
 
+    if steps.mix_embed:
+        added = "each stage first adds a learned vector: one to a mixture's own tokens, another to its partner's"
+        page.write(ENCODE, top + SIDE + 14, added, size=10, color=MUTED)
     top, places = UPPER[1], (ENCODE, (ENCODE + TARGET) / 2, TARGET)
     n, middle = window.group.numel(), UPPER[1] + SIDE / 2
     page.label(places[0], top, f"a window of stage {window.stage + 1}", f"{n} tokens")
@@ -329,12 +335,12 @@ def draw_encoding(page: Page, steps: Steps, display: Display) -> None:
     for left, right in pairwise(places):
         page.arrow((left + SIDE + 8, middle), (right - 8, middle))
     page.write(places[2] - (places[2] - places[1] - SIDE) / 2, middle - 8, "sort", ha="center")
-    share = window.pairs.float().mean().item()
+    share = 100 * window.pairs.float().mean().item()
     page.write(
         places[0],
         top + SIDE + 22,
         "Sorted by image, the masked attention of a window is one dense attention for each image,\n"
-        f"with exactly the same result: here {100 * share:.0f}% of the pairs.",
+        f"with exactly the same result: here for {share:.0f}% of the window's {n:,} \u00d7 {n:,} pairs of tokens.",
         size=10,
         color=MUTED,
     )
@@ -416,6 +422,8 @@ def explain(given: ExplainConfig) -> None:
             f"the picture shows one pair: name two images or a folder to draw from, --images gives {len(chosen)}"
         )
     imgs = Normalize(config.mean, config.std)(torch.stack([dataset[(0, index)][0] for index in chosen]))
+    if torch.equal(imgs[0], imgs[1]):
+        logger.warning("both images are the same (%s, %s): mixing changes nothing", *map(dataset.path_of, chosen))
     out = Path(config.out)
     with unreadable_is_user_error(f"--out {out} cannot be written"):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
     python -m util.visualize --checkpoint output_dir/checkpoint.pth --images /path/to/images --out picture.png
 
 Every row shows an image, the mixture that the encoder sees, the image with its hidden cells filled in, and the image
-predicted as a whole. Rows come in pairs, since images are mixed in pairs.
+predicted as a whole. Rows come in pairs, since images are mixed in pairs. A model that learns to predict hidden cells
+alone (`--reconstruct single`, `--fill`) has no fourth column, and one that mixes no images no pairs.
 """
 
 import util.run.startup  # noqa: F401 - before PyTorch
@@ -28,6 +29,7 @@ from util.data.display import COLOURS, HAIRLINE, INK, LIGHT, MUTED, OUTLINE, Dis
 from util.data.transforms import Normalize
 from util.errors import UserError, unreadable_is_user_error
 from util.layers.mixing import images_of_tuples
+from util.layers.windows import upsample
 from util.run.failures import user_errors
 from util.run.flags import flag, get_parser, given_flags
 from util.run.logger import setup_logging
@@ -43,25 +45,44 @@ COLUMN_GAP, ROW_GAP, TUPLE_GAP = 32, 16, 48
 TEXT, SMALL, LINE = 17, 15, 24  # font sizes, and from one line of the caption to the next
 LINE_LENGTH = 148  # characters in a line of the caption
 
-COLUMNS = (
-    ("Original", "the images of a mixture"),
-    ("Mixed input", "all that the encoder sees"),
-    ("Hidden cells filled in", "own cells kept, the others predicted"),
-    ("Every cell predicted", "each from the mixture that hid it"),
-)
+WITHOUT_PARTNERS = {  # by the model's filling: what the input shows where a cell is hidden, and what takes its place
+    "mask_token": ("hidden cells are a mask token (grey)", "a learned mask token takes"),
+    "zero": ("hidden cells have the mean's value", "pixels of the mean's value take"),
+    "noise": ("hidden cells are noise", "Gaussian noise takes"),
+}
 
 
 def introduction(model: MixMAE) -> str:
     """What the model does, in one line."""
     if model.fill != "partner":
         return "Of every image, cells are hidden from the encoder; the decoder predicts them from the others."
-    mixed = "in pairs" if model.mix_images == 2 else f"{model.mix_images} at a time"
     attends = "within each image only" if model.masked_attn else "to all images"
-    of_whom = "the first" if model.num_branches == 1 else "both" if model.mix_images == 2 else "all"
+    of_whom = "the row's image" if model.num_branches == 1 else "both" if model.mix_images == 2 else "all"
     return (
-        f"Images are mixed {mixed}, cell by cell. The encoder attends {attends}; "
+        f"Images are mixed {at_a_time(model)}, cell by cell. The encoder attends {attends}; "
         f"the decoder predicts what was hidden of {of_whom}."
     )
+
+
+def at_a_time(model: MixMAE) -> str:
+    return "in pairs" if model.mix_images == 2 else f"{model.mix_images} at a time"
+
+
+def headings(model: MixMAE) -> list[tuple[str, str]]:
+    """The columns that say something of the model, each with what it shows.
+
+    A single branch predicts the visible cells too, but these do not count in its loss: it has no fourth column.
+    """
+    if model.fill == "partner":
+        original = "the images of a mixture" if model.num_branches > 1 else "each the first of its own mixture"
+        found = [("Original", original), ("Mixed input", "all that the encoder sees")]
+    else:
+        found = [("Original", "each image by itself"), ("Masked input", WITHOUT_PARTNERS[model.fill][0])]
+    found.append(("Hidden cells filled in", "own cells kept, the others predicted"))
+    if model.num_branches > 1:
+        article = "the" if model.num_branches == 2 else "a"
+        found.append(("Every cell predicted", f"each from {article} mixture that hid it"))
+    return found
 
 
 def reconstruction_figure(
@@ -73,7 +94,7 @@ def reconstruction_figure(
     channels: Sequence[int] | None = None,
     source: str = "",
 ) -> Image.Image:
-    """The picture for a batch: a row for each image, partners below each other.
+    """The picture for a batch: a row for each image, partners (where there are any) below each other.
 
     Args:
         model: in any mode and on any device; left as it was.
@@ -91,34 +112,36 @@ def reconstruction_figure(
     display = Display(imgs, mean, std, shown_channels(in_chans, channels))
     columns = [display(column) for column in (imgs, *reconstruct(model, imgs, mask))]
     mask = model.check_mask(mask).view(model.grid_size)
-    partners = "its partner's take" if model.mix_images == 2 else "its partners' take"
-    of_whom = partners if model.fill == "partner" else f"{model.fill.replace('_', ' ')} takes"
-    caption = (
-        f"{int(mask.count_nonzero())} of the {mask.numel()} cells of every image are hidden: {of_whom} their place. "
-    )
+    if model.fill == "partner":
+        instead = "its partner's take" if model.mix_images == 2 else "its partners' take"
+        tuples = images_of_tuples(len(imgs), model.mix_images)
+    else:
+        instead = WITHOUT_PARTNERS[model.fill][1]
+        tuples = [[number] for number in range(len(imgs))]
+    if model.fill == "mask_token":  # which is no pixels
+        columns[1][:, upsample(mask.bool(), model.encoder_stride).numpy()] = ImageColor.getrgb(HAIRLINE)
+    hidden = int(mask.count_nonzero())
+    caption = f"{hidden} of the {mask.numel()} cells of every image are hidden: {instead} their place. "
     if model.norm_pix_loss:
         caption += f"{PREDICTED_UP_TO} "
-    tuples = images_of_tuples(len(imgs), model.mix_images)
     caption += " ".join(display.caption(in_chans))
-    return draw_page(columns, mask, tuples, model.fill == "partner", introduction(model), caption, source)
+    return draw_page(list(zip(headings(model), columns)), mask, tuples, introduction(model), caption, source)
 
 
 def draw_page(
-    columns: list[np.ndarray],
+    columns: list[tuple[tuple[str, str], np.ndarray]],
     mask: Tensor,
     tuples: list[list[int]],
-    mixed: bool,
     introduction: str,
     caption: str,
     source: str,
 ) -> Image.Image:
-    """The columns of images, each (B, H, W, 3), on one page.
+    """The columns of images on one page.
 
     Args:
-        columns: of images.
+        columns: heading and explanation of each, with its images (B, H, W, 3).
         mask: over the cells (rows, columns); where it is k, a mixture shows its k-th image.
-        tuples: the images of each mixture.
-        mixed: whether other images are where one is hidden.
+        tuples: the images of each mixture; each image alone, where they are not mixed.
         introduction, caption, source: above and below the images.
     """
     # Here, since every rank of a training run imports this module, and one draws.
@@ -126,12 +149,14 @@ def draw_page(
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    width, height = shown_size(columns[0])
+    width, height = shown_size(columns[0][1])
     K = len(tuples[0])
-    column_pitch, tuple_pitch = max(width, IMAGE_SIDE) + COLUMN_GAP, K * (height + ROW_GAP) - ROW_GAP + TUPLE_GAP
+    mixed = K > 1
+    column_pitch, row_pitch = max(width, IMAGE_SIDE) + COLUMN_GAP, height + ROW_GAP
+    tuple_pitch = K * row_pitch + (TUPLE_GAP - ROW_GAP if mixed else 0)
     letters = [list(COLOURS)[number % len(COLOURS)] for number in range(K)]
     caption_lines = textwrap.wrap(caption, LINE_LENGTH)
-    caption_top = HEAD + len(tuples) * tuple_pitch + 4
+    caption_top = HEAD + len(tuples) * tuple_pitch + (0 if mixed else TUPLE_GAP - ROW_GAP) + 4
     total_height = caption_top + (len(caption_lines) + bool(source)) * LINE + 20
 
     figure = Figure((WIDTH / 72, total_height / 72), dpi=72)  # so that points are pixels
@@ -140,26 +165,32 @@ def draw_page(
     write = partial(axes.text, color=INK, va="baseline", parse_math=False)
     write(LEFT, 84, "MixMAE", size=36)
     write(LEFT, 122, introduction, size=TEXT, color=MUTED)
-    legend = [(f"pixels of image {letter}", COLOURS[letter]) for letter in letters[:4]]
-    for number, (meaning, colour) in enumerate((*legend, ("no outline: predicted pixels", LIGHT))):
+    if mixed:
+        legend = [(f"pixels of image {letter}", COLOURS[letter]) for letter in letters[:4]]
+        legend.append(("no outline: predicted pixels", LIGHT))
+    else:
+        legend = [("pixels of the image", COLOURS[letters[0]]), ("no outline: hidden from the encoder", LIGHT)]
+    for number, (meaning, colour) in enumerate(legend):
         left, top = LEFT + number * 220, 142
         axes.add_patch(Rectangle((left, top), 21, 21, facecolor=LIGHT, edgecolor=colour, linewidth=OUTLINE))
         write(left + 33, top + 11, meaning, size=TEXT, va="center_baseline")
-    for number, (heading, explanation) in enumerate(COLUMNS):
+    for number, ((heading, explanation), _) in enumerate(columns):
         write(LEFT + number * column_pitch, HEAD - 56, heading, size=22)
         write(LEFT + number * column_pitch, HEAD - 29, explanation, size=SMALL, color=MUTED)
     around = outline(mask >= 0, (height, width))
     shows = [outline(mask == k, (height, width)) for k in range(K)]
     for number_of_tuple, rows in enumerate(tuples):
-        tops = [HEAD + number_of_tuple * tuple_pitch + place * (height + ROW_GAP) for place in range(K)]
-        axes.plot((74, 74), [tops[0] + height / 2, tops[-1] + height / 2], color=HAIRLINE, linewidth=2)
+        tops = [HEAD + number_of_tuple * tuple_pitch + place * row_pitch for place in range(K)]
+        if mixed:
+            axes.plot((74, 74), [tops[0] + height / 2, tops[-1] + height / 2], color=HAIRLINE, linewidth=2)
         for place, index in enumerate(rows):
             own, middle = letters[place], tops[place] + height / 2
-            mixture = [(letters[(place + k) % K], shows[k]) for k in range(K if mixed else 1)]
+            mixture = [(letters[(place + k) % K], shows[k]) for k in range(K)]
             axes.plot(74, middle, "o", color=COLOURS[own], markersize=44, markeredgecolor="white", markeredgewidth=8)
-            write(74, middle, own, size=TEXT, color="white", ha="center", va="center_baseline")
+            label = own if mixed else str(index + 1)
+            write(74, middle, label, size=TEXT, color="white", ha="center", va="center_baseline")
             outlines = [[(own, around)], mixture, [(own, shows[0])], []]
-            for number, (images, named_lines) in enumerate(zip(columns, outlines)):
+            for number, ((_, images), named_lines) in enumerate(zip(columns, outlines)):
                 image = enlarge(images[index], (width, height))
                 for name, lines in named_lines:
                     image[lines] = ImageColor.getrgb(COLOURS[name])
@@ -209,12 +240,15 @@ def visualize(given: VisualizeConfig) -> None:
     mask = model.random_masking(config.mask_ratio, keyed_generator(config.seed, "mask"))
     channels = shown_channels(config.in_chans, config.channels)
     dataset, chosen = choose_images(config, config.num_images)
-    while len(chosen) % model.mix_images:
-        left_out = dataset.path_of(chosen.pop())
-        mixed = "in pairs" if model.mix_images == 2 else f"{model.mix_images} at a time"
-        logger.warning("images are mixed %s: the last of the %d, %s, is left out", mixed, len(chosen) + 1, left_out)
-    if not chosen:
+    if len(chosen) < model.mix_images:
         raise UserError(f"this model mixes {model.mix_images} images: give at least as many (--images, --num_images)")
+    if left_out := [dataset.path_of(index) for index in chosen[len(chosen) - len(chosen) % model.mix_images :]]:
+        how_many, are = ("", "is") if len(left_out) == 1 else (f"{len(left_out)} ", "are")
+        logger.warning(
+            "images are taken %s: the last %sof the %d, %s, %s left out",
+            at_a_time(model), how_many, len(chosen), " and ".join(left_out), are,
+        )  # fmt: skip
+        chosen = chosen[: -len(left_out)]
     imgs = Normalize(config.mean, config.std)(torch.stack([dataset[(0, index)][0] for index in chosen]))
     out = Path(config.out)
     with unreadable_is_user_error(f"--out {out} cannot be written"):

@@ -1,7 +1,9 @@
 """What commands that draw a pretraining checkpoint share: flags, the model, images and their reconstructions."""
 
 import logging
-from dataclasses import dataclass
+import math
+import textwrap
+from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
 import timm
@@ -41,7 +43,10 @@ class PictureFlags(CheckpointFlags, DecodingFlags):
         required="image files, a folder of images or a list of them",
     )  # fmt: skip
     out: str = flag("", "the picture to write", "FILE.png", required="the name of the picture to write")
-    mask_ratio: float = flag(0.5, "share of the cells to hide", "SHARE")
+    mask_ratio: float | None = flag(
+        None, "share of the cells to hide (default: as in the run that made the weights, else 0.5)", "SHARE",
+        (lambda value: 0 < value < 1, "must be above 0 and below 1"),
+    )  # fmt: skip
     channels: tuple[int, ...] | None = flag(None, "one or three channels to show, from 0 (default: the first)", "C")
     seed: int = flag(0, "draws the images and the mask", "N")
 
@@ -58,7 +63,8 @@ def load_model(given: P) -> tuple[MixMAE, P, WeightsInfo]:
     """The pretraining model of `--checkpoint`, the configuration completed by what is recorded with it, and its origin.
 
     Raises:
-        UserError: the weights cannot be used, have no decoder, or do not say which model they are.
+        UserError: the weights cannot be used, have no decoder, or do not say which model they are; a mask ratio that
+            hides no cells of some image of a mixture.
     """
     weights, info = read_weights(given.checkpoint)
     if "mask_token" not in weights:
@@ -70,7 +76,36 @@ def load_model(given: P) -> tuple[MixMAE, P, WeightsInfo]:
     variant = mixing_arguments(info.args) | {"range_mask_ratio": 0.0}  # --mask_ratio says how much to hide
     model = timm.create_model(settings.model, **variant, **model_arguments(settings))
     logger.info("%s", load_pretraining(model, weights, info))
-    return model.eval(), with_settings(given, settings), info
+    config = replace(with_settings(given, settings), mask_ratio=choose_mask_ratio(given.mask_ratio, info))
+    check_mask_ratio(model, config.mask_ratio)
+    return model.eval(), config, info
+
+
+def choose_mask_ratio(given: float | None, info: WeightsInfo) -> float:
+    """What is given, else what is recorded with the weights, else 0.5; logs which.
+
+    Raises:
+        CheckpointError: for a record that is no share.
+    """
+    recorded, more = (info.args.get(name) for name in ("mask_ratio", "range_mask_ratio"))
+    if recorded is not None and not (type(recorded) is float and 0 < recorded < 1):
+        raise CheckpointError(f"{info.source} records mask_ratio={recorded!r}, which is no value of --mask_ratio")
+    trained = "record no mask ratio" if recorded is None else f"were trained with {recorded:g}"
+    trained += f" or up to {more:g} more" if more else ""
+    ratio = given or recorded or 0.5
+    logger.info("mask ratio %g, %s: the weights %s", ratio, "as given" if given else "not given", trained)
+    return ratio
+
+
+def check_mask_ratio(model: MixMAE, mask_ratio: float) -> None:
+    """Raise a UserError for a ratio with which some image of a mixture shows no cell."""
+    cells, least = model.num_cells, model.mix_images - 1  # every partner takes the place of one
+    hidden = int(cells * mask_ratio)
+    if hidden < least < cells:  # of images of too few cells the model says what to do
+        raise UserError(
+            f"--mask_ratio {mask_ratio:g} hides {hidden} of the {cells} cells of an image, at least {least} must be "
+            f"hidden for a picture of this model: give --mask_ratio {math.ceil(1000 * least / cells) / 1000:g} or more"
+        )
 
 
 def choose_images(config: PictureFlags, number: int) -> tuple[NumberedImages, list[int]]:
@@ -82,7 +117,7 @@ def choose_images(config: PictureFlags, number: int) -> tuple[NumberedImages, li
     transform = ResizeAndCentreCrop(config.input_size, crop_ratio=1.0)
     dataset = NumberedImages(open_images(config.images, config), transform, config.seed)
     if len(dataset) < 2:
-        raise UserError(f"images are mixed in pairs: at least 2 are needed, --images gives {len(dataset)}")
+        raise UserError(f"the model takes images in pairs: at least 2 are needed, --images gives {len(dataset)}")
     chosen = list(range(len(dataset)))
     if not all(path.lower().endswith(extensions_of(config.reader)) for path in config.images):
         chosen = torch.randperm(len(dataset), generator=keyed_generator(config.seed, "images")).tolist()
@@ -93,7 +128,16 @@ def choose_images(config: PictureFlags, number: int) -> tuple[NumberedImages, li
 def describe_origin(config: PictureFlags, info: WeightsInfo) -> str:
     """Where the model of a picture is from, in a few words."""
     origin = f"{info.args.get('model', config.model)}, {info.path.parent.name}/{info.path.name}"
-    return origin if info.epoch is None else f"{origin}, after {info.epoch + 1} epochs"
+    if info.epoch is None:
+        return origin
+    return f"{origin}, after {info.epoch + 1} {'epochs' if info.epoch else 'epoch'}"
+
+
+def wrap(text: str, length: int) -> list[str]:
+    """As few lines of at most `length` characters as `text` needs, of lengths as equal as words allow."""
+    lines = textwrap.wrap(text, length)
+    narrower = (textwrap.wrap(text, width) for width in range(1 + len(text) // (1 + len(lines)), length))
+    return next((wrapped for wrapped in narrower if len(wrapped) == len(lines)), lines)
 
 
 @torch.no_grad()
@@ -109,7 +153,8 @@ def reconstruct(model: MixMAE, imgs: Tensor, mask: Tensor) -> tuple[Tensor, Tens
 
     Returns:
         Normalised images, each (B, C, H, W).
-        mixed: the image's own cells where the mask is 0, its partner's where it is 1 (zeros where there is none).
+        mixed: the image's own cells where the mask is 0, its partner's where it is 1. Of a model with another filling
+            what it embeds there, zeros or the noise; for a mask token, which is no pixels, zeros.
         filled: the image's own cells where the mask is 0, predictions where it is 1.
         predicted: predictions everywhere, every cell from the branch in which it was hidden; of several, the first. A
             model that reconstructs one image of a mixture predicts hidden cells alone: others stay.
@@ -121,22 +166,33 @@ def reconstruct(model: MixMAE, imgs: Tensor, mask: Tensor) -> tuple[Tensor, Tens
     was_training, partner = model.training, model.partner
     model.eval()
     model.partner = PARTNERS["pairs"]  # rows show tuples, however the images of a batch were mixed in training
+    embedded = []  # the images, and with some fillings what takes the place of their hidden cells
+    hook = model.patch_embed.register_forward_hook(lambda module, inputs, output: embedded.append(inputs[0]))
     try:
-        pred = model.forward_decoder(model.forward_encoder(imgs, mask), mask).float()
-        return assemble(model, imgs, mask, pred[: len(imgs)])
+        # The same noise in every picture, and a run that is drawn goes on as one that is not.
+        with torch.random.fork_rng([imgs.device] if imgs.is_cuda else []):
+            torch.manual_seed(0)
+            pred = model.forward_decoder(model.forward_encoder(imgs, mask), mask).float()
+        return assemble(model, imgs, mask, pred[: len(imgs)], embedded[1] if len(embedded) > 1 else None)
     finally:
+        hook.remove()
         model.train(was_training)
         model.partner = partner
 
 
-def assemble(model: MixMAE, imgs: Tensor, mask: Tensor, pred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `reconstruct` returns, from the decoder's output (B, L, s*s*C)."""
+def assemble(
+    model: MixMAE, imgs: Tensor, mask: Tensor, pred: Tensor, filling: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `reconstruct` returns, from the decoder's output (B, L, s*s*C) and what is embedded in place of hidden cells
+    (B or 1, C, H, W)."""
     cells = model.patchify(imgs)
     if model.norm_pix_loss:
         mean, std = model.cell_statistics(cells)
         pred = pred * std + mean
     mask = mask.to(imgs.device)[:, None]  # (L, 1)
-    mixed = cells if model.fill == "partner" else torch.where(mask == 0, cells, 0)
+    mixed = cells
+    if model.fill != "partner":
+        mixed = torch.where(mask == 0, cells, 0 if filling is None else model.patchify(filling))
     for k in range(1, model.mix_images if model.fill == "partner" else 0):
         mixed = torch.where(mask == k, model.partner(cells, k, model.mix_images), mixed)
     filled = torch.where(mask == 0, cells, pred)
