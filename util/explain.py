@@ -285,7 +285,10 @@ def draw_encoding(page: Page, steps: Steps, display: Display) -> None:
     page.heading(MARGIN, 32, "Two images", "of a batch")
     page.heading(MASK, 32, "1  Mask", f"{hidden.sum()} of {hidden.numel()} cells")
     page.heading(MIX, 32, "2  Mix", "swap masked tokens")
-    page.heading(ENCODE, 32, "3  Encode", "hierarchical; every token attends to tokens of its own image only")
+    encoding = "hierarchical; every token attends to tokens of its own image only"
+    if steps.mix_embed:
+        encoding += "\neach stage first adds a learned vector: one to a mixture's own tokens, another to its partner's"
+    page.heading(ENCODE, 32, "3  Encode", encoding)
 
     for image, mixture, top, name, partner, row in zip(
         display(steps.imgs), display(steps.mixed), UPPER, "AB", "BA", (0, 1)
@@ -318,9 +321,6 @@ def draw_encoding(page: Page, steps: Steps, display: Display) -> None:
         if stage:
             page.arrow((left - 30, top + 24), (left - 8, top + 24))
 
-    if steps.mix_embed:
-        added = "each stage first adds a learned vector: one to a mixture's own tokens, another to its partner's"
-        page.write(ENCODE, top + SIDE + 14, added, size=10, color=MUTED)
     top, places = UPPER[1], (ENCODE, (ENCODE + TARGET) / 2, TARGET)
     n, middle = window.group.numel(), UPPER[1] + SIDE / 2
     page.label(places[0], top, f"a window of stage {window.stage + 1}", f"{n} tokens")
@@ -340,7 +340,7 @@ def draw_encoding(page: Page, steps: Steps, display: Display) -> None:
         places[0],
         top + SIDE + 22,
         "Sorted by image, the masked attention of a window is one dense attention for each image,\n"
-        f"with exactly the same result: here for {share:.0f}% of the window's {n:,} \u00d7 {n:,} pairs of tokens.",
+        f"with exactly the same result: here it computes {share:.0f}% of the {n} \u00d7 {n} pairs of tokens.",
         size=10,
         color=MUTED,
     )
