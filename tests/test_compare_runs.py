@@ -144,23 +144,23 @@ def test_mistakes_are_explained(runs, capfd, tmp_path):
 
 def test_runs_of_other_programs_are_refused(runs, capfd, tmp_path):
     def classify(config, steps):
-        del config["config"]["mask_ratio"]
+        config["program"] = "main_finetune.py"
+
+    def classify_before_programs_were_recorded(config, steps):
+        del config["program"], config["config"]["mask_ratio"]
         config["config"]["nb_classes"] = 10
-        config["environment"]["command"] = "/code/main_finetune.py --epochs 3"
 
     def segment(config, steps):
-        config["environment"]["command"] = "upernet.py --epochs 3"
-
-    def by_another_script(config, steps):
-        config["environment"]["command"] = "own.py --epochs 3"
+        config["program"] = "exp/ade20k/upernet.py"
 
     finetuned = changed(runs / "whole", tmp_path / "finetuned", classify)
+    older = changed(runs / "whole", tmp_path / "older", classify_before_programs_were_recorded)
     segmenter = changed(finetuned, tmp_path / "segmenter", segment)
     message = "not the same kind of run.*whole is of main_pretrain.py, finetuned of main_finetune.py"
     fails(util.compare_runs, capfd, message, runs / "whole", finetuned)
-    message = "segmenter is of exp/ade20k/upernet.py, finetuned of main_finetune.py"
-    fails(util.compare_runs, capfd, message, segmenter, finetuned)
-    assert compare(capfd, finetuned, changed(finetuned, tmp_path / "own", by_another_script))[0] == 0
+    message = "segmenter is of exp/ade20k/upernet.py, older of main_finetune.py"
+    fails(util.compare_runs, capfd, message, segmenter, older)
+    assert compare(capfd, finetuned, older)[0] == 0
 
 
 def test_the_axis_of_differences_has_a_decade_at_least():

@@ -14,7 +14,6 @@ import argparse
 import json
 import logging
 import math
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -32,7 +31,6 @@ from util.run.failures import user_errors
 from util.run.flags import FREE, NOT_NEGATIVE, Config, flag, get_parser, given_flags
 from util.run.history import RunHistory, read_history
 from util.run.logger import setup_logging
-from util.run.provenance import ROOT
 from util.run.state import program_of
 
 logger = logging.getLogger(__name__)
@@ -68,20 +66,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 # --- How they were made ---
 
 
-def program_of_run(run: RunHistory) -> str | None:
-    """The script that makes runs like this one, if it is known.
-
-    Pretraining and fine-tuning are told by their settings, whatever script called them; other tasks, which may have
-    settings of the same names, by the command line.
-    """
-    script, *_ = shlex.split(run.environment.get("command", "")) or ["unknown"]
-    task = next(ROOT.glob(f"exp/*/{Path(script).name}"), None)
-    return task.relative_to(ROOT).as_posix() if task else program_of({"args": run.config})
-
-
 def refuse_other_kinds(a: RunHistory, b: RunHistory) -> None:
     """Raise a UserError for runs of different programs, whose losses are not the same quantity."""
-    programs = program_of_run(a), program_of_run(b)
+    programs = [run.program or program_of({"args": run.config}) for run in (a, b)]
     if None not in programs and programs[0] != programs[1]:
         raise UserError(
             f"these are not the same kind of run, so their numbers cannot be compared: {a.name} is of {programs[0]}, "

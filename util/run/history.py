@@ -87,7 +87,7 @@ class RunHistory:
         config, environment: as in config.json (see util.run.provenance).
         epochs, steps, times: the records of log.txt, steps.jsonl and times.jsonl.
         bad_images: paths of unreadable images.
-        free, other_bits, data, earlier: as in config.json, too; older runs do not tell.
+        program, free, other_bits, data, earlier: as in config.json, too; older runs do not tell.
     """
 
     name: str
@@ -98,6 +98,7 @@ class RunHistory:
     steps: list[dict[str, Any]]
     times: list[dict[str, Any]] = field(default_factory=list)
     bad_images: list[str] = field(default_factory=list)
+    program: str | None = None
     free: list[str] | None = None
     other_bits: dict[str, str] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -247,7 +248,7 @@ def read_history(folder: str | Path) -> RunHistory:
     if not steps:
         raise UserError(f"{folder} holds a run that has made no step yet")
     name = path.resolve().name
-    recorded = {part: content[part] for part in ("free", "other_bits", "data", "earlier") if part in content}
+    recorded = {part: content[part] for part in ("program", "free", "other_bits", "data", "earlier") if part in content}
     return RunHistory(
         name, path, content["config"], content["environment"], epochs, steps, times, bad_images, **recorded
     )  # fmt: skip

@@ -4,8 +4,8 @@
 written by rank 0 alone. A resumed run first drops what lies after the point where it resumes, so that every epoch and
 step stands there once. `times.jsonl` has what depends on the clock, and of which resuming drops nothing: one line for
 each start of the run, for the steps of each log line, and for each epoch's end, all with their time, epoch and step.
-`bad_images.txt` lists unreadable images. A run that starts from its first step empties all files, so the time that it lost
-before its first checkpoint is not counted. `util.run.history` reads it all.
+`bad_images.txt` lists unreadable images. A run that starts from its first step empties all files, so the
+time that it lost before its first checkpoint is not counted. `util.run.history` reads it all.
 """
 
 import contextlib

@@ -83,9 +83,9 @@ def ask_git(*arguments: str) -> bytes:
 def write_provenance(config: TrainingConfig, state: TrainingState) -> None:
     """Write config.json into the run's folder, and uncommitted.diff where the code differs from its commit (rank 0).
 
-    config.json holds `config` (every setting), `free` and `other_bits` (which of them change nothing in a resumed run,
-    or no more than bits, and why), `data` (the fingerprint of every set of images), `environment`, and of a resumed run
-    `earlier`: what differed before, with the number of optimizer steps that were done by then.
+    config.json holds the `program`, `config` (every setting), `free` and `other_bits` (which of them change nothing in
+    a resumed run, or no more than bits, and why), `data` (the fingerprint of every set of images), `environment`, and
+    of a resumed run `earlier`: what differed before, with the number of optimizer steps that were done by then.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -95,6 +95,7 @@ def write_provenance(config: TrainingConfig, state: TrainingState) -> None:
     folder = Path(config.output_dir)
     changes = {field.name: field.metadata["on_resume"] for field in dataclasses.fields(config)}
     content = {
+        "program": state.program,
         "config": dict(state.settings),
         "free": [name for name, change in changes.items() if change is FREE],
         "other_bits": {name: change.difference for name, change in changes.items() if change.difference},

@@ -96,7 +96,7 @@ class TrainingState:
         try:
             self.load(checkpoint)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            why = " ".join(str(error).split())[:1000]
+            why = " ".join(str(error).split())[:1000].rstrip(".")
             raise CheckpointError(
                 f"--resume: the checkpoint does not fit this model or optimizer: {why}. To start from the weights that "
                 "do fit, use --finetune"
