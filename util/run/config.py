@@ -47,7 +47,7 @@ class WeightFlags(Config):
     model: str | None = flag(
         None,
         f"{', '.join(PRETRAINING_MODELS)} to pretrain; {', '.join(CLASSIFIER_MODELS)} to fine-tune; or the authors' "
-        "mixmim_* names (default: the one recorded with the weights, else base)",
+        "mixmim_* names (default: the one recorded with the weights, else one that is chosen)",
         "NAME",
     )
     in_chans: int | None = flag(
