@@ -240,11 +240,13 @@ def test_more_processes_than_gpus():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_ranks_train_as_one(images, tmp_path):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_ranks_train_as_one(images, tmp_path, compiled):
     flags = (*FEW, "--data_path", images, "--precision", "fp32", "--epochs", 1)
+    flags = [flag for flag in flags if flag != "--no_compile" or not compiled]
     command("main_pretrain.py", *flags, "--output_dir", tmp_path / "one", "--accum_iter", 2)
     command(
         "-m torch.distributed.run --standalone --nproc_per_node=2 main_pretrain.py",
         *flags, "--output_dir", tmp_path / "two",
     )  # fmt: skip
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3 if compiled else 1e-4)

@@ -21,10 +21,14 @@ def compiled(function: Callable) -> Callable:
 
 
 def prepare_compiling() -> None:
-    """Settings of the compiler: room for all specialisations, and PyTorch's own random numbers.
+    """Settings of the compiler: room for all specialisations, PyTorch's own random numbers, and whole graphs under
+    DistributedDataParallel, too.
 
-    Those that generated code would draw depend on how the code was divided, and a step could not be replayed.
+    Random numbers that generated code would draw depend on how the code was divided, and a step could not be replayed.
+    Graphs divided at the buckets of gradients cannot hold FlexAttention in some versions (pytorch/pytorch#137481);
+    those of whole stages are reduced one after another, which still overlaps with the backward pass.
     """
+    torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.recompile_limit = max(SPECIALISATIONS, torch._dynamo.config.recompile_limit)
     torch._inductor.config.fallback_random = True
 
