@@ -13,7 +13,6 @@ import util.run.startup  # noqa: F401 - before PyTorch
 
 # isort: split
 import argparse
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -54,7 +53,7 @@ from util.run.session import Run, Start, find_start, launch_run, open_run, order
 from util.seeding import keyed_generator, seed_all
 from util.visualize import reconstruction_figure
 from util.weights.layouts import LoadReport, load_pretraining
-from util.weights.settings import mixing_arguments, model_arguments
+from util.weights.settings import METHOD, mixing_arguments, model_arguments
 from util.weights.source import WeightsInfo
 
 logger = logging.getLogger(__name__)
@@ -169,8 +168,8 @@ def rebuild_step(
 
 def load_to_go_on(model: MixMAE, config: PretrainConfig, weights: dict[str, Tensor], source: WeightsInfo) -> LoadReport:
     """Load a pretraining model to train on; says where it was pretrained by another variant of the method."""
-    before = {field.name: source.args.get(field.name) for field in dataclasses.fields(config)}
-    differing = [name for name in advice.METHOD if before[name] not in (None, getattr(config, name))]
+    before = source.args
+    differing = [name for name in METHOD if before.get(name) not in (None, getattr(config, name))]
     if differing:
         logger.warning(
             "%s was pretrained by another variant of the method: %s; to go on with that, give the same flags",

@@ -389,14 +389,14 @@ def check_mixing(
         raise UserError(f"a mixture has at least 2 images, got mix_images={mix_images}")
     if partners == "cycle" and masked_attn:
         raise UserError(
-            "partners=cycle changes nothing where tokens attend to those of their own image alone: whoever else is in "
-            "the mixture is not seen; give --no_masked_attn with it"
+            "partners=cycle changes nothing where tokens attend only to those of their own image, since they never see "
+            "the others of the mixture: add --no_masked_attn"
         )
     others = mix_embed or mix_images != 2 or partners != "pairs" or reconstruct != "dual"
     if fill != "partner" and (masked_attn or others):
-        needed = ["--no_masked_attn, since every cell is to be seen"] if masked_attn else []
-        useless = ["none of --mix_embed, --mix_images, --partners and --reconstruct"] if others else []
-        raise UserError(f"with fill={fill} nothing is mixed: give with it {', and '.join(needed + useless)}")
+        needed = ["add --no_masked_attn, since every cell is to be seen"] if masked_attn else []
+        useless = ["leave out --mix_embed, --mix_images, --partners and --reconstruct"] if others else []
+        raise UserError(f"with fill={fill} nothing is mixed: {', and '.join(needed + useless)}")
 
 
 default_cfgs = generate_default_cfgs({f"mixmae_{size}": default_cfg(shape) for size, shape in SHAPES.items()})

@@ -16,6 +16,7 @@ import main_finetune
 import main_pretrain
 from util.run import advice
 from util.run.flags import given_flags
+from util.weights.settings import METHOD
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = ["--model", "mixmae_quickstart", "--input_size", "16", "--window_size", "4", "4", "4", "2", "--in_chans", "1"]
@@ -116,7 +117,7 @@ def test_going_on_is_with_the_same_method_and_the_same_images(tmp_path):
     words = shlex.split(further)[2:]
     assert {"--no-masked_attn", "--mix_images", "--mask_ratio", "--no-norm_pix_loss", "--val_share"} <= set(words)
     again = given_flags(main_pretrain.PretrainConfig, main_pretrain.get_args_parser().parse_args(words))
-    assert all(getattr(again, name) == getattr(config, name) for name in (*advice.METHOD, "val_share"))
+    assert all(getattr(again, name) == getattr(config, name) for name in (*METHOD, "val_share"))
 
 
 def test_the_averaged_weights_are_used_where_the_best_is_theirs(tmp_path):

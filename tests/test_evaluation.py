@@ -205,6 +205,8 @@ def test_weights_that_cannot_be_evaluated(data, checkpoint, tmp_path, capfd):
     shared = [*FLAGS, "--data_path", data]
     fails(main_finetune, capfd, r"--eval needs the weights to evaluate: --finetune WEIGHTS", *shared)
     fails(main_finetune, capfd, r"--eval needs the weights to evaluate", *shared, "--resume", "auto")
+    both = ["--finetune", "a.pth", "--resume", "b.pth"]
+    fails(main_finetune, capfd, r"give --finetune a\.pth or --resume b\.pth, not both", *shared, *both)
     fails(main_finetune, capfd, r"nowhere\.pth is neither a file nor a published", *shared, "--finetune", "nowhere.pth")
 
     pretraining = timm.create_model("mixmae_quickstart", **SHAPE)

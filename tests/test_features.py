@@ -12,7 +12,7 @@ from trials import Trial
 from util.data.datasets import build_dataset
 from util.data.decoding import BadImageError
 from util.errors import UserError
-from util.run import features
+from util.run import distributed, features
 from util.run.features import RIDGE, held_out_images, probe_accuracy, rankme
 
 
@@ -80,6 +80,17 @@ def test_the_rank_is_of_the_same_images_however_it_is_measured(monkeypatch):
     assert chosen == list(range(0, 50, 5)) and features.rank_sample(7, 3) == list(range(7))
     assert len(features.rank_sample(50, 20)) == 40  # twice as many as there are features
     assert features.rank_of_features(everything, 50) == rankme(everything[chosen])
+
+
+def test_every_rank_gives_its_own_rows_of_the_sample(monkeypatch):
+    monkeypatch.setattr(features, "RANK_IMAGES", 10)
+    found, rows = torch.randn(37, 4), []
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda own: rows.append(own) or own)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "get_rank", lambda: rank)  # noqa: B023 - called at once
+        features.rank_of_features(found[rank::3], 37)
+    assert torch.equal(sum(rows), found[features.rank_sample(37, 4)])
 
 
 @pytest.mark.parametrize("place, share, expected", [("val", 0.0, 5), ("more", 0.0, 12), ("more", 0.25, 3)])

@@ -290,10 +290,24 @@ def test_an_epoch_is_saved_before_it_is_evaluated(data, tmp_path, ranks):
     trial = Trial(tmp_path, *flags, sabotage=killed_in_the_first_evaluation, main=main_finetune, ranks=ranks)
     trial.finish(*[9] * ranks)
     state = state_of(tmp_path)
-    assert (state["epoch"], state["step"], state["step_in_epoch"]) == (-1, state["step"], state["step"])
-    assert state["step"] > 0 and not (tmp_path / "log.txt").exists()
+    steps = len(steps_of(tmp_path))
+    assert (state["epoch"], state["step"], state["step_in_epoch"]) == (-1, steps, steps) and steps == 3 // ranks
+    assert not (tmp_path / "log.txt").exists()
     said = Trial(tmp_path, *flags, "--resume", "auto", sabotage=scripted(*[50] * 9), main=main_finetune).finish()
     assert "resumed at epoch 0 step" in said and epochs_of(tmp_path)[0]["test_acc1"] == 50
+
+
+def test_before_short_evaluations_nothing_more_is_saved(data, tmp_path, monkeypatch):
+    """After the first one, of which nobody knows how long it takes."""
+    saved = []
+    monkeypatch.setattr(main_finetune.Run, "save", lambda run, *_: saved.append(run.state.progress.step_in_epoch))
+    flags = [*FINETUNE, *PLAIN, "--data_path", data, "--output_dir"]
+    run(main_finetune, *flags, tmp_path / "short")
+    assert saved == [3, 0, 0, 0]  # before the first, then at the end of each epoch
+    saved.clear()
+    monkeypatch.setattr("util.run.session.SHORT_MEASURES", 0.0)
+    run(main_finetune, *flags, tmp_path / "long")
+    assert saved == [3, 0, 3, 0, 3, 0]
 
 
 def test_the_best_checkpoint_survives_a_resume(data, tmp_path):

@@ -17,7 +17,7 @@ from trials import TINY, Trial
 
 import util.report
 from util.data.datasets import build_dataset
-from util.report import RULES
+from util.report import RULES, past_its_best
 from util.run.history import RunHistory, in_words, read_history, summarise
 from util.run.logger import RunLog
 from util.run.metrics import SPIKE_HISTORY, StepMeter
@@ -270,3 +270,9 @@ def test_a_long_run_stays_small(tmp_path):
     steps = [{"step": i, "epoch": i // 5000, "loss": 1 / (1 + i), "lr": 0.1, "grad_norm": 1.0} for i in range(200_000)]
     data = RunHistory("long", tmp_path, {"epochs": 40, "input_size": [32, 32]}, {}, [], steps)
     assert len(util.report.page([data], [])) < 300_000
+
+
+def test_the_best_epoch_is_named_where_some_were_not_evaluated():
+    accuracies = [None] * 50
+    accuracies[6::7] = [60, 70, 80, 75, 70, 65, 60]
+    assert "fell from 80.0% (epoch 21) to 60.0%" in past_its_best(made_up(FALLING, accuracies=accuracies))

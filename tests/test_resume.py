@@ -202,6 +202,8 @@ def test_whose_run_it_is_and_its_best_result_are_known_of_older_checkpoints_too(
     older = {name: value for name, value in checkpoint.items() if name not in ("program", "best")}
     state.restore(older, steps_per_epoch=1)
     assert state.progress.best is None and program_of(older) is None
+    state.restore(older | {"best_acc1": 70.0}, steps_per_epoch=1)
+    assert state.progress.best == 70
     for flag, program in (("mask_ratio", "main_pretrain.py"), ("nb_classes", "main_finetune.py")):
         assert program_of(older | {"args": {flag: None}}) == program
 

@@ -359,12 +359,12 @@ def test_fillings_are_what_their_names_say():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(fill="zero"), "fill=zero .* give with it --no_masked_attn"),
-        (dict(fill="zero", mix_embed=True), "give with it --no_masked_attn.*, and none of --mix_embed"),
-        (dict(partners="cycle"), "partners=cycle changes nothing .* give --no_masked_attn"),
-        (dict(fill="zero", masked_attn=False, mix_embed=True), "none of --mix_embed"),
-        (dict(fill="noise", masked_attn=False, mix_images=3), "none of --mix_embed, --mix_images"),
-        (dict(fill="noise", masked_attn=False, reconstruct="single"), "none of .* --reconstruct"),
+        (dict(fill="zero"), "fill=zero .* add --no_masked_attn"),
+        (dict(fill="zero", mix_embed=True), "add --no_masked_attn.*, and leave out --mix_embed"),
+        (dict(partners="cycle"), "partners=cycle changes nothing .* add --no_masked_attn"),
+        (dict(fill="zero", masked_attn=False, mix_embed=True), "leave out --mix_embed"),
+        (dict(fill="noise", masked_attn=False, mix_images=3), "leave out --mix_embed, --mix_images"),
+        (dict(fill="noise", masked_attn=False, reconstruct="single"), "leave out .* --reconstruct"),
         (dict(mix_images=1), "at least 2 images, got mix_images=1"),
         (dict(reconstruct="both"), "reconstruct must be one of dual, single, got 'both'"),
         (dict(fill="black"), "fill must be one of partner, mask_token, zero, noise, got 'black'"),

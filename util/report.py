@@ -143,12 +143,10 @@ def unfinished(run: RunHistory) -> str:
 
 
 def past_its_best(run: RunHistory) -> str:
-    _, accuracies = run.per_epoch("test_acc1")
+    epochs, accuracies = run.per_epoch("test_acc1")
     if len(accuracies) > 5 and accuracies[-1] < accuracies.max() - 1:
-        return (
-            f"Accuracy fell from {accuracies.max():.1f}% (epoch {accuracies.argmax() + 1}) to {accuracies[-1]:.1f}%: "
-            "it overfits; checkpoint-best.pth has the best weights."
-        )
+        best = f"{accuracies.max():.1f}% (epoch {epochs[accuracies.argmax()]:.0f})"
+        return f"Accuracy fell from {best} to {accuracies[-1]:.1f}%: it overfits; checkpoint-best.pth has the best."
     return ""
 
 

@@ -46,10 +46,11 @@ names=${names% }
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two variants at a time
 
 budget="EPOCHS=$EPOCHS DATA='${DATA:-}' FLAGS='${FLAGS:-}'"
-if [ -e "$output/budget" ] && [ "$budget" != "$(cat "$output/budget")" ]; then
+set -- "$output"/*/seed*/done
+if [ -e "$1" ] && [ -e "$output/budget" ] && [ "$budget" != "$(cat "$output/budget")" ]; then
     refuse "$output has runs with $(cat "$output/budget"), this is $budget: give another output folder"
 fi
-echo "$budget" >"$output/budget"
+printf '%s\n' "$budget" >"$output/budget"
 if [ -z "${DATA:-}" ]; then
     sh exp/quickstart/unpack.sh
     DATA=$PWD/exp/quickstart/data FLAGS="--in_chans 1 --mean 0.219 --std 0.332 ${FLAGS:-}"
@@ -64,8 +65,9 @@ for class in "$data"/train/*/; do
 done
 ln -s "$data/val" "$output/labelled/val"
 
-# Say that a variant failed, show the end of its output, and stop.
+# Say that a variant failed, show the end of its output, and stop; the process beside this one starts no other variant.
 failed() {
+    touch "$output/stopped"
     echo "$name, seed $seed, failed" >&3
     tail "$1" >&2
     exit 1
@@ -76,7 +78,7 @@ variant() {
     name=$1 folder=$output/$1/seed$seed
     shift
     case " $only " in *" $name "*) line=$((line + 1)) ;; *) return ;; esac
-    if [ $((line % 2)) -ne "$worker" ] || [ -e "$folder/done" ]; then return; fi
+    if [ $((line % 2)) -ne "$worker" ] || [ -e "$folder/done" ] || [ -e "$output/stopped" ]; then return; fi
     mkdir -p "$folder"
     echo "$line of $runs: $name, seed $seed (output in $folder/output.txt)" >&3
     # shellcheck disable=SC2086 # FLAGS is divided at blanks
@@ -120,6 +122,8 @@ matrix() {
     done
 }
 
+rm -f "$output/stopped"
+trap 'touch "$output/stopped"; wait; exit 130' INT TERM
 exec 3>&1 # where both processes announce what they start
 runs=$(($(echo "$only" | wc -w) * $(echo "$seeds" | wc -w)))
 images=$(find -L "$data/train" -mindepth 2 -type f | wc -l)

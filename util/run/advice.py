@@ -13,9 +13,8 @@ from util.data.sources import find_validation
 from util.run.config import DecodingFlags, ImageTrainingConfig
 from util.run.history import summarise
 from util.run.startup import ROOT
-from util.weights.settings import MIXING
+from util.weights.settings import METHOD
 
-METHOD = (*MIXING, "mask_ratio", "mask_per_pair")
 DECODING = [field.name for field in dataclasses.fields(DecodingFlags)]
 
 
@@ -46,7 +45,8 @@ def changed_flags(config: ImageTrainingConfig, names: Container[str]) -> list[ob
 
 
 def data_flags(config: ImageTrainingConfig, divided: bool = True) -> list[object]:
-    """The flags that name the images and say how they are read; `divided`: into training and validation images."""
+    """The flags that name the images and say how they are read; `divided`: hold some out for validation where the run
+    did not, and there are no others."""
     flags: list[object] = ["--data_path", config.data_path]
     if config.dataset:
         flags += ["--dataset", config.dataset]

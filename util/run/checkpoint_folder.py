@@ -44,6 +44,7 @@ POSITION = (
     ("step_in_epoch", (int,), 0),
     ("epoch_loss", (int, float), float("-inf")),
     ("best", (int, float, type(None)), float("-inf")),
+    ("best_acc1", (int, float, type(None)), float("-inf")),
 )
 
 STEP_NAME = re.compile(r"checkpoint-\d+\.pth")
@@ -65,7 +66,7 @@ class CheckpointFolder:
         keep: how many step checkpoints to keep, at least 1.
 
     Raises:
-        CheckpointError: the folder cannot be made or written to.
+        CheckpointError: the folder cannot be made. (Whether it can be written to, `take_folders` has found out.)
     """
 
     def __init__(self, output_dir: str | os.PathLike, keep: int = 3):

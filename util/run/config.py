@@ -234,7 +234,10 @@ class RunFlags(Config):
     )
     start_epoch: int = flag(0, "epoch to start from if no run is resumed", "N", NOT_NEGATIVE, on_resume=FREE)
     print_freq: int = flag(20, "optimizer steps between log lines", "STEPS", AT_LEAST_1, on_resume=FREE)
-    save_every: int = flag(1, "epochs between checkpoints", "EPOCHS", AT_LEAST_1, on_resume=FREE)
+    save_every: int = flag(
+        1, "epochs between checkpoints; one more before an evaluation that may be long", "EPOCHS", AT_LEAST_1,
+        on_resume=FREE,
+    )  # fmt: skip
     save_steps: int = flag(
         0, "optimizer steps between checkpoints; 0: epochs only", "STEPS", NOT_NEGATIVE, on_resume=FREE
     )

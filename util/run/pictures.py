@@ -64,7 +64,7 @@ def load_model(given: P) -> tuple[MixMAE, P, WeightsInfo]:
 
     Raises:
         UserError: the weights cannot be used, have no decoder, or do not say which model they are; a mask ratio that
-            hides no cells of some image of a mixture.
+            leaves some image of a mixture no cell.
     """
     weights, info = read_weights(given.checkpoint)
     if "mask_token" not in weights:
@@ -98,7 +98,7 @@ def choose_mask_ratio(given: float | None, info: WeightsInfo) -> float:
 
 
 def check_mask_ratio(model: MixMAE, mask_ratio: float) -> None:
-    """Raise a UserError for a ratio with which some image of a mixture shows no cell."""
+    """Raise a UserError for a ratio that leaves some image of a mixture no cell."""
     cells, least = model.num_cells, model.mix_images - 1  # every partner takes the place of one
     hidden = int(cells * mask_ratio)
     if hidden < least < cells:  # of images of too few cells the model says what to do

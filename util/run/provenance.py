@@ -45,8 +45,16 @@ def describe_environment(device: torch.device) -> dict[str, str]:
         "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
         "device": machine,
         "commit": describe_commit(),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join([*program(), *sys.argv[1:]]),
     }
+
+
+def program() -> list[str]:
+    """What this process was started with, so that another copy of the repository starts its own."""
+    script = Path(sys.argv[0]).resolve()
+    if script.is_relative_to(ROOT / "exp"):
+        return ["-m", ".".join(script.relative_to(ROOT).with_suffix("").parts)]
+    return [script.name] if script.parent == ROOT else sys.argv[:1]
 
 
 def log_environment(device: torch.device) -> None:

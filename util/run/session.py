@@ -270,7 +270,7 @@ class Run:
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
         """Around what is measured after the last step of an epoch, on all ranks together. Nobody asks meanwhile whether
-        the run is to stop, so the epoch is saved first; not where measuring is known to be short."""
+        the run is to stop, so the epoch is saved first, unless the last measurement was short."""
         if distributed.on_main_process(lambda: self.seconds_to_measure > SHORT_MEASURES):
             self.save()
         start = time.monotonic()

@@ -106,7 +106,7 @@ class TrainingState:
         progress.step_in_epoch = checkpoint.get("step_in_epoch", 0)
         progress.step = checkpoint.get("step", progress.epoch * steps_per_epoch)
         progress.epoch_loss = checkpoint.get("epoch_loss", 0.0)
-        progress.best = checkpoint.get("best")
+        progress.best = checkpoint.get("best", checkpoint.get("best_acc1"))  # as older versions call it
         before, now = effective_batch(checkpoint.get("args", {})), effective_batch(self.settings)
         steps = progress.step_in_epoch * before // now if None not in (before, now) else progress.step_in_epoch
         steps = min(steps, steps_per_epoch)  # there may be fewer images now

@@ -178,6 +178,7 @@ MIXING = (  # arguments of `MixMAE` that a checkpoint records by the same names
     "decoder_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss", "range_mask_ratio",
     "mix_embed", "masked_attn", "mix_images", "partners", "reconstruct", "fill",
 )  # fmt: skip
+METHOD = (*MIXING, "mask_ratio", "mask_per_pair")  # all that makes a variant of the method
 
 
 def mixing_arguments(recorded: Mapping[str, Any]) -> dict[str, Any]:
