@@ -60,7 +60,7 @@ def test_a_run_of_an_older_version_is_not_resumed_as_a_variant():
     [
         (["--mix_images", "3", "--batch_size", "32"], "--batch_size must be a multiple of --mix_images 3; got 32"),
         (["--mask_per_pair", "--partners", "cycle"], "--mask_per_pair needs pairs"),
-        (["--fill", "zero"], "give --no_masked_attn"),
+        (["--fill", "zero"], "add --no_masked_attn"),
         (["--decoder_num_heads", "5"], "of decoder_num_heads, got decoder_dim=64"),
     ],
 )
