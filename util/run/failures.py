@@ -31,6 +31,7 @@ from util.run.launch import stated_rank
 
 logger = logging.getLogger(__name__)
 
+RANK_0_FIRST = 1.0  # seconds that it has to say what all have to say, so that one line does
 SURVIVOR_WAIT = 3.0  # seconds that the survivors of a failure give each other to report before naming who is missing
 # What PyTorch says when /dev/shm is full; writing to a mapping of it is a bus error.
 SHARED_MEMORY_SIGNS = ("unable to write to file </torch_", "shared memory(shm) for file", "killed by signal: Bus error")
@@ -83,6 +84,8 @@ def is_to_say(message: str, rank: str) -> bool:
     said before this process was started belongs to an earlier run. In doubt, say it: twice is better than never.
     """
     now, age = time.time(), process_age()  # together: the file may have to be waited for
+    if rank != "0":
+        time.sleep(RANK_0_FIRST)
     key = hashlib.sha256(f"{socket.gethostname()} {os.getppid()} {message}".encode()).hexdigest()
     path = Path(tempfile.gettempdir()) / f"mixmae-errors-{os.getuid()}.json"
     try:
