@@ -161,8 +161,8 @@ def test_going_on_is_from_the_runs_own_checkpoint(monkeypatch, given):
     assert words[-2:] == ["--resume", "auto"] and "my data" in words and words.count("auto") == 1
 
 
-def test_going_on_with_several_ranks(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["main_pretrain.py", "--data_path", "d"])
+def test_going_on_with_several_ranks(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "main_pretrain.py"), "--data_path", "d"])
     ours = ["main_pretrain.py", "--data_path", "d", "--resume", "auto"]
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")  # as Open MPI, which sets no WORLD_SIZE
     assert advice.to_continue(4).startswith("start all processes again")
@@ -172,6 +172,9 @@ def test_going_on_with_several_ranks(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
     assert shlex.split(advice.to_continue(4))[1:] == launcher + ours
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir(tmp_path)
+        assert shlex.split(advice.to_continue(4))[2:] == [*launcher, str(ROOT / ours[0]), *ours[1:]]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # on two machines
     assert advice.to_continue(4).startswith("start all processes again")
     monkeypatch.setenv("SLURM_JOB_ID", "1")

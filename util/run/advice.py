@@ -12,7 +12,7 @@ from pathlib import Path
 from util.data.sources import find_validation
 from util.run.config import DecodingFlags, ImageTrainingConfig
 from util.run.history import summarise
-from util.run.startup import ROOT
+from util.run.startup import ROOT, program
 from util.weights.settings import METHOD
 
 DECODING = [field.name for field in dataclasses.fields(DecodingFlags)]
@@ -24,12 +24,10 @@ def command(*words: object) -> str:
     python = "python" if activated and os.path.samefile(activated, sys.executable) else sys.executable
     if python.startswith(f"{os.getcwd()}{os.sep}"):
         python = os.path.relpath(python)
-    program, *flags = map(str, words)
     elsewhere = Path.cwd() != ROOT
-    path = f"PYTHONPATH={shlex.quote(str(ROOT))} " if elsewhere and program == "-m" else ""
-    if elsewhere and program in ("main_pretrain.py", "main_finetune.py"):
-        program = str(ROOT / program)
-    return path + shlex.join([python, program, *flags])
+    path = f"PYTHONPATH={shlex.quote(str(ROOT))} " if elsewhere and words[0] == "-m" else ""
+    mains = ("main_pretrain.py", "main_finetune.py")  # also where torchrun is to start one
+    return path + shlex.join([python, *(str(ROOT / word if elsewhere and word in mains else word) for word in words)])
 
 
 def changed_flags(config: ImageTrainingConfig, names: Container[str]) -> list[object]:
@@ -139,10 +137,9 @@ def to_continue(world_size: int) -> str:
     """
     if "SLURM_JOB_ID" in os.environ:
         return ""
-    words = sys.argv if ("--resume", "auto") in itertools.pairwise(sys.argv) else [*sys.argv, "--resume", "auto"]
-    script = Path(words[0]).resolve()
-    if script.is_relative_to(ROOT / "exp"):  # it finds this repository only as a part of it
-        words = ["-m", ".".join(script.relative_to(ROOT).with_suffix("").parts), *words[1:]]
+    words = [*program(), *sys.argv[1:]]
+    if ("--resume", "auto") not in itertools.pairwise(words):
+        words += ["--resume", "auto"]
     if world_size == 1:
         return command(*words)
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):

@@ -82,14 +82,8 @@ def load_model(given: P) -> tuple[MixMAE, P, WeightsInfo]:
 
 
 def choose_mask_ratio(given: float | None, info: WeightsInfo) -> float:
-    """What is given, else what is recorded with the weights, else 0.5; logs which.
-
-    Raises:
-        CheckpointError: for a record that is no share.
-    """
+    """What is given, else what is recorded with the weights, else 0.5; logs which."""
     recorded, more = (info.args.get(name) for name in ("mask_ratio", "range_mask_ratio"))
-    if recorded is not None and not (type(recorded) is float and 0 < recorded < 1):
-        raise CheckpointError(f"{info.source} records mask_ratio={recorded!r}, which is no value of --mask_ratio")
     trained = "record no mask ratio" if recorded is None else f"were trained with {recorded:g}"
     trained += f" or up to {more:g} more" if more else ""
     ratio = given or recorded or 0.5

@@ -23,11 +23,11 @@ import torchvision
 from util.run import distributed
 from util.run.config import TrainingConfig
 from util.run.flags import FREE
+from util.run.startup import ROOT, program
 from util.run.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGURATION, CHANGES = "config.json", "uncommitted.diff"  # of a run's folder
 
 
@@ -47,14 +47,6 @@ def describe_environment(device: torch.device) -> dict[str, str]:
         "commit": describe_commit(),
         "command": shlex.join([*program(), *sys.argv[1:]]),
     }
-
-
-def program() -> list[str]:
-    """What this process was started with, so that another copy of the repository starts its own."""
-    script = Path(sys.argv[0]).resolve()
-    if script.is_relative_to(ROOT / "exp"):
-        return ["-m", ".".join(script.relative_to(ROOT).with_suffix("").parts)]
-    return [script.name] if script.parent == ROOT else sys.argv[:1]
 
 
 def log_environment(device: torch.device) -> None:

@@ -16,6 +16,14 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def program() -> list[str]:
+    """What this process was started with, so that any copy of the repository starts its own: of sys.argv the first."""
+    script = Path(sys.argv[0]).resolve()
+    if script.is_relative_to(ROOT / "exp"):  # it finds the repository only as a part of it
+        return ["-m", ".".join(script.relative_to(ROOT).with_suffix("").parts)]
+    return [script.name] if script.parent == ROOT else sys.argv[:1]
+
+
 def on_interrupt(_signum: int, _frame: FrameType | None) -> NoReturn:
     os.write(2, f"\n{Path(sys.argv[0]).name}: interrupted\n".encode())
     os._exit(128 + signal.SIGINT)  # at once: Python's shutdown would report what it interrupts

@@ -204,6 +204,8 @@ def check_recorded(recorded: Mapping[str, Any], source: str) -> None:
             ("decoder_dim", "decoder_depth", "decoder_num_heads", "mix_images"),
             lambda value: type(value) is int and value > 0,
         ),
+        "mask_ratio": lambda value: type(value) is float and 0 < value < 1,
+        "range_mask_ratio": lambda value: type(value) in (int, float) and 0 <= value < 1,
         **dict.fromkeys(("norm_pix_loss", "mix_embed", "masked_attn"), lambda value: type(value) is bool),
         **dict.fromkeys(("partners", "reconstruct", "fill"), lambda value: isinstance(value, str)),
     }
