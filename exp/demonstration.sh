@@ -39,6 +39,10 @@ while [ $# -gt 0 ]; do
         ;;
     esac
 done
+if [ -n "$chosen" ] && [ -z "$(echo "$chosen" | tr -d ' ')" ]; then
+    echo "$0: --only needs names out of $names" >&2
+    exit 2
+fi
 for name in $chosen; do
     case " $names " in
     *" $name "*) ;;

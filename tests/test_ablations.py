@@ -169,6 +169,8 @@ def test_chosen_variants_alone(checkout):
     refused = start(checkout, "--only", "paper,nothing")
     assert refused.returncode == 2
     assert refused.stderr == f"exp/ablations/run.sh: --only nothing is not one of {' '.join(VARIANTS)}\n"
+    empty = start(checkout, "--only", ",")
+    assert empty.returncode == 2 and empty.stderr.startswith("exp/ablations/run.sh: --only needs names out of paper ")
 
 
 def test_epochs_are_those_of_pretraining_and_it_is_measured_at_their_end(checkout):

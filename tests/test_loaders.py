@@ -1,8 +1,6 @@
 """Samples that depend on their key alone, and loaders whose workers behave."""
 
 import atexit
-import contextlib
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,16 +19,6 @@ from util.data.transforms import pretrain_transform, train_transform
 CPU = torch.device("cpu")
 slow = partial(pytest.param, marks=pytest.mark.slow)
 PATHS = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]  # for scripts
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_workers_are_left():
-    """Workers that end later would be an error in whatever test runs then."""
-    yield
-    for child in multiprocessing.active_children():
-        child.kill()
-        with contextlib.suppress(RuntimeError):  # of PyTorch, which watches them
-            child.join()
 
 
 @pytest.fixture(autouse=True)
