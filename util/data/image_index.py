@@ -15,6 +15,7 @@ cache files are plain numpy arrays, replaced atomically; a damaged one is scanne
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import time
@@ -36,16 +37,15 @@ UNREADABLE_EXTENSIONS = tuple(
     ".heic .heif .avif .jxl .jp2 .j2k .svg .psd .exr .hdr .dcm .dng .raw .cr2 .cr3 .nef .arw .raf .orf .rw2".split()
 )
 BROKEN_LINK = "broken link"  # counted with the endings, none of which has a space
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 # A directory changed this shortly before its scan may change again without its times moving (coarse clocks).
 SETTLED_AFTER_NS = 2_000_000_000
 TICK_NS = 50_000_000  # of such clocks on a local disk
 SECONDS_PER_LINE = 10.0  # about a long scan
 LONGEST_WAIT = 3600  # seconds for another process's scan; after that, this process scans for itself
 
-# By cache file: what was scanned, its directories and their times. A run opens its images twice, to choose settings and
-# to train.
-_not_cached: dict[Path, tuple["ImageIndex", list[str], np.ndarray]] = {}
+# What could not be written to these files: a run opens its images twice, to choose settings and to train.
+_not_cached: dict[Path, dict[str, np.ndarray]] = {}
 
 
 @dataclass(frozen=True)
@@ -89,18 +89,9 @@ class ImageIndex:
     def path(self, i: int) -> str:
         return os.path.join(self.root, self.names[i])
 
-    @property
-    def nbytes(self) -> int:
-        return self.names.blob.nbytes + self.names.ends.nbytes + self.targets.nbytes
-
     def fingerprint(self) -> str:
         """The same for the same names in the same order, wherever `root` is."""
-        digest = hashlib.blake2b(self.names.ends.astype("<i8").tobytes(), digest_size=16)
-        digest.update(self.names.blob)
-        return digest.hexdigest()
-
-    def report_left_out(self) -> None:
-        report_left_out(self.root, self.left_out, self.hidden)
+        return digest(self.names.ends.astype("<i8"), self.names.blob)
 
     def empty_classes(self) -> list[str]:
         """Class folders without any image."""
@@ -143,6 +134,13 @@ class ImageIndex:
         """The images where `chosen`, (number of images,) bool, is true."""
         names = StringTable.of([os.fsencode(self.names[i]) for i in np.flatnonzero(chosen)])
         return replace(self, names=names, targets=self.targets[chosen])
+
+
+def digest(*parts: bytes | np.ndarray) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def ending(name: str) -> str:
@@ -199,14 +197,12 @@ def load_index(root: str | os.PathLike, extensions: Sequence[str] = IMAGE_EXTENS
     cache = _cache_file(root, extensions)
     index = _scanned_before(cache, root)
     if index is None:
-        index = _read_cache(cache, root)
-    if index is None:
         logger.info("looking for images under %s", root)
         with _lock(cache.with_suffix(".lock")):
-            index = _read_cache(cache, root)  # another process may have filled it meanwhile
+            index = _scanned_before(cache, root)  # another process may have filled it meanwhile
             if index is None:
                 index = _scan_and_cache(cache, root, extensions)
-    index.report_left_out()
+    report_left_out(root, index.left_out, index.hidden)
     if len(index) == 0:
         raise UserError(f"no images found under {root} (looked for {', '.join(extensions)})")
     return index
@@ -273,16 +269,16 @@ def _scan_and_cache(cache: Path, root: str, extensions: tuple[str, ...]) -> Imag
     index, directories, times = scan(root, extensions)
     seconds = (time.time_ns() - start) / 1e9
     logger.info("scanned %d images in %d folders under %s in %.1f s", len(index), len(directories), root, seconds)
+    others = json.dumps([index.classes, directories, index.left_out, index.hidden]).encode()
+    table = {"names": index.names.blob, "name_ends": index.names.ends, "targets": index.targets, "times": times}
+    table["others"] = np.frombuffer(others, dtype=np.uint8)
     _not_cached.pop(cache, None)
     newest = times[:, 0].max()
     if newest < start - TICK_NS:
-        _not_cached[cache] = index, directories, times
+        _not_cached[cache] = table
     if newest > start - SETTLED_AFTER_NS:
         logger.info("%s changed a moment ago; its index is not cached this time", root)
         return index
-    table = {"names": index.names.blob, "name_ends": index.names.ends, "targets": index.targets, "times": times}
-    table |= {"classes": _pack(index.classes or []), "directories": _pack(directories), "hidden": index.hidden}
-    table |= {"left_out": _pack(list(index.left_out)), "counts": np.array([*index.left_out.values()], np.int64)}
     temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -304,51 +300,24 @@ def _cache_file(root: str, extensions: tuple[str, ...]) -> Path:
     return Path(folder, f"index-{hashlib.blake2b(key, digest_size=12).hexdigest()}.npz")
 
 
-def _read_cache(cache: Path, root: str) -> ImageIndex | None:
-    """The cached index if there is one, it is whole, and no directory has changed since."""
+def _scanned_before(cache: Path, root: str) -> ImageIndex | None:
+    """The index by an earlier scan, if there was one, its cache file is whole, and no directory has changed since."""
     try:
-        with np.load(cache, allow_pickle=False) as arrays:  # zipfile checks every array's CRC
-            table = {name: arrays[name] for name in arrays.files}
-        if _changed(root, _unpack(table["directories"]), table["times"]):
-            return None
+        if (table := _not_cached.get(cache)) is None:
+            with np.load(cache, allow_pickle=False) as arrays:  # zipfile checks every array's CRC
+                table = dict(arrays)
+        classes, directories, left_out, hidden = json.loads(table["others"].tobytes())
+        for directory, times in zip(directories, table["times"].tolist(), strict=True):
+            status = os.stat(os.path.join(root, directory))
+            if [status.st_mtime_ns, status.st_ctime_ns] != times:
+                return None
         names = StringTable(table["names"], table["name_ends"])
-        left_out = dict(zip(_unpack(table["left_out"]), table["counts"].tolist(), strict=True))
-        classes = _unpack(table["classes"]) or None
-        return ImageIndex(root, names, table["targets"], classes, left_out, int(table["hidden"]))
+        return ImageIndex(root, names, table["targets"], classes, left_out, hidden)
     except FileNotFoundError:  # no cache yet, or a directory is gone
         return None
     except Exception as error:  # a damaged file makes zipfile and numpy raise nearly anything
         logger.warning("the index cache %s is unusable (%s); scanning again", cache, error)
         return None
-
-
-def _changed(root: str, directories: list[str], times: np.ndarray) -> bool:
-    """Whether a directory has other times than when it was scanned. Raises FileNotFoundError for one that is gone."""
-    for directory, (mtime, ctime) in zip(directories, times.tolist(), strict=True):
-        status = os.stat(os.path.join(root, directory))
-        if (status.st_mtime_ns, status.st_ctime_ns) != (mtime, ctime):
-            return True
-    return False
-
-
-def _scanned_before(cache: Path, root: str) -> ImageIndex | None:
-    """What this process has scanned already and could not cache, unless something has changed."""
-    if cache not in _not_cached:
-        return None
-    index, directories, times = _not_cached[cache]
-    with contextlib.suppress(FileNotFoundError):
-        if not _changed(root, directories, times):
-            return index
-    return None
-
-
-def _pack(names: list[str]) -> np.ndarray:
-    """Names of files, in which no NUL can occur, as one array of bytes: each is followed by a NUL."""
-    return np.frombuffer(b"".join(os.fsencode(name) + b"\0" for name in names), dtype=np.uint8)
-
-
-def _unpack(packed: np.ndarray) -> list[str]:
-    return [os.fsdecode(name) for name in packed.tobytes().split(b"\0")[:-1]]
 
 
 @contextlib.contextmanager
