@@ -6,7 +6,10 @@ import itertools
 import shutil
 from pathlib import Path
 
+import torch
 from PIL import Image
+
+from util.data.decoding import MAX_PIXELS, decoded, open_image
 
 PHOTOS = sorted((Path(__file__).parent / "data").glob("*.jpg"))
 
@@ -43,6 +46,11 @@ def photo_folder(root: Path, copies: int = 4) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(photo, target)
     return root
+
+
+def decode(data: bytes, in_chans: int, ignore_exif: bool = False, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """All pixels of an encoded image, (in_chans, h, w)."""
+    return decoded(open_image(data, in_chans, ignore_exif, max_pixels))
 
 
 def large_photo(width: int, height: int, enlarged: float = 1.0) -> Image.Image:

@@ -101,7 +101,7 @@ dataset = build_dataset(args, "train", pretrain_transform(args))
 open(dataset.path_of(4), "wb").close()
 for _ in build_loader(dataset, [[(0, 0)], [(0, 4)]] * 4, args, torch.device("cpu")):
     pass
-assert dataset.bad_count() == 1
+assert len(dataset.bad_images()) == 1
 """
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from photos import decode
 from PIL import Image
 from running import QUICK, fails, losses, run
 
@@ -19,7 +20,7 @@ import util.knn
 import util.predict
 import util.visualize
 from util.data import decoding
-from util.data.decoding import BadImageError, decode
+from util.data.decoding import BadImageError
 from util.weights.file import read_checkpoint
 
 SHAPE = ["--input_size", "16", "--window_size", "4", "4", "4", "2"]

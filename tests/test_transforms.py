@@ -11,7 +11,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from photos import PHOTOS, data_args
+from photos import PHOTOS, data_args, decode
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
@@ -20,7 +20,6 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from util.data.decoding import decode
 from util.data.transforms import (
     BatchAugmentation,
     Normalize,

@@ -73,7 +73,7 @@ if features.check("avif"):
 if pillow_heif is not None:
     pillow_heif.register_heif_opener()
     PILLOW_FORMATS, IMAGE_EXTENSIONS = [*PILLOW_FORMATS, "HEIF"], (*IMAGE_EXTENSIONS, ".heic", ".heif")
-GREY_MODES = ("1", "L", "I", "I;16", "I;16B", "I;16L")  # of Pillow
+DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")  # of Pillow: one number of more than 8 bits per pixel
 BITS_PER_SAMPLE = 258  # TIFF's tag
 TIFF_SIGNS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ARRAY_TYPES = ("uint8", "uint16", "int16", "int32", "float16", "float32", "float64")
@@ -134,11 +134,6 @@ def decoded(image: "torch.Tensor | EncodedJpeg") -> torch.Tensor:
     return image.pixels if isinstance(image, EncodedJpeg) else image
 
 
-def decode(data: bytes, in_chans: int, ignore_exif: bool = False, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """As `open_image`, with all pixels decoded: a tensor (in_chans, h, w)."""
-    return decoded(open_image(data, in_chans, ignore_exif, max_pixels))
-
-
 def open_image(
     data: bytes, in_chans: int, ignore_exif: bool = False, max_pixels: int = MAX_PIXELS
 ) -> torch.Tensor | EncodedJpeg:
@@ -171,13 +166,13 @@ def open_image(
 def from_pillow(
     image: Image.Image, in_chans: int, ignore_exif: bool = False, max_pixels: int = MAX_PIXELS
 ) -> torch.Tensor:
-    """As `decode`, for a Pillow image and in_chans 1 or 3. Raises BadImageError."""
+    """As `open_image`, for a Pillow image and in_chans 1 or 3: a tensor (in_chans, h, w). Raises BadImageError."""
     _check_pixels(image.height, image.width, max_pixels)
     if not ignore_exif:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise BadImageError("32-bit float pixels have no known range: pip install tifffile, or store it as .npy")
-    if image.mode == "I" or image.mode.startswith("I;16"):
+    if image.mode in DEEP_MODES:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise BadImageError("integer pixels outside 0..65535; store the image as .npy")
@@ -191,9 +186,10 @@ def _decode_with_pillow(data: bytes, in_chans: int, ignore_exif: bool, max_pixel
         with warnings.catch_warnings():  # about bombs below our limit, transparency, odd metadata
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
-                if image.format == "TIFF" and tifffile is not None and _is_tifffiles(image):
+                loses_bits = _has_more_bits(image, data) and image.mode not in DEEP_MODES
+                if image.format == "TIFF" and tifffile is not None and (loses_bits or image.mode == "F"):
                     return _decode_tiff(data, in_chans, max_pixels)
-                if image.mode not in ("F", "I") and not image.mode.startswith("I;16") and _has_more_bits(image, data):
+                if loses_bits:
                     raise BadImageError(
                         "16 bits per colour in a file that is read with 8: use a grey image, PNG or .npy, or for TIFF "
                         "pip install tifffile"
@@ -207,11 +203,6 @@ def _decode_with_pillow(data: bytes, in_chans: int, ignore_exif: bool, max_pixel
         raise BadImageError(f"not an image in a known format ({', '.join(PILLOW_FORMATS)})") from None
     except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
         raise BadImageError(f"{type(error).__name__}: {error}") from error
-
-
-def _is_tifffiles(image: Image.Image) -> bool:
-    """Whether a TIFF holds numbers of which Pillow gives fewer bits, or that are no picture."""
-    return image.mode == "F" or (max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8 and image.mode not in GREY_MODES)
 
 
 def _decode_tiff(data: bytes, in_chans: int, max_pixels: int) -> torch.Tensor:
@@ -239,23 +230,21 @@ def _decode_tiff(data: bytes, in_chans: int, max_pixels: int) -> torch.Tensor:
         array = array[:, :, :3]  # without alpha
     elif bands not in ([], ["S"]) and array.shape[2] != in_chans:
         if in_chans > 1:
-            raise BadImageError(_pages_are_no_bands(*array.shape, in_chans))
+            height, width, pages = array.shape
+            message = (
+                f"the TIFF file has {pages} pages of {height} x {width} pixels, {in_chans} are needed "
+                f"(--in_chans {in_chans})"
+            )
+            if width == in_chans:  # what tifffile makes of (H, W, bands) when it is not told
+                message += (
+                    f". If it was written from an array ({pages}, {height}, {in_chans}), write it by "
+                    'tifffile.imwrite(..., planarconfig="contig", photometric="minisblack")'
+                )
+            raise BadImageError(message)
         array = array[:, :, :1]  # pages that are no bands: the first
     image = image_of(array, in_chans, max_pixels)
     # In one or three channels a picture, as a PNG of 16 bits.
     return image.to(torch.uint16) if in_chans in (1, 3) and array.dtype == np.uint16 else image
-
-
-def _pages_are_no_bands(height: int, width: int, pages: int, in_chans: int) -> str:
-    message = (
-        f"the TIFF file has {pages} pages of {height} x {width} pixels, {in_chans} are needed (--in_chans {in_chans})"
-    )
-    if width == in_chans:  # what tifffile makes of (H, W, bands) when it is not told
-        message += (
-            f". If it was written from an array ({pages}, {height}, {in_chans}), write it by tifffile.imwrite(..., "
-            'planarconfig="contig", photometric="minisblack")'
-        )
-    return message
 
 
 def _is_deep_png(data: bytes) -> bool:

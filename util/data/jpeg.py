@@ -40,29 +40,21 @@ class JpegHeader:
 
 
 def read_header(data: bytes) -> JpegHeader | None:
-    """The frame header of a JPEG and its EXIF orientation; None if `data` has no such header."""
+    """The frame header of a JPEG and its EXIF orientation; None where `data` has none, or in a rare place."""
     if data[:2] != b"\xff\xd8":
         return None
     position, orientation = 2, None
     while position + 10 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        content = position + 4
-        if marker == 0xFF:  # padding
-            position += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without content
-            position += 2
-        elif marker == 0x00:  # no marker
-            break
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
-            height = int.from_bytes(data[position + 5 : position + 7], "big")
-            width = int.from_bytes(data[position + 7 : position + 9], "big")
+        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
+        content = data[position + 4 : position + 2 + length]
+        if marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == 0xFF:  # without content, or padding
+            return None
+        if marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            height, width = int.from_bytes(content[1:3], "big"), int.from_bytes(content[3:5], "big")
             return JpegHeader(height, width, data[position + 9], orientation or 1)
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-            if (
-                orientation is None and marker == 0xE1 and data[content : content + 6] == b"Exif\0\0"
-            ):  # the first counts
-                orientation = _orientation(data[content:position])
+        if orientation is None and marker == 0xE1 and content[:6] == b"Exif\0\0":  # the first counts
+            orientation = _orientation(content)
+        position += 2 + length
     return None
 
 
