@@ -1,1 +1,5 @@
-"""From files to batches. Knows nothing of models and runs."""
+"""From files to batches. Knows neither runs nor models."""
+
+from typing import Any
+
+Config = Any  # the flags of `util.run.config`, of which attributes are read and none is written

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment, posterize
+from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import nn
 
+from util.data import Config
 from util.data.decoding import EncodedJpeg
-from util.data.settings import BatchAugmentationSettings, SizeSettings, TransformSettings
 from util.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -100,16 +100,28 @@ def crop(img: torch.Tensor | EncodedJpeg, box: tuple[int, int, int, int], size: 
 
 
 class RandomCropAndFlip:
-    """Random area and aspect ratio, resized to `size` (bicubic, antialiased), mirrored half of the time."""
+    """Random area and aspect ratio, resized to `size` (bicubic, antialiased), mirrored half of the time.
+
+    `augment` transforms Pillow images: photographs of 8 bits then; float images stay as they are.
+    """
 
     takes_encoded = True
 
-    def __init__(self, size: tuple[int, int], scale: tuple[float, float]):
-        self.size, self.scale = size, scale
+    def __init__(
+        self,
+        size: tuple[int, int],
+        scale: tuple[float, float],
+        augment: Callable[[Image.Image], Image.Image] | None = None,
+    ):
+        self.size, self.scale, self.augment = size, scale, augment
 
     def __call__(self, img: torch.Tensor | EncodedJpeg) -> torch.Tensor:
         img = crop(img, random_crop(*img.shape[1:], self.scale), self.size)
-        return img.flip(-1) if random.random() < 0.5 else img
+        img = img.flip(-1) if random.random() < 0.5 else img
+        if self.augment is None or img.dtype != torch.uint8:
+            return img
+        image = self.augment(Image.fromarray(img.permute(1, 2, 0).numpy()))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class ResizeAndCentreCrop:
@@ -129,8 +141,10 @@ class ResizeAndCentreCrop:
         self.resized = tuple(int(side / crop_ratio) for side in size)
 
     def __call__(self, img: torch.Tensor) -> torch.Tensor:
-        box = self._without_far_ends(*img.shape[1:])
-        height, width = box[2:]
+        all_rows, all_columns = img.shape[1:]
+        height = min(all_rows, ceil(self.LONGEST * all_columns * self.size[0] / self.size[1]))
+        width = min(all_columns, ceil(self.LONGEST * all_rows * self.size[1] / self.size[0]))
+        box = (all_rows - height) // 2, (all_columns - width) // 2, height, width
         # The side that needs more enlarging sets the scale, the other one keeps the image's proportions.
         if self.resized[0] * width >= self.resized[1] * height:
             resized = (self.resized[0], max(self.resized[1], int(self.resized[0] * width / height)))
@@ -141,57 +155,30 @@ class ResizeAndCentreCrop:
         left = round((resized[1] - self.size[1]) / 2)
         return img[:, top : top + self.size[0], left : left + self.size[1]]
 
-    def _without_far_ends(self, height: int, width: int) -> tuple[int, int, int, int]:
-        rows = min(height, ceil(self.LONGEST * width * self.size[0] / self.size[1]))
-        columns = min(width, ceil(self.LONGEST * height * self.size[1] / self.size[0]))
-        return (height - rows) // 2, (width - columns) // 2, rows, columns
 
-
-class CropAndAugment:
-    """A crop, and what becomes of it."""
-
-    takes_encoded = True
-
-    def __init__(self, crop: RandomCropAndFlip, augment: Callable[[torch.Tensor], torch.Tensor]):
-        self.crop, self.augment = crop, augment
-
-    def __call__(self, img: torch.Tensor | EncodedJpeg) -> torch.Tensor:
-        return self.augment(self.crop(img))
-
-
-class OnPillow:
-    """Apply a transform of Pillow images to an RGB uint8 tensor; float images stay as they are."""
-
-    def __init__(self, transform: Callable[[Image.Image], Image.Image]):
-        self.transform = transform
-
-    def __call__(self, img: torch.Tensor) -> torch.Tensor:
-        if img.dtype != torch.uint8:
-            return img
-        image = self.transform(Image.fromarray(img.permute(1, 2, 0).numpy()))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def pretrain_transform(config: SizeSettings) -> Callable[[torch.Tensor], torch.Tensor]:
+def pretrain_transform(config: Config) -> Callable[[torch.Tensor], torch.Tensor]:
     """Pretraining: a random crop of 20% to 100% of the area, resized to `config.input_size`; mirroring."""
     return RandomCropAndFlip(config.input_size, scale=(0.2, 1.0))
 
 
-def train_transform(config: TransformSettings) -> Callable[[torch.Tensor], torch.Tensor]:
+def train_transform(config: Config) -> Callable[[torch.Tensor], torch.Tensor]:
     """Fine-tuning: a random crop of 8% to 100% of the area, mirroring, timm's augmentation named `config.aa`.
 
     Without `config.aa`, colour jitter (`config.color_jitter`) instead. Both are defined for photos of 8 bits: with
     `config.in_chans` other than 3 they are left out, with a warning, and float images pass them unchanged. Raises
     UserError when timm does not know `config.aa`.
     """
-    cropped = RandomCropAndFlip(config.input_size, scale=(0.08, 1.0))
-    if not config.aa and not config.color_jitter:
-        return cropped
-    if config.in_chans != 3:
+    augment = None
+    if (config.aa or config.color_jitter) and config.in_chans != 3:
         logger.warning(
             "auto-augment and colour jitter need 3 channels; with --in_chans %d they are off", config.in_chans
         )
-        return cropped
+    elif config.aa or config.color_jitter:
+        augment = _timms_augmentation(config)
+    return RandomCropAndFlip(config.input_size, (0.08, 1.0), augment)
+
+
+def _timms_augmentation(config: Config) -> Callable[[Image.Image], Image.Image]:
     try:
         _, augment, _ = create_transform(
             config.input_size,
@@ -207,12 +194,10 @@ def train_transform(config: TransformSettings) -> Callable[[torch.Tensor], torch
         raise UserError(
             f"--aa {config.aa!r} is not an augmentation that timm knows, e.g. rand-m9-mstd0.5-inc1"
         ) from error
-    for transform in augment.transforms:
-        _posterize_to_black(transform)
-    return CropAndAugment(cropped, OnPillow(augment))
+    return augment
 
 
-def eval_transform(config: SizeSettings) -> Callable[[torch.Tensor], torch.Tensor]:
+def eval_transform(config: Config) -> Callable[[torch.Tensor], torch.Tensor]:
     """Evaluation: resize to input_size / 0.875 and crop the centre; above 224 pixels no margin (ratio 1)."""
     return ResizeAndCentreCrop(config.input_size, crop_ratio(config.input_size))
 
@@ -230,7 +215,7 @@ class BatchAugmentation:
     imgs are normalised, since erased areas get noise of mean 0 and standard deviation 1; B is even with mixup.
     """
 
-    def __init__(self, config: BatchAugmentationSettings, num_classes: int, device: torch.device):
+    def __init__(self, config: Config, num_classes: int, device: torch.device):
         self.erase = RandomErasing(config.reprob, mode=config.remode, max_count=config.recount, device=device)
         self.mix = None
         if uses_mixup(config):
@@ -250,29 +235,15 @@ class BatchAugmentation:
         return (imgs, targets) if self.mix is None else self.mix(imgs, targets)
 
 
-def uses_mixup(config: BatchAugmentationSettings) -> bool:
+def uses_mixup(config: Config) -> bool:
     """Whether `config` asks for mixup or cutmix, whose targets are class distributions."""
     return config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
 
 
-def _posterize_to_black(transform: Callable) -> None:
-    """Let timm's `transform` posterize to 0 bits, which is a black image.
-
-    timm draws 0 bits at the highest magnitude and asks `ImageOps.posterize` for it, which gave black before
-    Pillow 13 and raises ValueError since.
-    """
-    if isinstance(transform, RandAugment | AugMixAugment):
-        operations = transform.ops
-    elif isinstance(transform, AutoAugment):
-        operations = [operation for policy in transform.policy for operation in policy]
-    else:
-        operations = []
-    for operation in operations:
-        if isinstance(operation, AugmentOp) and operation.name.startswith("Posterize"):
-            operation.aug_fn = _posterize
-
-
 def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
-    if bits_to_keep == 0:
-        return Image.new(image.mode, image.size)
-    return posterize(image, bits_to_keep)
+    """timm's, but 0 bits, for which timm asks at the highest magnitude, are a black image: Pillow 13 raises ValueError,
+    where it was black before."""
+    return posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
+
+
+NAME_TO_OP.update({name: _posterize for name in NAME_TO_OP if name.startswith("Posterize")})
