@@ -50,8 +50,7 @@ from util.run.once_per_node import read_weights_together
 from util.run.optim import autocast
 from util.run.progress import with_progress
 from util.weights.file import make_folder, temporary_path
-from util.weights.parts import as_list, load_part, output_names
-from util.weights.runtimes import Runner, open_onnx
+from util.weights.parts import Runner, as_list, load_part, open_onnx, output_names
 from util.weights.settings import weight_settings
 from util.weights.source import WeightsInfo
 
@@ -178,11 +177,10 @@ def run_model(model: Runner, loader: DataLoader, normalize: Normalize, config: P
             scores, classes = outputs[0].softmax(dim=1).topk(min(config.top, outputs[0].shape[1]), dim=1)
             results = {"classes": classes, "scores": scores}
         else:
-            results = dict(zip(output_names(config.part, len(outputs)), outputs))
+            results = dict(zip(output_names(config.part), outputs))
         rows.put(start, results)
         for position in (numbers < 0).nonzero().flatten().tolist():
             bad.append(distributed.get_rank() + (start + position) * distributed.get_world_size())
-            logger.error("left out: %s", loader.dataset.why_bad(bad[-1]))
         start += len(numbers)
     rows.flush()
     return bad
@@ -301,8 +299,6 @@ def predict(given: PredictConfig, images: list[str], launch: Launch) -> None:
     if launch.world_size > 1 and not config.out:
         raise UserError("several processes need --out, in a folder that all of them see")
     source = open_images(images, config)
-    if source.streamed:
-        raise UserError("these images can only be streamed: give files, folders or a list of them")
     dataset = NumberedImages(source, eval_transform(config), config.seed, skip_bad=config.bad_images == "skip")
     logger.info("%d images", len(dataset))
     check_statistics(config, dataset, "these images")

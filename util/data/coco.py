@@ -5,7 +5,6 @@
 `instances_train2017.json`, or in `images/train2017/`, `train/`, `images/`, or DIR itself.
 """
 
-import hashlib
 import importlib.util
 import json
 import logging
@@ -13,7 +12,7 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.data.datasets import ImageDataset, read_sample
+from util.data import Config
+from util.data.datasets import ImageDataset, dataset_of, read_sample
 from util.data.decoding import BadImageError, EncodedJpeg
-from util.data.image_index import ImageIndex, StringTable, abbreviate
-from util.data.settings import CocoSettings
-from util.data.sources import FileSource
+from util.data.image_index import ImageIndex, StringTable, abbreviate, digest
+from util.data.source import FileSource
 from util.errors import UserError, unreadable_is_user_error
 
 logger = logging.getLogger(__name__)
@@ -56,16 +55,14 @@ class Annotations:
         return slice(self.ends[i - 1] if i else 0, self.ends[i])
 
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(json.dumps(self.classes).encode(), digest_size=16)
-        for array in (self.ends, self.boxes, self.labels, *((self.masks.blob,) if self.masks else ())):
-            digest.update(np.ascontiguousarray(array))
-        return digest.hexdigest()
+        arrays = (self.ends, self.boxes, self.labels, *((self.masks.blob,) if self.masks else ()))
+        return digest(json.dumps(self.classes).encode(), *map(np.ascontiguousarray, arrays))
 
 
 class CocoSource(FileSource):
     """Images and their targets: a `Source`. Labels count from 1, as torchvision's detectors want them."""
 
-    def __init__(self, annotations: Annotations, folder: Path, config: CocoSettings):
+    def __init__(self, annotations: Annotations, folder: Path, config: Config):
         unlabelled = np.full(len(annotations.names), -1, dtype=np.int32)
         super().__init__(ImageIndex(str(folder), annotations.names, unlabelled, None), config)
         self.annotations, self.classes = annotations, annotations.classes
@@ -116,7 +113,7 @@ class CocoSource(FileSource):
 # --- Reading and checking ---
 
 
-def build_coco_dataset(config: CocoSettings, split: str, transform: Callable) -> ImageDataset:
+def build_coco_dataset(config: Config, split: str, transform: Callable) -> ImageDataset:
     """The images of `split` ('train' or 'val') with their targets (see `Target`).
 
     An unreadable image in 'val' is an error, also with --bad_images skip.
@@ -124,14 +121,15 @@ def build_coco_dataset(config: CocoSettings, split: str, transform: Callable) ->
     Raises:
         UserError: files are missing, or annotations are wrong; says which.
     """
-    require_pycocotools("reading masks" if config.detector == "mask_rcnn" else "average precision")
+    if importlib.util.find_spec("pycocotools") is None:
+        what = "reading masks" if config.detector == "mask_rcnn" else "average precision"
+        raise UserError(f"{what} needs the package pycocotools: pip install pycocotools")
     path = find_annotations(Path(config.data_path), split, getattr(config, f"{split}_json"))
     annotations = read_annotations(path, config.detector == "mask_rcnn", config.bad_boxes == "clip")
     source = CocoSource(annotations, find_images(Path(config.data_path), annotations, split), config)
     if split == "train" and not len(annotations.boxes):
         raise UserError(f"{path} has no boxes to train on: crowds, and what --bad_boxes clip leaves out, do not count")
-    skip_bad = config.bad_images == "skip" and split == "train"
-    dataset = ImageDataset(source, transform, config.seed, skip_bad, config.max_bad_images)
+    dataset = dataset_of(source, split, transform, config)
     for _ in read_sample(dataset):
         pass  # they can be read
     starts = np.concatenate([[0], annotations.ends[:-1]])
@@ -226,22 +224,22 @@ def read_annotations(path: Path, masks: bool = False, clip: bool = False) -> Ann
         twice = [value for value, count in Counter(map(str, values)).items() if count > 1]
         _refuse(path, f"the same {what} more than once", twice, "give each one of its own")
 
-    def named(wrong: Callable[[dict], Any]) -> list[str]:
-        return [f"annotation {annotation.get('id')}{said}" for annotation in annotations if (said := wrong(annotation))]
-
-    def unknown_to(table: dict, key: str) -> Callable[[dict], str]:
-        def said(annotation: dict) -> str:
-            value = annotation.get(key)
-            return "" if isinstance(value, int | float | str) and value in table else f" ({key} {value})"
-
-        return said
-
-    _refuse(path, "of an image that is not in 'images'", named(unknown_to(by_id, "image_id")), "add it, or remove them")
-    _refuse(
-        path, "of a category that is not in 'categories'", named(unknown_to(classes, "category_id")),
-        "add it, or remove them",
-    )  # fmt: skip
-    _refuse(path, "without a box", named(_has_no_box), "'bbox' is left, top, width and height in pixels")
+    for key, known, what in (
+        ("image_id", by_id, "of an image that is not in 'images'"),
+        ("category_id", classes, "of a category that is not in 'categories'"),
+    ):
+        wrong = [
+            f"annotation {annotation.get('id')} ({key} {annotation.get(key)})"
+            for annotation in annotations
+            if not isinstance(annotation.get(key), Hashable) or annotation.get(key) not in known
+        ]
+        _refuse(path, what, wrong, "add it, or remove them")
+    wrong = [
+        f"annotation {annotation.get('id')} ({annotation.get('bbox')})"
+        for annotation in annotations
+        if not _are_numbers(annotation.get("bbox")) or len(annotation["bbox"]) != 4
+    ]
+    _refuse(path, "without a box", wrong, "'bbox' is left, top, width and height in pixels")
     numbers = np.array([by_id[annotation["image_id"]] for annotation in annotations], dtype=np.int64)
     boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
@@ -282,11 +280,6 @@ def _refuse(path: Path, what: str, wrong: list[str], advice: str) -> None:
 def _are_numbers(values: Any) -> bool:
     numbers = isinstance(values, list) and {int, float}.issuperset(map(type, values))
     return numbers and all(map(math.isfinite, values))
-
-
-def _has_no_box(annotation: dict) -> str:
-    box = annotation.get("bbox")
-    return "" if _are_numbers(box) and len(box) == 4 else f" ({box})"
 
 
 def _check_boxes(path: Path, annotations: list[dict], boxes: np.ndarray, sides: np.ndarray, clip: bool) -> np.ndarray:
@@ -369,12 +362,6 @@ def run_lengths(counts: str | bytes) -> list[int]:
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
     return runs
-
-
-def require_pycocotools(purpose: str) -> None:
-    """Raise a UserError where pycocotools, an extra requirement, is not installed."""
-    if importlib.util.find_spec("pycocotools") is None:
-        raise UserError(f"{purpose} needs the package pycocotools: pip install pycocotools")
 
 
 # --- Transforms and batches ---

@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import functools
 import gc
-import hashlib
 import logging
 import multiprocessing
 import os
@@ -18,10 +17,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from util.data import Config
 from util.data.decoding import BadImageError, EncodedJpeg, PixelType, decoded
-from util.data.image_index import abbreviate
-from util.data.settings import DataSettings
-from util.data.sources import Source, open_source
+from util.data.image_index import abbreviate, digest
+from util.data.source import Source, spread
+from util.data.sources import open_source
 from util.data.statistics import magnitude
 from util.errors import UserError, unreadable_is_user_error
 from util.seeding import derive_seed, keyed_generator, seed_all
@@ -77,7 +77,23 @@ class ImageDataset(Dataset):
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        return self._read_or_replace(*key)
+        epoch, index = key
+        candidate = index
+        for attempt in range(REPLACEMENT_TRIES):
+            if not self._bad[candidate]:
+                try:
+                    image, target = self._read(candidate, self.transform, (self.seed, epoch, index))
+                except BadImageError as error:
+                    if not self.skip_bad:
+                        advice = "Repair or remove it (--bad_images skip replaces training images only)"
+                        raise BadImageError(f"{error}. {advice}") from None
+                    self._record_bad(candidate, error)
+                else:
+                    if self._stop_when_far and self._looked_at[candidate] == FAR:
+                        self._refuse_too_many_far(candidate)
+                    return image, target
+            candidate = derive_seed("replacement", self.seed, epoch, index, attempt) % len(self)
+        raise BadImageError(f"no readable image found in {REPLACEMENT_TRIES} tries to replace {self.path_of(index)!r}")
 
     def path_of(self, index: int) -> str:
         return self.source.path(index)
@@ -91,9 +107,7 @@ class ImageDataset(Dataset):
     def fingerprint(self) -> dict[str, int | str]:
         """What tells this data set from what it was before a change; plain values, for a checkpoint."""
         targets = self.targets
-        labels = self.source.labels
-        if targets is not None:
-            labels = hashlib.blake2b(targets.astype("<i4").tobytes(), digest_size=16).hexdigest()
+        labels = self.source.labels if targets is None else digest(targets.astype("<i4"))
         return {
             "images": len(self), "names": self.source.fingerprint, "labels": labels, "sizes": self.source.sizes
         }  # fmt: skip
@@ -105,26 +119,19 @@ class ImageDataset(Dataset):
         with other names they are taken as positions, with a warning. To be called before the data set is read. Raises
         UserError when it has a class that is not among `classes` (with `exactly` also the reverse).
         """
-        numbered = self.source.classes is not None and self.source.numbered
-        if numbered and all(map(str.isdigit, classes)):
-            self._numbers = match_classes(self.source.classes, classes, owner, exactly=False)
-        elif numbered or self.source.classes is None:
-            if list(classes) != self.classes:
-                logger.warning(
-                    "the labels of these images are numbers: they are taken as positions in the classes of %s, %s",
-                    owner, abbreviate(list(classes)),
-                )  # fmt: skip
-        else:
-            self._numbers = match_classes(self.source.classes, classes, owner, exactly)
+        own, by_number = self.source.classes, self.source.numbered and all(map(str.isdigit, classes))
+        if own is not None and (by_number or not self.source.numbered):
+            self._numbers = match_classes(own, classes, owner, exactly and not by_number)
+        elif list(classes) != self.classes:
+            logger.warning(
+                "the labels of these images are numbers: they are taken as positions in the classes of %s, %s",
+                owner, abbreviate(list(classes)),
+            )  # fmt: skip
         self.classes = list(classes)
 
     def bad_images(self) -> list[int]:
         """The images that could not be read so far, in all workers of this process."""
         return self._bad.nonzero().flatten().tolist()
-
-    def bad_count(self) -> int:
-        """How many these are."""
-        return int(self._bad.sum())
 
     def watch(self, mean: Sequence[float], std: Sequence[float], stop: bool) -> None:
         """Compare each image of more than 8 bits with `mean` and `std` when this process or a worker first reads it.
@@ -198,24 +205,6 @@ class ImageDataset(Dataset):
                 "image of 16 be the first", self.path_of(index), self.path_of(0),
             )  # fmt: skip
 
-    def _read_or_replace(self, epoch: int, index: int) -> tuple[torch.Tensor, int]:
-        candidate = index
-        for attempt in range(REPLACEMENT_TRIES):
-            if not self._bad[candidate]:
-                try:
-                    image, target = self._read(candidate, self.transform, (self.seed, epoch, index))
-                except BadImageError as error:
-                    if not self.skip_bad:
-                        advice = "Repair or remove it (--bad_images skip replaces training images only)"
-                        raise BadImageError(f"{error}. {advice}") from None
-                    self._record_bad(candidate, error)
-                else:
-                    if self._stop_when_far and self._looked_at[candidate] == FAR:
-                        self._refuse_too_many_far(candidate)
-                    return image, target
-            candidate = derive_seed("replacement", self.seed, epoch, index, attempt) % len(self)
-        raise BadImageError(f"no readable image found in {REPLACEMENT_TRIES} tries to replace {self.path_of(index)!r}")
-
     def _look_at(self, index: int, image: torch.Tensor) -> None:
         """See `watch`."""
         size = magnitude(image, *self._statistics)
@@ -245,7 +234,7 @@ class ImageDataset(Dataset):
         with self._lock:
             known = bool(self._bad[index])
             self._bad[index] = 1
-            count = self.bad_count()
+            count = int(self._bad.sum())
         if not known:
             logger.warning("skipping a bad image (%d so far): %s", count, error)
         if count > self.max_bad_share * len(self):
@@ -258,31 +247,19 @@ class ImageDataset(Dataset):
 class NumberedImages(ImageDataset):
     """`dataset[(0, index)]` -> (image (C, H, W) after the transform, index): every image once, none replaced.
 
-    With `skip_bad`, (any image, -1) for one that cannot be read.
+    With `skip_bad`, (any image, -1) for one that cannot be read, which the log names.
     """
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         _, index = key
         try:
             image, _ = self._read(index, self.transform)
-        except BadImageError:
+        except BadImageError as error:
             if not self.skip_bad:
                 raise
-            return self.transform(self._blank), -1
+            logger.error("left out: %s", error)
+            return self.transform(torch.zeros(self.source.in_chans, 1, 1, dtype=self.pixels.dtype)), -1
         return image, index
-
-    def why_bad(self, index: int) -> str:
-        """Why an image cannot be read; '' if it can."""
-        try:
-            self._read(index)
-        except BadImageError as error:
-            return str(error)
-        return ""
-
-    def _first_image_pixels(self) -> PixelType:
-        pixels = super()._first_image_pixels()
-        self._blank = torch.zeros(self.source.in_chans, 1, 1, dtype=pixels.dtype)
-        return pixels
 
 
 def read_sample(dataset: ImageDataset) -> Iterator[Any]:
@@ -294,8 +271,7 @@ def read_sample(dataset: ImageDataset) -> Iterator[Any]:
     Raises:
         BadImageError: for an image or target that cannot be used, unless these are skipped.
     """
-    numbers = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), SAMPLE), dtype=int)).tolist()
-    turned = []
+    numbers, turned = spread(len(dataset), SAMPLE), []
     for i in numbers:
         try:
             image, target = dataset.source.read(i)
@@ -338,9 +314,7 @@ def check_targets(targets: torch.Tensor, nb_classes: int) -> None:
         )
 
 
-def build_dataset(
-    config: DataSettings, split: str, transform: Callable, require_labels: bool | None = None
-) -> ImageDataset:
+def build_dataset(config: Config, split: str, transform: Callable, require_labels: bool | None = None) -> ImageDataset:
     """The data set of `split` ('train' or 'val') that `config` names (see util.data.sources).
 
     `require_labels`: unlabelled images and empty class folders are errors (default: of 'val'). 'val' has the classes of
@@ -349,17 +323,22 @@ def build_dataset(
     """
     with unreadable_is_user_error(f"cannot read --data_path {config.data_path}"):
         source = open_source(config, split, split == "val" if require_labels is None else require_labels)
-    skip_bad = config.bad_images == "skip" and split == "train"
-    dataset = ImageDataset(source, transform, config.seed, skip_bad, config.max_bad_images)
+    dataset = dataset_of(source, split, transform, config)
     kinds = f"{len(source.classes)} classes" if source.classes else "no labels"
     logger.info("%s: %d images, %s, from %s", split, len(dataset), kinds, config.data_path)
     return dataset
 
 
+def dataset_of(source: Source, split: str, transform: Callable, config: Config) -> ImageDataset:
+    """The images of `source`; --bad_images skip is for training alone."""
+    skip_bad = config.bad_images == "skip" and split == "train"
+    return ImageDataset(source, transform, config.seed, skip_bad, config.max_bad_images)
+
+
 def build_loader(
     dataset: Dataset,
     batch_sampler: Iterable[list[tuple[int, int]]],
-    config: DataSettings,
+    config: Config,
     device: torch.device,
     collate_fn: Callable | None = None,
 ) -> DataLoader:

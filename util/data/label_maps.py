@@ -21,16 +21,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import default_collate
 from torchvision.transforms import ColorJitter
 
-from util.data.datasets import ImageDataset, collate, read_sample
+from util.data import Config
+from util.data.datasets import ImageDataset, collate, dataset_of, read_sample
 from util.data.decoding import BadImageError, EncodedJpeg
 from util.data.image_index import abbreviate, load_index
 from util.data.reader import extensions_of
-from util.data.settings import DataSettings, SegmentationSettings
-from util.data.sources import FileSource, digest_of_sizes
+from util.data.source import FileSource, digest_of_sizes
 from util.data.transforms import crop, resize
 from util.errors import UserError, unreadable_is_user_error
 
@@ -106,11 +107,6 @@ def number_of_classes(data_path: str, given: int | None) -> int:
     return number
 
 
-def class_names(config: SegmentationSettings) -> list[str]:
-    """The names of the classes, in the order of their numbers; the numbers, where no file has names."""
-    return read_class_names(config.data_path) or [str(i) for i in range(config.nb_classes)]
-
-
 def check_class_names(own: list[str], recorded: list[str], owner: str) -> None:
     """Raise a UserError where the data and a model, the `recorded` classes of which `owner` has, differ in names."""
     if own != recorded and not any(all(map(str.isdigit, names)) for names in (own, recorded)):
@@ -161,9 +157,7 @@ def read_label_map(path: str) -> np.ndarray:
                     f"is {image.mode}: a label map is a grey or palette PNG, whose pixels are numbers of classes"
                 )
             values = np.asarray(image)
-    except (BadImageError, OSError) as error:
-        if isinstance(error, FileNotFoundError | BadImageError):
-            raise
+    except OSError as error:
         raise BadImageError(f"cannot be read: {error}") from None
     values = values.astype(np.int64)
     if values.min() < 0 or values.max() >= 2**16:
@@ -174,7 +168,7 @@ def read_label_map(path: str) -> np.ndarray:
 class LabelMapSource(FileSource):
     """Images in files, each with its label map as the target: a `Source`."""
 
-    def __init__(self, images: str, labels: str, numbers: LabelNumbers, classes: list[str], config: DataSettings):
+    def __init__(self, images: str, labels: str, numbers: LabelNumbers, classes: list[str], config: Config):
         super().__init__(load_index(images, extensions_of(config.reader)), config)
         self.folder, self.numbers = labels, numbers
         self.classes, self.targets = classes, None
@@ -201,17 +195,13 @@ class LabelMapSource(FileSource):
         """Changes when the label maps' files of a sample have other sizes."""
         return digest_of_sizes(len(self), self.label_path)
 
-    def read_labels(self, i: int) -> torch.Tensor:
-        """The label map of image `i`, (h, w) uint8: classes, and IGNORED. Raises BadImageError or OSError."""
+    def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, torch.Tensor]:
+        """Image (in_chans, h, w) and labels (h, w) uint8: classes, and IGNORED. Raises BadImageError or OSError."""
+        image, _ = super().read(i)
         try:
-            return torch.from_numpy(self.numbers.classes_of(read_label_map(self.label_path(i))))
+            labels = torch.from_numpy(self.numbers.classes_of(read_label_map(self.label_path(i))))
         except BadImageError as error:
             raise BadImageError(f"its label map {self.label_path(i)} {error}") from None
-
-    def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, torch.Tensor]:
-        """Image (in_chans, h, w) and labels (h, w). Raises BadImageError or OSError."""
-        image, _ = super().read(i)
-        labels = self.read_labels(i)
         if labels.shape != tuple(image.shape[1:]):
             own, other = (f"{width} x {height}" for height, width in (labels.shape, image.shape[1:]))
             hint = ""
@@ -221,25 +211,11 @@ class LabelMapSource(FileSource):
         return image, labels
 
 
-def check_labels(dataset: ImageDataset) -> None:
-    """Read the images and label maps of a sample.
-
-    Raises BadImageError for one that cannot be used, unless these are skipped, and UserError where nothing is labelled.
-    """
-    source: LabelMapSource = dataset.source
-    labelled = [bool((labels != IGNORED).any()) for labels in read_sample(dataset)]
-    if not any(labelled):
-        ignored = " or ".join(map(str, sorted(source.numbers.ignored)))
-        raise UserError(
-            f"the label maps in {source.folder} label no pixel: in a sample of {len(labelled)}, all pixels are "
-            f"{ignored}, which is ignored; see --ignore_label and --reduce_zero_label"
-        )
-
-
-def build_segmentation_dataset(config: SegmentationSettings, split: str, transform: Callable) -> ImageDataset:
+def build_segmentation_dataset(config: Config, split: str, transform: Callable) -> ImageDataset:
     """The data set of `split` ('train' or 'val') in `config.data_path`; its targets are labels (h, w) uint8.
 
-    Raises UserError.
+    Images and label maps of a sample are read. Raises BadImageError for one that cannot be used, unless these are
+    skipped, and UserError.
     """
     layout = find_layout(config.data_path)
     numbers = LabelNumbers(config.nb_classes, config.ignore_label, config.reduce_zero_label)
@@ -250,13 +226,19 @@ def build_segmentation_dataset(config: SegmentationSettings, split: str, transfo
                 f"{folder} does not exist: the {split} images are in {images}, their label maps in {labels}"
             )
     with unreadable_is_user_error(f"cannot read --data_path {config.data_path}"):
-        source = LabelMapSource(str(images), str(labels), numbers, class_names(config), config)
-    skip_bad = config.bad_images == "skip" and split == "train"
-    dataset = ImageDataset(source, transform, config.seed, skip_bad, config.max_bad_images)
-    check_labels(dataset)
+        names = read_class_names(config.data_path) or [str(i) for i in range(config.nb_classes)]
+        source = LabelMapSource(str(images), str(labels), numbers, names, config)
+    dataset = dataset_of(source, split, transform, config)
+    labelled = [bool((labels != IGNORED).any()) for labels in read_sample(dataset)]
+    ignored = list(map(str, sorted(numbers.ignored)))
+    if not any(labelled):
+        raise UserError(
+            f"the label maps in {labels} label no pixel: in a sample of {len(labelled)}, all pixels are "
+            f"{' or '.join(ignored)}, which is ignored; see --ignore_label and --reduce_zero_label"
+        )
     logger.info(
         "%s: %d images with label maps (classes %d to %d, ignored %s), from %s", split, len(dataset), numbers.first,
-        numbers.first + config.nb_classes - 1, " and ".join(map(str, sorted(numbers.ignored))), images,
+        numbers.first + config.nb_classes - 1, " and ".join(ignored), images,
     )  # fmt: skip
     return dataset
 
@@ -315,7 +297,8 @@ class RandomScaleAndCrop:
             image = self.jitter(image)
         if random.random() < 0.5:
             image, cut = image.flip(-1), cut.flip(-1)
-        return self.pad(image), self.pad_labels(cut)
+        below, beside = self.size[0] - len(cut), self.size[1] - cut.shape[1]
+        return self.pad(image), F.pad(cut, (0, beside, 0, below), value=IGNORED)
 
     def pad(self, image: torch.Tensor) -> torch.Tensor:
         rows, columns = image.shape[1:]
@@ -326,11 +309,6 @@ class RandomScaleAndCrop:
         # The channels stay the fastest axis in memory.
         padded = fill.to(image.dtype).expand(*self.size, -1).clone().permute(2, 0, 1)
         padded[:, :rows, :columns] = image
-        return padded
-
-    def pad_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        padded = torch.full(self.size, IGNORED, dtype=torch.uint8)
-        padded[: labels.shape[0], : labels.shape[1]] = labels
         return padded
 
 

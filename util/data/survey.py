@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from util.data.decoding import PILLOW_FORMATS, tifffile
+from util.data.decoding import DEEP_MODES, PILLOW_FORMATS, tifffile
 from util.data.reader import find_reader
-from util.data.sources import Source
+from util.data.source import Source
 from util.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 SAMPLE = 100  # images whose headers are read
 MOST_CHANNELS_FIRST = 32  # more may be rows of pixels
-GREY_MODES = ("1", "L", "LA", "La", "I", "F")
+GREY_MODES = ("1", "L", "LA", "La", *DEEP_MODES)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def survey_images(source: Source, reader: str = "", in_chans: int | None = None)
     for number in range(min(SAMPLE, count)):
         try:
             path = source.path(number * count // min(SAMPLE, count))
-            shapes.append(shape_by(reader, path) if reader else shape_in_header(path))
+            shape = find_reader(reader)(path).shape if reader else shape_in_header(path)
+            shapes.append((*shape, 1) if len(shape) == 2 else shape)
         except Exception:  # not a file (a tar, a data set of timm's), or whatever Pillow raises on damaged ones
             continue
     channels = Counter(shape[2] for shape in shapes)
@@ -89,11 +90,4 @@ def shape_in_header(path: str) -> tuple[int, int, int]:
         bands = math.prod(sizes.values())
         return height, width, 3 if "S" in sizes and bands == 4 else bands
     with Image.open(path, formats=PILLOW_FORMATS) as image:
-        grey = image.mode in GREY_MODES or image.mode.startswith("I;16")
-        return image.height, image.width, 1 if grey else 3
-
-
-def shape_by(reader: str, path: str) -> tuple[int, int, int]:
-    """Likewise, by reading the image with `--reader`."""
-    shape = find_reader(reader)(path).shape
-    return (*shape, 1) if len(shape) == 2 else shape
+        return image.height, image.width, 1 if image.mode in GREY_MODES else 3

@@ -1,0 +1,215 @@
+"""Images by number: what a data set is made from."""
+
+import bisect
+import filecmp
+import functools
+import itertools
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.utils import natural_key
+
+from util.data import Config
+from util.data.decoding import IMAGE_EXTENSIONS, BadImageError, EncodedJpeg, open_image
+from util.data.image_index import ImageIndex, StringTable, digest, ending, report_left_out
+from util.data.reader import read_by
+from util.errors import UserError
+
+SIZED_FILES = 200  # whose sizes are looked at when a run starts; on a network each takes a millisecond
+COMPARED_FILES = 200  # of validation images in a folder, with those of training; the names in lists are all compared
+
+
+class Source:
+    """Images by number.
+
+    classes: names of the classes; None without labels.
+    numbered: the data tell numbers of classes, not names: `classes` are '0', '1', ... as far as labels occur.
+    streamed: images cannot be read by number; such a source has a method `rewind`.
+    targets: labels (number of images,) where they are known without reading the images, else None.
+    fingerprint: changes when images are added, removed or renamed, as far as that is seen at once; else ''.
+    sizes: changes when files of a sample have other sizes; '' where there are no files.
+    labels: changes when targets that are no classes do; else ''.
+    """
+
+    classes: list[str] | None = None
+    numbered = streamed = False
+    targets: np.ndarray | None = None
+    fingerprint = sizes = labels = ""
+
+    def __init__(self, config: Config):
+        self.in_chans, self.ignore_exif, self.max_pixels = config.in_chans, config.ignore_exif, config.max_pixels
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def path(self, i: int) -> str:
+        """What to call image `i` in a message: its path, where it has one."""
+
+    def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, Any]:
+        """Image of shape (in_chans, h, w) and its target: a label, -1 without. Raises BadImageError or OSError."""
+
+
+class FileSource(Source):
+    """Images in files."""
+
+    def __init__(self, index: ImageIndex, config: Config, numbered: bool = False):
+        super().__init__(config)
+        self.index, self.reader = index, config.reader
+        self.classes, self.numbered = index.classes, numbered
+        self.targets = None if index.classes is None else index.targets
+
+    @property
+    def fingerprint(self) -> str:
+        return self.index.fingerprint()
+
+    @functools.cached_property
+    def sizes(self) -> str:
+        return digest_of_sizes(len(self), self.path)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def path(self, i: int) -> str:
+        return self.index.path(i)
+
+    def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, Any]:
+        if self.reader:
+            image = read_by(self.reader, self.path(i), self.in_chans, self.max_pixels)
+        else:
+            with open(self.path(i), "rb", buffering=0) as file:
+                data = file.readall()
+            image = open_image(data, self.in_chans, self.ignore_exif, self.max_pixels)
+        return image, int(self.index.targets[i])
+
+
+class TarSource(Source):
+    """Images in a tar that is not compressed. Its innermost folders are the classes, in alphabetical order as those of
+    a folder; a tar in it counts as a folder. Without classes when an image lies outside any folder.
+
+    Hidden images and those that this program does not read are left out and counted, as in folders.
+    Raises UserError when none is left.
+    """
+
+    def __init__(self, path: Path, config: Config):
+        super().__init__(config)
+        images, left_out, hidden = [], Counter(), 0
+        if not path.exists():
+            raise UserError(f"--data_path {path} does not exist: give a tar of images")
+        try:
+            with tarfile.open(path, "r:") as tar:
+                files = sorted(_files_in(tar), key=lambda file: natural_key(file[1]))
+        except (OSError, tarfile.TarError) as error:
+            raise UserError(f"{path} is damaged, or no tar: {error}") from error
+        for folder, name, position, size in files:
+            parts, is_image = Path(folder, name).parts, name.lower().endswith(IMAGE_EXTENSIONS)
+            if any(part[0] == "." for part in parts if part != ".."):
+                hidden += is_image
+            elif is_image:
+                images.append((name, parts[-2] if len(parts) > 1 else "", position, size))
+            else:
+                left_out[ending(name)] += 1
+        report_left_out(str(path), left_out, hidden)
+        if not images:
+            raise UserError(f"no images found in {path} (looked for {', '.join(IMAGE_EXTENSIONS)})")
+        names, folders, positions, sizes = zip(*images)
+        if "" not in folders:
+            classes, targets = np.unique(folders, return_inverse=True)
+            self.classes, self.targets = classes.tolist(), targets.astype(np.int32)
+        encoded = [os.fsencode(name) for name in names]
+        self.names, self.positions, self.bytes = StringTable.of(encoded), np.array(positions), np.array(sizes, "<i8")
+        self.fingerprint = digest(b"\n".join(encoded))
+        self.sizes = f"{path.stat().st_size} bytes, {digest(self.bytes)}"
+        self.tar, self._file = path, None  # opened once in each process: on a network this takes time
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, i: int) -> str:
+        return self.names[i]
+
+    def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, int]:
+        self._file = self._file or open(self.tar, "rb", buffering=0)
+        # Without moving the position in the file, which forked workers share.
+        data = os.pread(self._file.fileno(), self.bytes[i], self.positions[i])
+        if len(data) < self.bytes[i]:
+            raise BadImageError(f"{self.tar} is truncated")
+        label = -1 if self.targets is None else int(self.targets[i])
+        return open_image(data, self.in_chans, self.ignore_exif, self.max_pixels), label
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_file": None}
+
+
+def _files_in(tar: tarfile.TarFile, folder: str = "", start: int = 0) -> Iterator[tuple[str, str, int, int]]:
+    """Folder ('' but in a tar in the tar), name, position and size of every file in a tar that begins at `start`."""
+    for member in tar:
+        if member.isfile() and member.name.lower().endswith(".tar"):
+            with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                yield from _files_in(inner, os.path.join(folder, member.name[:-4]), start + member.offset_data)
+        elif member.isfile():
+            yield folder, member.name, start + member.offset_data, member.size
+
+
+class JoinedSource(Source):
+    """Several sources, one after another, without labels."""
+
+    def __init__(self, sources: Sequence[Source], config: Config):
+        super().__init__(config)
+        self.sources, self.ends = sources, list(itertools.accumulate(map(len, sources)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def path(self, i: int) -> str:
+        source, i = self._find(i)
+        return source.path(i)
+
+    def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, Any]:
+        source, i = self._find(i)
+        return source.read(i)[0], -1
+
+    def _find(self, i: int) -> tuple[Source, int]:
+        number = bisect.bisect_right(self.ends, i)
+        return self.sources[number], i - (self.ends[number - 1] if number else 0)
+
+
+def digest_of_sizes(count: int, path: Callable[[int], str]) -> str:
+    """Changes when files have other sizes: those of a sample of the `count` files at `path(i)`."""
+    # A file that is gone is found out when it is read.
+    sizes = [os.stat(file).st_size if os.path.exists(file := path(i)) else -1 for i in spread(count, SIZED_FILES)]
+    return digest(np.array(sizes, "<i8"))
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers below `count`, from the first to the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, most), dtype=int)).tolist()
+
+
+def shared_with_training(train: Source, val: Source) -> tuple[int, int]:
+    """How many images of `val` are in `train` too, and how many were looked at; (0, 0) where they are no files.
+
+    Found are the same files, and in folders files of the same name and content; not copies under other names, for
+    which all files would have to be read (`python -m util.check_data` does).
+    """
+    if not isinstance(train, FileSource) or not isinstance(val, FileSource):
+        return 0, 0
+    if not train.numbered and train.index.root == val.index.root:  # one folder: given twice, or divided by --val_share
+        return (len(val) if train.fingerprint == val.fingerprint else 0), len(val)
+    if train.numbered:
+        paths = {os.path.normpath(train.path(i)) for i in range(len(train))}
+        return sum(os.path.normpath(val.path(i)) in paths for i in range(len(val))), len(val)
+    chosen = spread(len(val), COMPARED_FILES)
+    return sum(_is_copy(val.path(i), os.path.join(train.index.root, val.index.names[i])) for i in chosen), len(chosen)
+
+
+def _is_copy(path: str, other: str) -> bool:
+    try:
+        return os.path.samefile(path, other) or filecmp.cmp(path, other, shallow=False)
+    except OSError:  # there is no other
+        return False
