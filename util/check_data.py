@@ -36,7 +36,9 @@ from util.data.datasets import WORKERS, NumberedImages
 from util.data.decoding import PILLOW_FORMATS, BadImageError, PixelType, decoded
 from util.data.display import Display, shown_channels
 from util.data.image_index import abbreviate
-from util.data.sources import FileSource, open_source
+from util.data.jpeg import ORIENTATION
+from util.data.source import FileSource
+from util.data.sources import find_validation, open_source
 from util.data.statistics import check_images, check_units
 from util.data.survey import survey_images
 from util.data.transforms import Normalize, eval_transform, pretrain_transform
@@ -52,11 +54,10 @@ from util.weights.settings import weight_settings
 
 logger = logging.getLogger(__name__)
 
-ORIENTATION = 0x0112  # EXIF's tag
 LONG = 10.0  # longer side / shorter side of an odd image
 TINY_SIDE = 8  # pixels
 SHEET_IMAGES = 40
-SHOWN = 5  # names of a list
+BITS = {PixelType.BYTES: 8, PixelType.DEEP_PICTURES: 16, PixelType.ARRAYS: 32}
 BLOCK = 2**20  # pixels that are float64 at a time
 TIMED_STEPS = 3
 
@@ -92,24 +93,24 @@ class Inspection(Dataset):
     def __getitem__(self, position: int) -> dict[str, Any]:
         number = self.numbers[position]
         path = self.source.path(number)
-        found: dict[str, Any] = {"path": path, "target": int(self.source.index.targets[number])}
+        found: dict[str, Any] = {"number": number, "path": path, "target": int(self.source.index.targets[number])}
         try:
             data = Path(path).read_bytes()
             found |= {"hash": hashlib.blake2b(data, digest_size=16).digest(), **header(data, path)}
             started = time.perf_counter()
             image, _ = self.source.read(number)
-            found |= {"bits": 8 if image.dtype == torch.uint8 else 16 if image.dtype == torch.uint16 else 32}
-            kind = {8: PixelType.BYTES, 16: PixelType.DEEP_PICTURES, 32: PixelType.ARRAYS}[found["bits"]]
+            kind = PixelType(image.dtype)
             image = kind.convert(image)
             seed_all(0, number)
             self.transform(image)
             found["seconds"] = time.perf_counter() - started
             image = decoded(image)
-            blocks = [block.double() / (255 if found["bits"] == 8 else 1) for block in image.flatten(1).split(BLOCK, 1)]
-            found |= {"height": image.shape[1], "width": image.shape[2], "pixels": image[0].numel()}
-            mean = sum(block.sum(1) for block in blocks) / found["pixels"]
+            unit = 255 if kind is PixelType.BYTES else 1
+            blocks = [block.double() / unit for block in image.flatten(1).split(BLOCK, 1)]
+            mean = sum(block.sum(1) for block in blocks) / image[0].numel()
             spread = sum((block - mean[:, None]).square().sum(1) for block in blocks)
-            found |= {"mean": mean.tolist(), "spread": spread.tolist()}
+            found |= {"bits": BITS[kind], "height": image.shape[1], "width": image.shape[2]}
+            found |= {"pixels": image[0].numel(), "mean": mean.tolist(), "spread": spread.tolist()}
         except (BadImageError, OSError) as error:
             found["error"] = str(error)
         return found
@@ -141,10 +142,6 @@ class Findings:
     def good(self) -> list[dict[str, Any]]:
         return [image for image in self.images if "error" not in image]
 
-    def of(self, name: str, *values: object) -> list[str]:
-        """Paths of the images of which `name` is one of `values`."""
-        return [image["path"] for image in self.images if image.get(name) in values]
-
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation (C,) over all pixels of all images, in float64."""
         pixels = np.array([image["pixels"] for image in self.good], dtype=float)[:, None]
@@ -174,34 +171,31 @@ def one_thread(_worker: int) -> None:
 def faults_of(parts: list[Findings], config: CheckDataConfig) -> tuple[list[str], list[str]]:
     """What would stop training or make its results wrong, and what may be meant that way."""
     wrong, odd = [], []
+    images = [image | {"split": part.split} for part in parts for image in part.images]
+    good = [image for image in images if "error" not in image]
 
-    def note(where: list[str], paths: list[str], what: str) -> None:
-        if paths:
-            where.append(f"{len(paths)} {what}: {abbreviate(paths, SHOWN)}")
+    def note(where: list[str], names: list[str], what: str) -> None:
+        if names:
+            where.append(f"{len(names)} {what}: {abbreviate(names)}")
 
-    everything = [image for part in parts for image in part.images]
-    reasons = defaultdict(list)
-    for image in everything:
+    reasons, contents = defaultdict(list), defaultdict(list)
+    for image in images:
         if "error" in image:
-            reasons[image["error"].rpartition("': ")[2] or image["error"]].append(image["path"])
+            reasons[image["error"]].append(image["path"])
+        if "hash" in image:
+            contents[image["hash"]].append(image)
     for reason, paths in sorted(reasons.items(), key=lambda item: -len(item[1])):
         note(wrong, paths, f"unreadable ({reason})")
-    by_content = defaultdict(list)
-    for part in parts:
-        for image in part.images:
-            if "hash" in image:
-                by_content[image["hash"]].append((part.split, image["path"]))
-    copies = [copy for copy in by_content.values() if len(copy) > 1]
+    copies = [same for same in contents.values() if len(same) > 1]
     shared = [
-        path for copy in copies if len({split for split, _ in copy}) > 1 for split, path in copy if split == "val"
+        image["path"] for same in copies if same[0]["split"] == "train" for image in same if image["split"] == "val"
     ]
     note(wrong, shared, "validation images are training images too")
-    note(odd, [path for copy in copies for _, path in copy[1:]], "are copies of another image, byte for byte")
+    note(odd, [image["path"] for same in copies for image in same[1:]], "are copies of another image, byte for byte")
     if len(parts) == 2 and parts[0].classes and parts[1].classes:
         train, val = ({part.classes[image["target"]] for image in part.images} for part in parts)
         note(wrong, sorted(val - train), "classes have validation images but no training images")
         note(odd, sorted(train - val), "classes have no validation images")
-    good = [image for part in parts for image in part.good]
     bits = Counter(image["bits"] for image in good)
     if 32 in bits and len(bits) > 1:
         wrong.append(f"arrays in their own units among pictures: {dict(bits)} (bits per channel: images)")
@@ -209,28 +203,22 @@ def faults_of(parts: list[Findings], config: CheckDataConfig) -> tuple[list[str]
         odd.append(f"8 and 16 bits per channel: {dict(bits)}; all are reduced to what the first image has")
     long = [i["path"] for i in good if max(i["height"], i["width"]) > LONG * min(i["height"], i["width"])]
     note(odd, long, f"are more than {LONG:g} times longer in one direction")
-    note(
-        odd,
-        [i["path"] for i in good if min(i["height"], i["width"]) < TINY_SIDE],
-        f"have a side below {TINY_SIDE} pixels",
-    )
-    for modes, what in (
-        (("CMYK", "YCCK"), "are CMYK, converted without a colour profile"),
-        (("P", "PA"), "have a palette"),
-    ):
-        note(odd, [path for part in parts for path in part.of("mode", *modes)], what)
-    note(odd, [path for part in parts for path in part.of("mode", "RGBA", "LA", "La", "RGBa")], "lose transparency")
+    tiny = [i["path"] for i in good if min(i["height"], i["width"]) < TINY_SIDE]
+    note(odd, tiny, f"have a side below {TINY_SIDE} pixels")
+
+    def of_modes(*modes: str) -> list[str]:
+        return [image["path"] for image in images if image.get("mode") in modes]
+
+    note(odd, of_modes("CMYK", "YCCK"), "are CMYK, converted without a colour profile")
+    note(odd, of_modes("P", "PA"), "have a palette")
+    note(odd, of_modes("RGBA", "LA", "La", "RGBa"), "lose transparency")
     what = "left as they are stored" if config.ignore_exif else "turned accordingly"
-    note(odd, [path for part in parts for path in part.of("turned", True)], f"have an EXIF orientation, and are {what}")
-    grey = [path for part in parts for path in part.of("mode", "L", "1", "LA", "I", "I;16")]
-    colour = [path for part in parts for path in part.of("mode", "RGB", "RGBA", "P", "CMYK", "YCbCr")]
-    if grey and colour:
-        fewer = grey if len(grey) < len(colour) else colour
-        note(
-            odd,
-            fewer,
-            f"are {'grey' if fewer is grey else 'colour'} among {len(grey) + len(colour) - len(fewer)} others",
-        )
+    turned = [image["path"] for image in images if image.get("turned")]
+    note(odd, turned, f"have an EXIF orientation, and are {what}")
+    grey = of_modes("L", "1", "LA", "I", "I;16")
+    colour = of_modes("RGB", "RGBA", "P", "CMYK", "YCbCr")
+    fewer, others, kind = (grey, colour, "grey") if len(grey) < len(colour) else (colour, grey, "colour")
+    note(odd, fewer, f"are {kind} among {len(others)} others")
     return wrong, odd
 
 
@@ -262,9 +250,9 @@ def describe(part: Findings) -> dict[str, Any]:
 def draw_sheet(source: FileSource, part: Findings, config: CheckDataConfig) -> Image.Image:
     """Images as the model sees them: after the crop of evaluation, normalised by the configuration, and back."""
     dataset, normalize = NumberedImages(source, eval_transform(config), 0, True), Normalize(config.mean, config.std)
-    good = [position * len(source) // len(part.images) for position, i in enumerate(part.images) if "error" not in i]
-    count = min(SHEET_IMAGES, len(good))
-    samples = [dataset[(0, good[position * len(good) // count])] for position in range(count)]
+    numbers = [image["number"] for image in part.good]
+    count = min(SHEET_IMAGES, len(numbers))
+    samples = [dataset[(0, numbers[position * len(numbers) // count])] for position in range(count)]
     imgs = torch.stack([normalize(image) for image, number in samples if number >= 0])  # of the first image's kind
     display = Display(imgs, config.mean, config.std, shown_channels(config.in_chans))
     grid = make_grid(torch.from_numpy(display(imgs)).permute(0, 3, 1, 2), nrow=8, padding=4, pad_value=255)
@@ -298,10 +286,9 @@ def open_splits(config: CheckDataConfig) -> list[tuple[str, FileSource]]:
     only_files = f"{config.data_path}: only image files are checked, in folders or lists"
     if config.dataset:
         raise UserError(f"{only_files}, not --dataset {config.dataset}")
-    path, places = Path(config.data_path), {"train": config.data_path}
-    candidates = (path / "val", path / "val.txt") if path.is_dir() else (path.with_name("val.txt"),)
-    if found := [place for place in candidates if place.exists()]:
-        places["val"] = str(found[0])  # by itself, so that classes which the training images lack are no error here
+    places, val = {"train": config.data_path}, find_validation(config.data_path)
+    if val is not None and val.suffix != ".tar":
+        places["val"] = str(val)  # by itself, so that classes which the training images lack are no error here
     sources = []
     for split, place in places.items():
         with unreadable_is_user_error(f"cannot read {place}"):
@@ -331,10 +318,11 @@ def check_data(given: CheckDataConfig) -> dict[str, Any]:
     wrong, odd = faults_of(parts, config)
     if parts[0].good:
         sample = NumberedImages(sources[0][1], eval_transform(config), 0, True).sample()
-        error, doubt = check_units(sample)
-        wrong, odd = wrong + [error][: bool(error)], odd + [doubt][: bool(doubt)]
+        found = [check_units(sample)]
         if given.mean is not None or given.std is not None:
-            wrong += [doubt for doubt in check_images(sample, config.mean, config.std)[:1] if doubt]
+            found.append((check_images(sample, config.mean, config.std)[0], ""))
+        wrong += [error for error, _ in found if error]
+        odd += [doubt for _, doubt in found if doubt]
     report: dict[str, Any] = {"data": config.data_path, "in_chans": config.in_chans, "faults": wrong, "remarks": odd}
     report |= {part.split: describe(part) for part in parts}
     if parts[0].good:
