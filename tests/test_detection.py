@@ -66,7 +66,7 @@ def test_the_recipe_is_not_that_of_weights_to_start_from():
     launch = Launch(0, 1, 0, 1, "none", "127.0.0.1", 29500, torch.device("cpu"))
     start = Start(given_flags(mask_rcnn.DetectionConfig, flags), launch, None)
     recorded = {"model": "swin_quickstart", "head_channels": 99, "max_size": 88, "detector": "faster_rcnn"}
-    start.weights = {}, WeightsInfo("a.pth", Path("a.pth"), "mixmae", recorded)
+    start.weights = {}, WeightsInfo("a.pth", Path("a.pth"), recorded)
     set_up_arithmetic("fp32")
     config = settings_to_train(start)
     assert (config.model, config.head_channels, config.max_size) == ("swin_quickstart", 256, 1333)

@@ -20,8 +20,7 @@ import models_mixmae
 from util import export, predict
 from util.run.config import with_settings
 from util.weights.file import RECORD, CheckpointError, read_checkpoint, write_checkpoint
-from util.weights.parts import load_part, parse_record
-from util.weights.runtimes import open_onnx, open_torch_export
+from util.weights.parts import load_part, open_onnx, open_torch_export, parse_record
 from util.weights.source import WeightsInfo, read_weights
 
 CLASSES = ["ant", "bee", "cow", "dog", "elk"]
@@ -308,7 +307,7 @@ def test_packages_that_are_missing_are_named(checkpoint, tmp_path, capfd, monkey
 
 
 def test_images_to_compare_with_are_prepared_as_for_evaluation(images):
-    info = WeightsInfo("here", Path("here"), "mixmae", RECORDED)
+    info = WeightsInfo("here", Path("here"), RECORDED)
     settings = load_part(timm.create_model("swin_quickstart", **SHAPE).state_dict(), info)[1]
     paths = (str(images / "val" / "ant"),)
     config = export.ExportConfig(checkpoint="here", format="timm", out="there", images=paths)

@@ -25,6 +25,7 @@ from models_swin import PatchMerging, SwinTransformer
 from util.weights.file import CheckpointError, write_checkpoint
 from util.weights.layouts import load_classifier, load_encoder, load_pretraining, normalise_state_dict
 from util.weights.published import PUBLISHED, Published, cache_folder, locate
+from util.weights.settings import CLASSIFIER_MODELS
 from util.weights.source import read_weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -172,11 +173,10 @@ def test_patch_merging_gives_what_unfolding_gives():
     theirs = {f"backbone.layers.0.downsample.norm.{name}": value for name, value in norm.state_dict().items()}
     theirs["backbone.layers.0.downsample.reduction.weight"] = reduction.weight
     theirs["backbone.patch_embed.projection.bias"] = torch.zeros(dim)
-    ours, layout = normalise_state_dict({"state_dict": theirs}, "theirs.pth")
+    ours = normalise_state_dict({"state_dict": theirs}, "theirs.pth")
     assert not ours.pop("patch_embed.proj.bias").any()
     merging = PatchMerging(dim)
     merging.load_state_dict({name.removeprefix("layers.0.downsample."): value for name, value in ours.items()})
-    assert layout == "mmpretrain"
     torch.testing.assert_close(merging(x.unflatten(1, (rows, cols))).flatten(1, 2), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -210,7 +210,7 @@ def test_an_mmpretrain_checkpoint_classifies_alike(tmp_path):
     state_dict, info = read_weights(tmp_path / "mixmim.pth")
     other = classifier()
     report = load_classifier(other, state_dict, info.source)
-    assert info.layout == "mmpretrain" and report.missing == []
+    assert report.missing == []
     assert report.unexpected == ["neck.decoder_embed.weight"]  # and nothing else was left out
     imgs = torch.randn(2, 3, 64, 64)
     assert torch.equal(other.eval()(imgs), model.eval()(imgs))
@@ -249,7 +249,7 @@ def test_every_layout_of_a_file_gives_the_same_weights(tmp_path):
         state_dict, info = read_weights(tmp_path / name)
         assert state_dict.keys() == weights.keys(), name
         assert all(torch.equal(state_dict[key], weights[key]) for key in weights), name
-        assert info.path == tmp_path / name and info.layout == "mixmae"
+        assert info.path == tmp_path / name
     assert info.args == {"model": "mixmae_base"} and info.epoch == 3
     torch.save({"epoch": 3, "args": {}}, tmp_path / "no_weights.pth")
     with pytest.raises(CheckpointError, match=r"holds no weights.*found 'epoch', 'args'"):
@@ -436,7 +436,7 @@ def test_the_cache_may_be_read_only(cache, monkeypatch):
 
 
 def test_a_download_is_checked_by_its_contents(cache, monkeypatch):
-    monkeypatch.setitem(PUBLISHED, "small", Published("an-id", "swin_quickstart", True))
+    monkeypatch.setitem(PUBLISHED, "small", Published("an-id", "swin_quickstart"))
     right = file_bytes({"model": timm.create_model("swin_quickstart").state_dict()})
     other = file_bytes({"model": classifier().state_dict()})
     for content, message in ((b"<html>quota exceeded</html>", "is a web page"), (other, "another shape|classifies 5")):
@@ -527,7 +527,7 @@ def test_the_table_of_published_checkpoints():
     import models_swin  # noqa: F401
 
     for name, entry in PUBLISHED.items():
-        assert entry.classifier == ("_ft" in name) and timm.is_model(entry.model)
+        assert (entry.model in CLASSIFIER_MODELS) == ("_ft" in name) and timm.is_model(entry.model)
         assert ("384" in name) == ("384" in entry.model) and name.removeprefix("mixmim_").split("_")[0] in entry.model
     assert util.weights.published.PUBLISHED["base_600ep"].link.startswith("https://drive.google.com/file/d/1pZYm")
 

@@ -50,8 +50,17 @@ from util.weights.file import (
     temporary_path,
     write_checkpoint,
 )
-from util.weights.parts import PARTS, Part, as_list, load_part, make_record, output_names
-from util.weights.runtimes import Runner, open_onnx, open_torch_export
+from util.weights.parts import (
+    PARTS,
+    Part,
+    Runner,
+    as_list,
+    load_part,
+    make_record,
+    open_onnx,
+    open_torch_export,
+    output_names,
+)
 from util.weights.settings import WeightSettings
 from util.weights.source import WeightsInfo, read_weights
 

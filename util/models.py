@@ -20,7 +20,7 @@ from util.run.failures import user_errors
 from util.run.flags import Config, flag, get_parser, given_flags
 from util.run.metrics import count_work
 from util.weights.published import PUBLISHED
-from util.weights.settings import CLASSIFIER_MODELS, ENCODERS, PRETRAINING_MODELS
+from util.weights.settings import CLASSIFIER_MODELS, PRETRAINING_MODELS
 
 HEADINGS = ("model", "parameters", "multiply-adds", "input", "windows", "strides", "published weights")
 
@@ -31,21 +31,16 @@ def describe_model(name: str) -> dict:
         model = timm.create_model(name)
         # Both branches of a pretraining model's decoder are part of one image's work.
         parameters, multiply_adds = count_work(model, 2)
-    encoder = ENCODERS.get(name)
     return {
         "model": name,
-        "pretraining": encoder is not None,
+        "pretraining": name in PRETRAINING_MODELS,
         "parameters": parameters,
         "multiply_adds": round(multiply_adds),
         "input_size": list(model.img_size),
         "windows": [stage.window for stage in model.layers],
         "strides": [stage["reduction"] for stage in model.feature_info],
         "channels": [stage["num_chs"] for stage in model.feature_info],
-        "published": [
-            weights
-            for weights, published in PUBLISHED.items()
-            if published.model == (encoder or name) and published.classifier == (encoder is None)
-        ],
+        "published": [weights for weights, published in PUBLISHED.items() if published.model == name],
     }
 
 

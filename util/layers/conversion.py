@@ -46,7 +46,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     for key in ("state_dict", "model"):
         state_dict = state_dict.get(key, state_dict)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    weights = for_model(under_our_names(state_dict)[0], model)
+    weights = for_model(under_our_names(state_dict), model)
     unused = [name for name in weights if name not in shapes and name.startswith((*DECODER, "head."))]
     return {
         name: resized(name, tensor, shapes[name], model) if name in shapes else tensor
@@ -102,12 +102,12 @@ def without_mix_embed(weights: StateDict) -> StateDict:
     return weights
 
 
-def under_our_names(weights: StateDict) -> tuple[StateDict, str]:
-    """Weights without derived tensors, and whose names they had: 'mixmae' (ours, the authors' too) or 'mmpretrain'."""
+def under_our_names(weights: StateDict) -> StateDict:
+    """Weights without derived tensors, under the authors' names, which are ours; they may have mmpretrain's."""
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(DERIVED)}
     if any(name.startswith(MMPRETRAIN_STEM) for name in weights):
-        return _from_mmpretrain(weights), "mmpretrain"
-    return _encoder_of(weights), "mixmae"
+        return _from_mmpretrain(weights)
+    return _encoder_of(weights)
 
 
 def _encoder_of(weights: StateDict) -> StateDict:

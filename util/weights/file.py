@@ -208,12 +208,17 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False, verify: bool = 
         raise CheckpointError(f"{path} is not a checkpoint: it holds itself") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a dict of weights: not a checkpoint")
-    if isinstance(checkpoint.get("format"), int) and checkpoint["format"] > FORMAT:
+    refuse_newer(checkpoint, path)
+    return checkpoint
+
+
+def refuse_newer(record: Mapping[str, Any], source: object) -> None:
+    """Raise CheckpointError for what a newer version of this project has written."""
+    if isinstance(record.get("format"), int) and record["format"] > FORMAT:
         raise CheckpointError(
-            f"{path} was written by a newer version of this project (format {checkpoint['format']}, "
+            f"{source} was written by a newer version of this project (format {record['format']}, "
             f"this one reads up to {FORMAT}): update to read it"
         )
-    return checkpoint
 
 
 def saved_at(path: str | os.PathLike) -> int:

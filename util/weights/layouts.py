@@ -30,10 +30,8 @@ WRAPPERS = re.compile(r"(module\.|_orig_mod\.)+")  # prefixes of DistributedData
 # --- Other programs' names ---
 
 
-def normalise_state_dict(checkpoint: dict[str, Any], source: object, ema: bool = False) -> tuple[StateDict, str]:
-    """The weights in a checkpoint under our names (with `ema` the averaged ones), and whose layout they had.
-
-    That is 'mixmae' (the authors' names, which are ours) or 'mmpretrain'. `source` is their name in messages.
+def normalise_state_dict(checkpoint: dict[str, Any], source: object, ema: bool = False) -> StateDict:
+    """The weights in a checkpoint under our names, with `ema` the averaged ones. `source` is their name in messages.
 
     Raises:
         CheckpointError: it holds no weights, or no averaged ones.

@@ -1,19 +1,24 @@
 """What of a trained model is used elsewhere (its classes, its embedding or its maps), and what travels with it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from models_swin import SwinTransformer
-from util.weights.file import FORMAT, CheckpointError
+from util.errors import UserError
+from util.layers.sizes import NUM_STAGES
+from util.weights.file import FORMAT, RECORD, CheckpointError, refuse_newer
 from util.weights.layouts import count_classes, load_classifier, load_encoder
 from util.weights.settings import WeightSettings, model_arguments, weight_settings
 from util.weights.source import WeightsInfo, recorded_classes
 
+Runner = Callable[[Tensor], list[Tensor]]  # images (B, C, H, W) -> the outputs of a part
 PARTS = ("classifier", "encoder", "pyramid")
 
 
@@ -39,10 +44,10 @@ def as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
-def output_names(part: str, stages: int = 4) -> list[str]:
+def output_names(part: str) -> list[str]:
     """The names of a part's outputs, in their order."""
     names = {"classifier": ["logits"], "encoder": ["features"]}
-    return names.get(part) or [f"stage{i + 1}" for i in range(stages)]
+    return names.get(part, [f"stage{i + 1}" for i in range(NUM_STAGES)])
 
 
 def load_part(
@@ -105,10 +110,60 @@ def parse_record(text: str, source: object) -> tuple[dict[str, Any], WeightsInfo
         raise CheckpointError(
             f"{source} was not written by `python -m util.export`: it does not tell how its images are prepared"
         ) from error
-    if record["format"] > FORMAT:
-        raise CheckpointError(
-            f"{source} was written by a newer version of this project (format {record['format']}, this one reads up "
-            f"to {FORMAT}): update to read it"
-        )
+    refuse_newer(record, source)
     classes = recorded_classes(record, source)
-    return record, WeightsInfo(str(source), source, "mixmae", record["args"], record["epoch"], classes)
+    return record, WeightsInfo(str(source), source, record["args"], record["epoch"], classes)
+
+
+# --- Exported models in the runtimes that they were exported for ---
+
+
+def open_onnx(path: Path) -> tuple[Runner, dict[str, Any], WeightsInfo]:
+    """An exported ONNX file in onnxruntime, on a GPU where that package has one; its record; where it came from.
+
+    Raises:
+        UserError: onnxruntime is not installed.
+        CheckpointError: the file is damaged, foreign or of a newer version.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"{path} is an ONNX file: `pip install onnxruntime` (or onnxruntime-gpu) to run it") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers)
+    except Exception as error:  # onnxruntime's exceptions have no common class of their own
+        raise CheckpointError(f"{path} is damaged or not an ONNX file: {str(error).splitlines()[0]}") from error
+    record, info = parse_record(session.get_modelmeta().custom_metadata_map.get(RECORD, ""), path)
+    name = session.get_inputs()[0].name
+
+    def run(imgs: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(output) for output in session.run(None, {name: imgs.cpu().numpy()})]
+
+    return run, record, info
+
+
+def open_torch_export(path: Path) -> tuple[Runner, dict[str, Any], WeightsInfo]:
+    """An exported `.pt2` file, run by PyTorch; its record; where it came from.
+
+    Raises:
+        CheckpointError: the file is damaged, foreign or of a newer version.
+    """
+    extra = {RECORD: ""}
+    try:
+        with open(path, "rb") as file:  # whatever it is called
+            program = torch.export.load(file, extra_files=extra)
+    except Exception as error:  # whatever a damaged archive makes the reader raise
+        raise CheckpointError(f"{path} is damaged or not a program of torch.export: {error}") from error
+    record, info = parse_record(extra[RECORD], path)
+    module = program.module()
+
+    def run(imgs: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return as_list(module(imgs))
+
+    return run, record, info

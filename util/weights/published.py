@@ -11,9 +11,9 @@ import timm
 import torch
 from filelock import FileLock
 
-import models_swin  # noqa: F401  registers the encoders with timm
 from util.weights.file import CheckpointError, file_hash, read_checkpoint, temporary_path
 from util.weights.layouts import load_classifier, load_encoder, normalise_state_dict
+from util.weights.settings import ENCODERS
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,7 @@ class Published:
     """
 
     drive_id: str  # '' for a link
-    model: str  # the encoder that it fits, by its timm name
-    classifier: bool  # fine-tuned, with a head of 1000 classes
+    model: str  # that it fits: a pretraining model, or a classifier of 1000 classes
     url: str = ""
 
     @property
@@ -38,15 +37,15 @@ MIXMIM_BASE = f"{MMSELFSUP}/mixmim-base-p16_16xb128-coslr-300e_in1k_20221208-44f
 MIXMIM_BASE_FT = "mixmim-base-p16_ft-8xb128-coslr-100e_in1k"
 MIXMIM_BASE_FT = f"{MMSELFSUP}/{MIXMIM_BASE_FT}/{MIXMIM_BASE_FT}_20221208-41ecada9.pth"
 PUBLISHED = {
-    "base_600ep": Published("1pZYmTv08xK_kOe2kk6ahuvgJVkHm-ZIa", "swin_base_w14", False),
-    "base_600ep_ft": Published("1zkOyh8jnFW7iYG3sOfp6LLG5wu4VbiXb", "swin_base_w14", True),
-    "base_600ep_ft_384x384": Published("1MIng19USn5T770YZ6mFfqTgNCCz_kEGL", "swin_base_w16_384", True),
-    "large_600ep": Published("1dM8Lu2nVEukxPwn7PLmDmRAYwQV59ttx", "swin_large_w14", False),
-    "large_600ep_ft": Published("1b1BxGAewK1ICxxCEwF24YEDSjlQ9Ts9n", "swin_large_w14", True),
-    "large_600ep_ft_384x384": Published("1_IfqoQvAe2Z2jC7HBKi3umKD6c8qOu0P", "swin_large_w16_384", True),
+    "base_600ep": Published("1pZYmTv08xK_kOe2kk6ahuvgJVkHm-ZIa", "mixmae_base"),
+    "base_600ep_ft": Published("1zkOyh8jnFW7iYG3sOfp6LLG5wu4VbiXb", "swin_base_w14"),
+    "base_600ep_ft_384x384": Published("1MIng19USn5T770YZ6mFfqTgNCCz_kEGL", "swin_base_w16_384"),
+    "large_600ep": Published("1dM8Lu2nVEukxPwn7PLmDmRAYwQV59ttx", "mixmae_large"),
+    "large_600ep_ft": Published("1b1BxGAewK1ICxxCEwF24YEDSjlQ9Ts9n", "swin_large_w14"),
+    "large_600ep_ft_384x384": Published("1_IfqoQvAe2Z2jC7HBKi3umKD6c8qOu0P", "swin_large_w16_384"),
     # Trained by mmpretrain: 300 epochs, and 100 of fine-tuning, which by its own account give 84.63 top-1.
-    "mixmim_base_300ep": Published("", "swin_base_w14", False, MIXMIM_BASE),
-    "mixmim_base_300ep_ft": Published("", "swin_base_w14", True, MIXMIM_BASE_FT),
+    "mixmim_base_300ep": Published("", "mixmae_base", MIXMIM_BASE),
+    "mixmim_base_300ep_ft": Published("", "swin_base_w14", MIXMIM_BASE_FT),
 }
 
 
@@ -87,9 +86,10 @@ def locate_published(name: str) -> Path:
         import gdown
 
         gdown.download(id=published.drive_id, output=str(target))
-        state_dict, _ = normalise_state_dict(read_checkpoint(target, mmap=True), target)
-        load = load_classifier if published.classifier else load_encoder
-        load(timm.create_model(published.model), state_dict, target)  # refuses other names and shapes
+        state_dict = normalise_state_dict(read_checkpoint(target, mmap=True), target)
+        load = load_encoder if published.model in ENCODERS else load_classifier
+        model = timm.create_model(ENCODERS.get(published.model, published.model))
+        load(model, state_dict, target)  # refuses other names and shapes
 
     try:
         return _downloaded_once(path, download)

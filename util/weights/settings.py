@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+SIZES = ("input_size", "patch_size", "window_size")
 PRETRAINING_MODELS = [name.removesuffix(".") for name in models_mixmae.default_cfgs]
 CLASSIFIER_MODELS = [name.removesuffix(".") for name in models_swin.default_cfgs]
 ENCODERS = {  # pretraining model -> the classifier with the same encoder
@@ -88,45 +89,40 @@ def weight_settings(
         UserError: an unknown model, a record of another type, statistics that do not fit the channels.
     """
     check_recorded(recorded, source)
-    given = {name: value for name, value in (given or {}).items() if value is not None}
     defaults = defaults or {}
-    name, origin = given.get("model"), "--model"
-    if name is None:
-        name, origin = recorded.get("model") or defaults.get("model"), f"{source}, which records the model"
+    recorded, given = ({k: v for k, v in values.items() if v is not None} for values in (recorded, given or {}))
+    name = given.get("model") or recorded.get("model") or defaults.get("model")
     if name is None:
         raise CheckpointError(f"{source} does not record which model it is: give --model")
-    model = resolve_model_name(name, pretraining, origin)
-    if recorded.get("model") is not None and encoder_of(recorded["model"]) != encoder_of(model):
-        recorded = {name: recorded.get(name) for name in ("in_chans", "mean", "std")}
-
-    def choose(name: str) -> Any:
-        value = given[name] if name in given else recorded.get(name)
-        return defaults.get(name) if value is None else value
-
-    in_chans = choose("in_chans") or 3
-    input_size = choose("input_size") or timm.get_pretrained_cfg(model).input_size[1:]
-    input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
+    model = resolve_model_name(
+        name, pretraining, "--model" if "model" in given else f"{source}, which records the model"
+    )
+    if encoder_of(recorded.get("model", model)) != encoder_of(model):
+        recorded = {k: v for k, v in recorded.items() if k not in SIZES}
+    known = {**defaults, **recorded, **given}
+    in_chans = known.get("in_chans", 3)
+    input_size = known.get("input_size", timm.get_pretrained_cfg(model).input_size)
+    input_size = (input_size,) if isinstance(input_size, int) else tuple(input_size)
     if len(given.get("input_size", ())) > 2:
         raise UserError(f"--input_size takes one side, or height and width, got {input_size}")
-    window_size = choose("window_size")
-    photos = in_chans == len(IMAGENET_MEAN)
-    statistics = {
-        "mean": IMAGENET_MEAN if photos else (0.5,) * in_chans,
-        "std": IMAGENET_STD if photos else (0.25,) * in_chans,
-    }
+    if in_chans == len(IMAGENET_MEAN):
+        statistics = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    else:
+        statistics = {"mean": (0.5,) * in_chans, "std": (0.25,) * in_chans}
     for name in statistics:
-        if len(recorded.get(name) or ()) == in_chans:
+        if len(recorded.get(name, ())) == in_chans:
             statistics[name] = tuple(recorded[name])
-            if name in given and tuple(given[name]) != statistics[name]:
+            if tuple(given.get(name, recorded[name])) != statistics[name]:
                 logger.warning(
                     "--%s %s, but %s was trained with %s", name, list(given[name]), source, list(statistics[name])
                 )
-        statistics[name] = tuple(given.get(name) or statistics[name])
+        statistics[name] = tuple(given.get(name, statistics[name]))
+    window_size = known.get("window_size")
     return WeightSettings(
         model=model,
         in_chans=in_chans,
-        input_size=tuple(input_size[-2:]) if len(input_size) > 1 else (input_size[0], input_size[0]),
-        patch_size=choose("patch_size"),
+        input_size=(2 * input_size)[-2:],  # of one side, twice; of channels, height and width, the last two
+        patch_size=known.get("patch_size"),
         window_size=None if window_size is None else tuple(window_size),
         **statistics,
     )
@@ -138,15 +134,14 @@ def resolve_model_name(name: str, pretraining: bool, origin: str = "--model") ->
     Raises:
         UserError: for an unknown name, or a classifier where a pretraining model is wanted; says what is known.
     """
+    if pretraining and name in CLASSIFIER_MODELS:
+        raise UserError(
+            f"{origin} {name}: this is a classifier, a pretraining model is needed: {', '.join(PRETRAINING_MODELS)}"
+        )
     if pretraining:
-        names, aliases = PRETRAINING_MODELS, AUTHORS_PRETRAINING_NAMES
-        if name in CLASSIFIER_MODELS:
-            raise UserError(f"{origin} {name}: this is a classifier, a pretraining model is needed: {', '.join(names)}")
+        names, aliases, ours = PRETRAINING_MODELS, AUTHORS_PRETRAINING_NAMES, AUTHORS_PRETRAINING_NAMES.get(name, name)
     else:
-        names, aliases = CLASSIFIER_MODELS, AUTHORS_CLASSIFIER_NAMES
-    ours = aliases.get(name, name)
-    if not pretraining:
-        ours = ENCODERS.get(AUTHORS_PRETRAINING_NAMES.get(ours, ours), ours)
+        names, aliases, ours = CLASSIFIER_MODELS, AUTHORS_CLASSIFIER_NAMES, encoder_of(name)
     if ours not in names:
         raise UserError(f"{origin} {name} is not known: give --model one of {', '.join([*names, *aliases])}")
     return ours
@@ -192,24 +187,19 @@ def check_recorded(recorded: Mapping[str, Any], source: str) -> None:
     def is_list_of(kinds: tuple[type, ...], value: object) -> bool:
         return isinstance(value, (list, tuple)) and len(value) > 0 and all(type(item) in kinds for item in value)
 
-    legal = {
-        "model": lambda value: isinstance(value, str),
-        "in_chans": lambda value: type(value) is int and value > 0,
-        "patch_size": lambda value: type(value) is int,
-        "window_size": lambda value: is_list_of((int,), value),
-        "input_size": lambda value: type(value) is int or is_list_of((int,), value),
-        "mean": lambda value: is_list_of((int, float), value),
-        "std": lambda value: is_list_of((int, float), value),
-        **dict.fromkeys(
-            ("decoder_dim", "decoder_depth", "decoder_num_heads", "mix_images"),
-            lambda value: type(value) is int and value > 0,
+    rules = {
+        ("model", "partners", "reconstruct", "fill"): lambda value: isinstance(value, str),
+        ("in_chans", "patch_size", "decoder_dim", "decoder_depth", "decoder_num_heads", "mix_images"): (
+            lambda value: type(value) is int and value > 0
         ),
-        "mask_ratio": lambda value: type(value) is float and 0 < value < 1,
-        "range_mask_ratio": lambda value: type(value) in (int, float) and 0 <= value < 1,
-        **dict.fromkeys(("norm_pix_loss", "mix_embed", "masked_attn"), lambda value: type(value) is bool),
-        **dict.fromkeys(("partners", "reconstruct", "fill"), lambda value: isinstance(value, str)),
+        ("window_size",): lambda value: is_list_of((int,), value),
+        ("input_size",): lambda value: type(value) is int or is_list_of((int,), value),
+        ("mean", "std"): lambda value: is_list_of((int, float), value),
+        ("mask_ratio",): lambda value: type(value) is float and 0 < value < 1,
+        ("range_mask_ratio",): lambda value: type(value) in (int, float) and 0 <= value < 1,
+        ("norm_pix_loss", "mix_embed", "masked_attn"): lambda value: type(value) is bool,
     }
-    for name, is_legal in legal.items():
-        value = recorded.get(name)
-        if value is not None and not is_legal(value):
-            raise CheckpointError(f"{source} records {name}={value!r}, which is no value of --{name}")
+    for names, is_legal in rules.items():
+        for name in names:
+            if recorded.get(name) is not None and not is_legal(recorded[name]):
+                raise CheckpointError(f"{source} records {name}={recorded[name]!r}, which is no value of --{name}")

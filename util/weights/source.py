@@ -10,10 +10,7 @@ from torch import Tensor
 from util.weights.file import CheckpointError, read_checkpoint
 from util.weights.layouts import normalise_state_dict
 from util.weights.published import PUBLISHED, locate
-from util.weights.settings import ENCODERS
-
-PRETRAINING_MODEL_OF = {encoder: model for model, encoder in ENCODERS.items()}
-SIZES = ("input_size", "patch_size", "window_size")
+from util.weights.settings import SIZES
 
 
 @dataclass
@@ -22,7 +19,6 @@ class WeightsInfo:
 
     source: str
     path: Path  # the file that was read
-    layout: str  # 'mixmae' (the authors' names, which are ours) or 'mmpretrain'
     args: dict[str, Any] = field(default_factory=dict)  # the recorded configuration, if there is one
     epoch: int | None = None  # the recorded epoch, if there is one
     classes: list[str] | None = None  # the recorded names of a classifier's classes, if there are any
@@ -52,17 +48,14 @@ def read_weights(
     source = os.fspath(source)
     path, known_to_be_right = locate(source, verify)
     checkpoint = read_checkpoint(path, mmap=True, verify=verify and not known_to_be_right)
-    state_dict, layout = normalise_state_dict(checkpoint, path, ema)
+    state_dict = normalise_state_dict(checkpoint, path, ema)
     args, epoch, data = checkpoint.get("args"), checkpoint.get("epoch"), checkpoint.get("data")
     args = args if isinstance(args, dict) else {}
     if source in PUBLISHED and not os.path.exists(source):  # known better than the file may record it
-        published = PUBLISHED[source]
-        model = published.model if published.classifier else PRETRAINING_MODEL_OF[published.model]
-        args = {name: value for name, value in args.items() if name not in SIZES} | {"model": model}
+        args = {name: value for name, value in args.items() if name not in SIZES} | {"model": PUBLISHED[source].model}
     return state_dict, WeightsInfo(
         source=source,
         path=path,
-        layout=layout,
         args=args,
         epoch=epoch if isinstance(epoch, int) else None,
         classes=recorded_classes(checkpoint, source),
