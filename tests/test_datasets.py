@@ -213,6 +213,18 @@ def test_what_a_tar_holds_besides_its_images(tmp_path, caplog):
             plain(data_args(tmp_path))
 
 
+def test_a_tar_of_tars_has_a_class_for_each(tmp_path):
+    """As ImageNet's training images are published."""
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for name in ("n02", "n01"):
+            make_tar(tmp_path / f"{name}.tar", "", [f"{name}_{i}.png" for i in range(2)])
+            tar.add(tmp_path / f"{name}.tar", f"{name}.tar")
+    dataset = plain(data_args(tmp_path / "train.tar"))
+    assert dataset.classes == ["n01", "n02"] and [dataset.path_of(i) for i in (0, 3)] == ["n01_0.png", "n02_1.png"]
+    read = [dataset[(0, i)] for i in range(4)]
+    assert [(int(image[0, 0, 0]), target) for image, target in read] == [(0, 0), (40, 0), (0, 1), (40, 1)]
+
+
 def test_a_tar_of_arrays(tmp_path):
     np.save(tmp_path / "0.npy", np.ones((9, 8, 2), np.float32))
     with tarfile.open(tmp_path / "train.tar", "w") as tar:

@@ -19,14 +19,13 @@ from safetensors import safe_open
 from torch import nn
 
 import util.weights.file
-import util.weights.published
+import util.weights.source
 from models_mixmae import MixMAE
 from models_swin import PatchMerging, SwinTransformer
 from util.weights.file import CheckpointError, write_checkpoint
 from util.weights.layouts import load_classifier, load_encoder, load_pretraining, normalise_state_dict
-from util.weights.published import PUBLISHED, Published, cache_folder, locate
 from util.weights.settings import CLASSIFIER_MODELS
-from util.weights.source import read_weights
+from util.weights.source import PUBLISHED, Published, cache_folder, locate, read_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPE = dict(embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=(4, 4, 4, 2), img_size=64)
@@ -431,7 +430,7 @@ def test_a_published_file_put_by_hand_is_used(cache):
 def test_the_cache_may_be_read_only(cache, monkeypatch):
     cache.mkdir(parents=True)
     torch.save({"model": classifier().state_dict()}, cache / "mixmae_large_600ep_ft.pth")
-    monkeypatch.setattr(util.weights.published, "FileLock", lambda path: pytest.fail("wants to write"))
+    monkeypatch.setattr(util.weights.source, "FileLock", lambda path: pytest.fail("wants to write"))
     read_weights("large_600ep_ft")
 
 
@@ -486,10 +485,10 @@ def test_a_link_is_downloaded_once_and_only_with_the_right_hash(cache, monkeypat
 def test_the_hash_of_a_link_is_all_that_is_verified(cache, monkeypatch):
     """The file is read from end to end once, not again for its own checksums; by ranks that come after, not at all."""
     content = file_bytes({"model": classifier().state_dict()})
-    digest, hashed, file_hash = hashlib.sha256(content).hexdigest(), [], util.weights.published.file_hash
+    digest, hashed, file_hash = hashlib.sha256(content).hexdigest(), [], util.weights.source.file_hash
     cache.mkdir(parents=True)
     (cache / f"{digest[:8]}-a.pth").write_bytes(content)
-    monkeypatch.setattr(util.weights.published, "file_hash", lambda path: hashed.append(path) or file_hash(path))
+    monkeypatch.setattr(util.weights.source, "file_hash", lambda path: hashed.append(path) or file_hash(path))
     monkeypatch.setattr(util.weights.file, "_verify_zip", lambda path: pytest.fail("reads it again"))
     for verify in (True, False):
         read_weights(f"https://example.org/a.pth#sha256={digest}", verify=verify)
@@ -529,7 +528,7 @@ def test_the_table_of_published_checkpoints():
     for name, entry in PUBLISHED.items():
         assert (entry.model in CLASSIFIER_MODELS) == ("_ft" in name) and timm.is_model(entry.model)
         assert ("384" in name) == ("384" in entry.model) and name.removeprefix("mixmim_").split("_")[0] in entry.model
-    assert util.weights.published.PUBLISHED["base_600ep"].link.startswith("https://drive.google.com/file/d/1pZYm")
+    assert util.weights.source.PUBLISHED["base_600ep"].link.startswith("https://drive.google.com/file/d/1pZYm")
 
 
 def test_mmpretrains_checkpoints_are_fetched_by_name_and_verified(cache, monkeypatch):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from util import models
-from util.weights.published import PUBLISHED
+from util.weights.source import PUBLISHED
 
 
 @pytest.fixture(scope="module")

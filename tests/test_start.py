@@ -12,7 +12,7 @@ from trials import TINY, Sabotage, Trial, read_checkpoint, same, state_of
 
 import main_finetune
 import util.weights.file
-import util.weights.published
+import util.weights.source
 from util.run.state import TrainingState
 
 RUN = (*TINY, "--batch_size", 2, "--epochs", 1)
@@ -61,7 +61,7 @@ def watched(ranks_per_node: int, *paths: Path, spoilt_for: int | None = None) ->
             checkpoint.clear()
             print(f"rank {rank} still maps {sum(map(mapped, paths))} files", flush=True)
 
-        util.weights.file.file_hash = util.weights.published.file_hash = file_hash
+        util.weights.file.file_hash = util.weights.source.file_hash = file_hash
         zipfile.ZipFile.testzip = testzip
         TrainingState.restore = watched_restore
 

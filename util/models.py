@@ -19,8 +19,8 @@ import torch
 from util.run.failures import user_errors
 from util.run.flags import Config, flag, get_parser, given_flags
 from util.run.metrics import count_work
-from util.weights.published import PUBLISHED
 from util.weights.settings import CLASSIFIER_MODELS, PRETRAINING_MODELS
+from util.weights.source import PUBLISHED
 
 HEADINGS = ("model", "parameters", "multiply-adds", "input", "windows", "strides", "published weights")
 

@@ -50,23 +50,20 @@ class Annotations:
     classes: list[str]  # names of the categories, by their ids
     category_ids: list[int | None]  # of `classes`; None for one that the file does not have
 
-    def of_image(self, i: int) -> slice:
-        """Where the boxes of image `i` are."""
-        return slice(self.ends[i - 1] if i else 0, self.ends[i])
-
-    def fingerprint(self) -> str:
-        arrays = (self.ends, self.boxes, self.labels, *((self.masks.blob,) if self.masks else ()))
-        return digest(json.dumps(self.classes).encode(), *map(np.ascontiguousarray, arrays))
-
 
 class CocoSource(FileSource):
-    """Images and their targets: a `Source`. Labels count from 1, as torchvision's detectors want them."""
+    """Images and their targets. Labels count from 1, as torchvision's detectors want them."""
 
     def __init__(self, annotations: Annotations, folder: Path, config: Config):
         unlabelled = np.full(len(annotations.names), -1, dtype=np.int32)
         super().__init__(ImageIndex(str(folder), annotations.names, unlabelled, None), config)
         self.annotations, self.classes = annotations, annotations.classes
-        self.labels = annotations.fingerprint()
+
+    @property
+    def labels(self) -> str:
+        own = self.annotations
+        arrays = (own.ends, own.boxes, own.labels, *((own.masks.blob,) if own.masks else ()))
+        return digest(json.dumps(own.classes).encode(), *map(np.ascontiguousarray, arrays))
 
     def read(self, i: int) -> tuple[Tensor | EncodedJpeg, Target]:
         image, _ = super().read(i)
@@ -81,7 +78,8 @@ class CocoSource(FileSource):
 
     def target(self, i: int) -> Target:
         """Boxes, labels and masks of image `i`."""
-        annotations, own = self.annotations, self.annotations.of_image(i)
+        annotations = self.annotations
+        own = slice(annotations.ends[i - 1] if i else 0, annotations.ends[i])
         target = {
             "boxes": torch.from_numpy(annotations.boxes[own].copy()),
             "labels": torch.from_numpy(annotations.labels[own].astype(np.int64)) + 1,
@@ -100,14 +98,13 @@ class CocoSource(FileSource):
                 f"{self.annotations.path} has categories that {owner} does not know: {abbreviate(unknown)}; it knows "
                 f"{abbreviate(list(classes))}"
             )
-        old, annotations = self.annotations.classes, self.annotations
-        positions = np.array([classes.index(name) for name in old], dtype=annotations.labels.dtype)
-        ids = dict(zip(old, annotations.category_ids))
+        annotations = self.annotations
+        positions = np.array([classes.index(name) for name in self.classes], dtype=annotations.labels.dtype)
+        ids = dict(zip(self.classes, annotations.category_ids))
         annotations.labels = positions[annotations.labels]
         # A category that this file does not have cannot be named in it: results of it are left out.
         annotations.category_ids = [ids.get(name) for name in classes]
         annotations.classes = self.classes = list(classes)
-        self.labels = annotations.fingerprint()
 
 
 # --- Reading and checking ---
@@ -173,7 +170,7 @@ def find_images(data_path: Path, annotations: Annotations, split: str) -> Path:
             f"{annotations.path} names the image {first!r}, which is in none of {', '.join(map(str, tried))}: put the "
             "images in one of them"
         )
-    names = [annotations.names[i] for i in range(len(annotations.names))]
+    names = list(annotations.names)
     with unreadable_is_user_error(f"cannot read {folder}"):  # once: on a network each file would take a millisecond
         parents = {parent for parent in map(os.path.dirname, names) if (folder / parent).is_dir()}
         there = {os.path.join(parent, file) for parent in parents for file in os.listdir(folder / parent)}

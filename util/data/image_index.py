@@ -63,7 +63,7 @@ class StringTable:
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, i: int) -> str:
+    def __getitem__(self, i: int) -> str:  # raises IndexError at the end, so that a table can be iterated
         start = self.ends[i - 1] if i else 0
         return os.fsdecode(self.blob[start : self.ends[i]].tobytes())
 
@@ -118,14 +118,11 @@ class ImageIndex:
         At least one of each, and not all. Images are chosen by hashes of their names: the same ones on every machine
         and for every seed, and others added later hardly change which. Raises UserError when none would be chosen.
         """
-        hashes = [hashlib.blake2b(os.fsencode(self.names[i]), digest_size=8).digest() for i in range(len(self))]
-        classes = self.targets - self.targets.min()
-        order = np.lexsort((np.frombuffer(b"".join(hashes), dtype=">u8"), classes))
-        counts = np.bincount(classes)
-        rank = np.arange(len(self)) - np.repeat(np.cumsum(counts) - counts, counts)  # in its class
-        chosen = np.minimum(np.maximum(np.rint(share * counts).astype(int), 1), counts - 1)
+        hashes = [hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in self.names]
+        order = np.lexsort((np.frombuffer(b"".join(hashes), dtype=">u8"), self.targets))
         aside = np.zeros(len(self), dtype=bool)
-        aside[order] = rank < chosen[classes[order]]
+        for own in np.split(order, np.flatnonzero(np.diff(self.targets[order])) + 1):  # the images of each class
+            aside[own[: min(max(round(share * len(own)), 1), len(own) - 1)]] = True
         if not aside.any():
             raise UserError(f"--val_share {share:g} of {len(self)} images leaves none for validation: add images")
         return aside

@@ -166,14 +166,13 @@ def read_label_map(path: str) -> np.ndarray:
 
 
 class LabelMapSource(FileSource):
-    """Images in files, each with its label map as the target: a `Source`."""
+    """Images in files, each with its label map as the target."""
 
     def __init__(self, images: str, labels: str, numbers: LabelNumbers, classes: list[str], config: Config):
         super().__init__(load_index(images, extensions_of(config.reader)), config)
         self.folder, self.numbers = labels, numbers
         self.classes, self.targets = classes, None
-        there = load_index(labels, (".png",))
-        maps = {there.names[i] for i in range(len(there))}
+        maps = set(load_index(labels, (".png",)).names)
         own = {self.label_name(i) for i in range(len(self))}
         if missing := sorted(own - maps):
             raise UserError(

@@ -181,21 +181,20 @@ def _train_classes(data_path: Path, config: Config) -> list[str] | None:
 def _refuse_what_is_no_list(path: Path) -> None:
     """Raise a UserError for a file that is given as images but lists none, with what to give instead."""
     name = path.name.lower()
-    if name.endswith(ARCHIVES):
-        raise UserError(
-            f"{path} is a compressed archive: unpack it and give the folder, or make an uncompressed .tar "
-            "of its images (they do not become smaller by compression)"
-        )
-    if name.endswith(tuple(IMAGE_EXTENSIONS)):
-        raise UserError(
-            f"{path} is one image: give the folder that holds the images ({path.parent}), or a text file "
-            "that lists them"
-        )
     with open(path, "rb") as file:
-        if b"\0" in file.read(1024):
-            raise UserError(
-                f"{path} is neither a folder of images, nor a text file that lists them, nor a .tar of them"
-            )
+        is_text = b"\0" not in file.read(1024)
+    if name.endswith(ARCHIVES):
+        why = (
+            "is a compressed archive: unpack it and give the folder, or make an uncompressed .tar of its images (they "
+            "do not become smaller by compression)"
+        )
+    elif name.endswith(IMAGE_EXTENSIONS):
+        why = f"is one image: give the folder that holds the images ({path.parent}), or a text file that lists them"
+    elif not is_text:
+        why = "is neither a folder of images, nor a text file that lists them, nor a .tar of them"
+    else:
+        return
+    raise UserError(f"{path} {why}")
 
 
 def _read_list(path: Path, extensions: Sequence[str]) -> ImageIndex:
