@@ -36,8 +36,8 @@ from util.data.datasets import WORKERS, NumberedImages
 from util.data.decoding import PILLOW_FORMATS, BadImageError, PixelType, decoded
 from util.data.display import Display, shown_channels
 from util.data.image_index import abbreviate
+from util.data.image_source import FileSource
 from util.data.jpeg import ORIENTATION
-from util.data.source import FileSource
 from util.data.sources import find_validation, open_source
 from util.data.statistics import check_images, check_units
 from util.data.survey import survey_images

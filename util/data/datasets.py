@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from util.data import Config
 from util.data.decoding import BadImageError, EncodedJpeg, PixelType, decoded
 from util.data.image_index import abbreviate, digest
-from util.data.source import Source, spread
+from util.data.image_source import Source, spread
 from util.data.sources import open_source
 from util.data.statistics import magnitude
 from util.errors import UserError, unreadable_is_user_error

@@ -25,8 +25,8 @@ import numpy as np
 from util.data import Config
 from util.data.decoding import IMAGE_EXTENSIONS
 from util.data.image_index import ImageIndex, StringTable, abbreviate, class_folders, load_index
+from util.data.image_source import FileSource, JoinedSource, Source, TarSource
 from util.data.reader import extensions_of
-from util.data.source import FileSource, JoinedSource, Source, TarSource
 from util.data.timm_source import open_timm_source
 from util.errors import UserError, unreadable_is_user_error
 
