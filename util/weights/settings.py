@@ -90,7 +90,9 @@ def weight_settings(
     """
     check_recorded(recorded, source)
     defaults = defaults or {}
-    recorded, given = ({k: v for k, v in values.items() if v is not None} for values in (recorded, given or {}))
+    recorded, given = (
+        {flag: value for flag, value in values.items() if value is not None} for values in (recorded, given or {})
+    )
     name = given.get("model") or recorded.get("model") or defaults.get("model")
     if name is None:
         raise CheckpointError(f"{source} does not record which model it is: give --model")
@@ -98,7 +100,7 @@ def weight_settings(
         name, pretraining, "--model" if "model" in given else f"{source}, which records the model"
     )
     if encoder_of(recorded.get("model", model)) != encoder_of(model):
-        recorded = {k: v for k, v in recorded.items() if k not in SIZES}
+        recorded = {flag: value for flag, value in recorded.items() if flag not in SIZES}
     known = {**defaults, **recorded, **given}
     in_chans = known.get("in_chans", 3)
     input_size = known.get("input_size", timm.get_pretrained_cfg(model).input_size)
