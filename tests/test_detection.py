@@ -21,8 +21,8 @@ from exp.coco.engine_mask_rcnn import detection_loss
 from util import replay
 from util.data.coco import AsItIs, build_coco_dataset
 from util.dense.average_precision import MEASURES
+from util.dense.config import settings_to_train
 from util.dense.detector import build_detector
-from util.dense.task import settings_to_train
 from util.run.flags import given_flags
 from util.run.launch import Launch
 from util.run.optim import set_up_arithmetic

@@ -20,14 +20,13 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image, ImageColor
 from torch import Tensor, nn
 
 from models_mixmae import MixMAE
-from util.data.display import COLOURS, HAIRLINE, INK, LIGHT, MUTED, Display, enlarge, outline, shown_channels
+from util.data.display import COLOURS, HAIRLINE, INK, LIGHT, MUTED, Display, enlarge, outline, render, shown_channels
 from util.data.transforms import Normalize
 from util.errors import UserError, unreadable_is_user_error
 from util.layers.sizes import NUM_STAGES
@@ -234,11 +233,6 @@ class Page:
         self.place(tokens.swapaxes(0, 1), left + start, top, SIDE - start, STRIP)
         self.place(pairs, left + start, top + start, SIDE - start, SIDE - start)
 
-    def render(self) -> Image.Image:
-        canvas = FigureCanvasAgg(self.figure)
-        canvas.draw()
-        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
 
 def fitted(shape: tuple[int, int], side: float) -> tuple[float, float]:
     """(width, height) with the proportions of (rows, columns), the longer one `side`."""
@@ -274,7 +268,7 @@ def explanation_figure(steps: Steps, display: Display, captions: list[str]) -> I
     draw_decoding(page, steps, display)
     for number, line in enumerate(lines):
         page.write(MARGIN, HEIGHT + 20 + number * LINE, line, size=9.5, color=MUTED)
-    return page.render()
+    return render(page.figure)
 
 
 def draw_encoding(page: Page, steps: Steps, display: Display) -> None:

@@ -25,7 +25,19 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from models_mixmae import MixMAE
-from util.data.display import COLOURS, HAIRLINE, INK, LIGHT, MUTED, OUTLINE, Display, enlarge, outline, shown_channels
+from util.data.display import (
+    COLOURS,
+    HAIRLINE,
+    INK,
+    LIGHT,
+    MUTED,
+    OUTLINE,
+    Display,
+    enlarge,
+    outline,
+    render,
+    shown_channels,
+)
 from util.data.transforms import Normalize
 from util.errors import UserError, unreadable_is_user_error
 from util.layers.mixing import images_of_tuples
@@ -145,7 +157,6 @@ def draw_page(
         introduction, caption, source: above and below the images.
     """
     # Here, since every rank of a training run imports this module, and one draws.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -199,10 +210,7 @@ def draw_page(
     for number, line in enumerate(caption_lines):
         write(LEFT, caption_top + number * LINE, line, size=SMALL)
     write(LEFT, caption_top + len(caption_lines) * LINE, source, size=SMALL, color=MUTED)
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return render(figure)
 
 
 def shown_size(images: np.ndarray) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """One epoch of training a segmentation model, and exact evaluation."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,18 +17,11 @@ from util.dense.segmentation import (
 )
 from util.dense.upernet import UPerNet, segmentation_loss
 from util.run import distributed
+from util.run.flags import Config
 from util.run.optim import adjust_learning_rate, autocast, backward, clip_and_step, last_learning_rate
 from util.run.progress import with_progress
 from util.run.session import Run
 from util.seeding import seed_all
-
-
-class EvaluationSettings(Protocol):
-    """How images are gone over."""
-
-    precision: str
-    slide: bool  # in windows of `input_size`, two thirds apart, instead of whole images
-    input_size: tuple[int, int]
 
 
 def train_one_epoch(run: Run) -> float:
@@ -64,12 +56,13 @@ def train_one_epoch(run: Run) -> float:
     return lr
 
 
-def predict(model: UPerNet, imgs: Tensor, size: tuple[int, int], config: EvaluationSettings) -> Tensor:
+def predict(model: UPerNet, imgs: Tensor, size: tuple[int, int], config: Config) -> Tensor:
     """The class of each pixel, (B, *size) uint8, of normalised images (B, C, H, W).
 
     Args:
         model: in evaluation mode, not wrapped.
         size: of the result; logits are enlarged to it.
+        config: `precision`; with `slide`, images are seen in windows of `input_size`, two thirds apart.
     """
     with autocast(config.precision, imgs.device):
         if config.slide:
@@ -85,7 +78,7 @@ def evaluate(
     model: UPerNet,
     loader: DataLoader,
     normalize: Normalize,
-    config: EvaluationSettings,
+    config: Config,
     device: torch.device,
     keep: Callable[[int, Tensor], None] | None = None,
 ) -> SegmentationScores:
@@ -97,6 +90,7 @@ def evaluate(
     Args:
         model: not wrapped.
         loader: of one image at a time, with an `EvalBatchSampler`.
+        config: as of `predict`.
         keep: is given the number of each image of this rank and its classes (h, w), on the CPU.
 
     Raises:

@@ -17,6 +17,7 @@ import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -36,10 +37,8 @@ from util.data.label_maps import (
 )
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import Normalize
-from util.dense.config import DenseConfig
+from util.dense.config import DenseConfig, open_to_evaluate, settings_to_train
 from util.dense.encoder import DenseEncoder
-from util.dense.label_pictures import PredictionFolder, segmentation_picture
-from util.dense.task import open_to_evaluate, settings_to_train
 from util.dense.upernet import UPerNet, segmentation_loss
 from util.run import distributed
 from util.run.checks import check_statistics
@@ -50,6 +49,7 @@ from util.run.flags import AT_LEAST_1, FREE, NOT_NEGATIVE, flag, get_parser, wit
 from util.run.launch import Launch
 from util.run.optim import param_groups_layer_decay
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
+from util.weights.layouts import load_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def complete(config: SegmentationConfig) -> SegmentationConfig:
 
 
 def build_model(config: SegmentationConfig) -> UPerNet:
-    return UPerNet(DenseEncoder(config), config.nb_classes, config.head_channels, config.head_channels // 2)
+    return UPerNet(DenseEncoder(config), config.nb_classes, config.head_channels)
 
 
 def rebuild_step(
@@ -171,14 +171,15 @@ def build_validation(config: SegmentationConfig, launch: Launch) -> DataLoader:
 def prepare(start: Start) -> tuple[Run, DataLoader]:
     """Everything before the first step: the run, and the validation images."""
     launch = start.launch
-    resumed = start.checkpoint or {}
     config = complete(settings_to_train(start))
     transform = RandomScaleAndCrop(
         config.input_size, config.short_side, config.scales, config.mean, config.color_jitter
     )
     dataset = build_segmentation_dataset(config, "train", transform)
     check_statistics(config, dataset, f"{config.data_path} (train)")
-    check_class_names(dataset.classes, resumed.get("classes") or dataset.classes, "the checkpoint to resume")
+    check_class_names(
+        dataset.classes, (start.checkpoint or {}).get("classes") or dataset.classes, "the checkpoint to resume"
+    )
     sampler = TrainBatchSampler(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
     )
@@ -192,8 +193,8 @@ def prepare(start: Start) -> tuple[Run, DataLoader]:
     groups = param_groups_layer_decay(model.encoder.swin, config.weight_decay, config.layer_decay, model)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
     data = {"train": dataset.fingerprint(), "val": validation.dataset.fingerprint()}
-    run = open_run(config, start, model, optimizer, loader, data, model.encoder.load, classes=dataset.classes)
-    return run, validation
+    load_weights = partial(load_encoder, model.encoder.body)
+    return open_run(config, start, model, optimizer, loader, data, load_weights, classes=dataset.classes), validation
 
 
 def train(run: Run, validation: DataLoader) -> None:
@@ -218,6 +219,8 @@ def show(run: Run, validation: DataLoader) -> None:
     """A picture of the first validation images with their label maps, and with what was found (rank 0)."""
     if not distributed.is_main_process():
         return
+    from util.dense.label_pictures import segmentation_picture  # with matplotlib, which no other rank needs
+
     dataset, model, found = validation.dataset, run.state.model.eval(), []
     for index in range(min(PICTURE_IMAGES, len(dataset))):
         imgs, labels = collate_pairs([dataset[(0, index)]])
@@ -245,6 +248,8 @@ def evaluate_only(given: SegmentationConfig, launch: Launch) -> None:
     model.load_state_dict(checkpoint["model"])
     keep = None
     if config.predictions:
+        from util.dense.label_pictures import PredictionFolder
+
         keep = PredictionFolder(config.predictions, validation.dataset, config.mean, config.std)
     normalize = Normalize(config.mean, config.std).to(launch.device)
     scores = evaluate(model.to(launch.device), validation, normalize, config, launch.device, keep)

@@ -17,6 +17,7 @@ import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -30,10 +31,8 @@ from util.data.datasets import build_loader
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import Normalize
 from util.dense.average_precision import Result, write_results
-from util.dense.config import DenseConfig
+from util.dense.config import DenseConfig, open_to_evaluate, settings_to_train
 from util.dense.detector import build_detector
-from util.dense.drawing import detections_picture
-from util.dense.task import open_to_evaluate, settings_to_train
 from util.errors import UserError, require_writable
 from util.run import distributed
 from util.run.checks import check_statistics
@@ -44,6 +43,7 @@ from util.run.flags import AT_LEAST_1, FREE, flag, get_parser, other_bits, with_
 from util.run.launch import Launch
 from util.run.optim import param_groups_layer_decay
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
+from util.weights.layouts import load_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,8 @@ def prepare(start: Start) -> tuple[Run, DataLoader]:
     groups = param_groups_layer_decay(encoder.swin, config.weight_decay, config.layer_decay, model)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
     data = {"train": dataset.fingerprint(), "val": validation.dataset.fingerprint()}
-    return open_run(config, start, model, optimizer, loader, data, encoder.load, classes=classes), validation
+    load_weights = partial(load_encoder, encoder.body)
+    return open_run(config, start, model, optimizer, loader, data, load_weights, classes=classes), validation
 
 
 def rebuild_step(
@@ -172,6 +173,8 @@ def train(run: Run, validation: DataLoader) -> None:
 def show(run: Run, validation: DataLoader, results: list[Result]) -> None:
     """A picture of the first validation images with their annotations, and with what was found (rank 0)."""
     if distributed.is_main_process():
+        from util.dense.drawing import detections_picture  # with matplotlib, which no other rank needs
+
         picture = detections_picture(validation.dataset, results, run.config.mean, run.config.std)
         run.log.picture("detections", picture, f"epoch{run.state.progress.epoch + 1:04d}.png", run.epoch_1000x)
 

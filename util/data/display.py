@@ -70,6 +70,15 @@ class Display:
         return sentences
 
 
+def render(figure) -> Image.Image:
+    """A matplotlib figure as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # of all ranks of a run, one draws
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
 def enlarge(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """An image (H, W, 3) at `size` (width, height): its pixels as blocks where the factor is whole, else smoothly."""
     method = Image.Resampling.LANCZOS if size[0] % image.shape[1] else Image.Resampling.NEAREST

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from util.data.coco import Annotations, decode_mask, why_no_mask
 from util.errors import unreadable_is_user_error
@@ -23,27 +24,17 @@ def results_of(detections: dict[str, Tensor], index: int, annotations: Annotatio
 
     Detections of classes that the file does not have are left out: nothing in it says whether they are right.
     """
-    boxes = detections["boxes"].cpu().double().numpy()
-    boxes[:, 2:] -= boxes[:, :2]
-    scores, labels = detections["scores"].tolist(), detections["labels"].tolist()
-    masks = None
+    image = annotations.image_ids[index]
+    boxes = box_convert(detections["boxes"].cpu().double(), "xyxy", "xywh").numpy().round(2).tolist()
+    categories = [annotations.category_ids[label - 1] for label in detections["labels"].tolist()]
+    results = [
+        {"image_id": image, "category_id": category, "bbox": box, "score": round(score, 5)}
+        for category, box, score in zip(categories, boxes, detections["scores"].tolist())
+    ]
     if "masks" in detections:
-        masks = (detections["masks"][:, 0] > MASK_THRESHOLD).cpu().numpy()
-    results = []
-    for i, (box, score, label) in enumerate(zip(boxes.round(2).tolist(), scores, labels)):
-        category = annotations.category_ids[label - 1]
-        if category is None:
-            continue
-        result = {
-            "image_id": annotations.image_ids[index],
-            "category_id": category,
-            "bbox": box,
-            "score": round(score, 5),
-        }
-        if masks is not None:
-            result["segmentation"] = encode_mask(masks[i])
-        results.append(result)
-    return results
+        for result, mask in zip(results, (detections["masks"][:, 0] > MASK_THRESHOLD).cpu().numpy()):
+            result["segmentation"] = encode_mask(mask)
+    return [result for result in results if result["category_id"] is not None]
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:

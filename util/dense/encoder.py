@@ -8,9 +8,7 @@ from models_swin import SwinTransformer
 from util.dense.config import DenseConfig
 from util.run.optim import autocast
 from util.seeding import seed_all
-from util.weights.layouts import LoadReport, load_encoder
 from util.weights.settings import model_arguments
-from util.weights.source import WeightsInfo
 
 
 class DenseEncoder(nn.Module):
@@ -61,11 +59,3 @@ class DenseEncoder(nn.Module):
         with autocast(self.precision, imgs.device):
             maps = [norm(x) for norm, x in zip(self.norms, self.body(imgs))]
         return [x.float() for x in maps]
-
-    def load(self, weights: dict[str, Tensor], info: WeightsInfo) -> LoadReport:
-        """Load the encoder of any checkpoint; the report says what was loaded.
-
-        Raises:
-            CheckpointError: the weights are of another encoder.
-        """
-        return load_encoder(self.body, weights, info)

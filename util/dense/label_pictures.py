@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.patches import Patch
+from PIL import Image
 from torch import Tensor
 
 from util.data.datasets import ImageDataset
 from util.data.decoding import decoded
+from util.data.display import render
 from util.data.label_maps import IGNORED, LabelMapSource
-from util.dense.drawing import GAP, INK, PAPER, TEXT, as_picture, table_of_images
+from util.dense.drawing import as_picture, image_table
 from util.errors import unreadable_is_user_error
-
-SIDE, LONGEST = 320, 640  # pixels: smaller images are enlarged by a whole factor, larger ones thinned out
 
 
 def class_colors(number: int) -> np.ndarray:
@@ -43,39 +43,16 @@ def segmentation_table(
         titles: of the columns.
         names: of all classes; those that occur are in the legend.
     """
-    colors, pictures, found = class_colors(len(names)), [], set()
-    for image, label_maps in rows:
-        longest = max(image.shape[:2])
-        factor, step = max(1, round(SIDE / longest)), -(-longest // LONGEST)
-        columns = [image, *(overlay(image, classes, colors) for classes in label_maps)]
-        columns = [column[::step, ::step].repeat(factor, 0).repeat(factor, 1) for column in columns]
-        pictures.append([Image.fromarray(column) for column in columns])
-        found |= {number for classes in label_maps for number in np.unique(classes[classes != IGNORED]).tolist()}
-    table = table_of_images(pictures, titles)
-    legend = draw_legend([(names[number], tuple(colors[number].tolist())) for number in sorted(found)], table.width)
-    page = Image.new("RGB", (table.width, table.height + legend.height), PAPER)
-    page.paste(table, (0, 0))
-    page.paste(legend, (0, table.height))
-    return page
-
-
-def draw_legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> Image.Image:
-    """Names, each beside a square of its colour, in as many lines as they need."""
-    font, line = ImageFont.load_default(TEXT), TEXT + GAP // 2
-    places, left, top = [], GAP, 0
-    for name, color in entries:
-        right = left + line + round(font.getlength(name)) + GAP
-        if right > width and left > GAP:
-            left, top = GAP, top + line
-            right = left + line + round(font.getlength(name)) + GAP
-        places.append((left, top, name, color))
-        left = right
-    page = Image.new("RGB", (width, top + line + GAP), PAPER)
-    draw = ImageDraw.Draw(page)
-    for left, top, name, color in places:
-        draw.rectangle([left, top, left + TEXT - 2, top + TEXT - 2], fill=color)
-        draw.text((left + line, top - 2), name, fill=INK, font=font)
-    return page
+    colors = class_colors(len(names))
+    images = [[image, *(overlay(image, classes, colors) for classes in label_maps)] for image, label_maps in rows]
+    figure, _ = image_table(images, titles, 3.2)
+    found = {number for _, label_maps in rows for classes in label_maps for number in np.unique(classes).tolist()}
+    patches = [Patch(color=colors[number] / 255, label=names[number]) for number in sorted(found - {IGNORED})]
+    widest = 6 * max((len(patch.get_label()) for patch in patches), default=0) + 50  # of an entry, in points
+    columns = max(1, int(72 * figure.get_figwidth() / widest))
+    figure.set_figheight(figure.get_figheight() + 0.3 * len(patches) / columns)
+    figure.legend(handles=patches, loc="outside lower left", ncols=columns, frameon=False)
+    return render(figure)
 
 
 def segmentation_picture(

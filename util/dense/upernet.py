@@ -14,6 +14,7 @@ from util.dense.encoder import DenseEncoder
 
 POOLED = (1, 2, 3, 6)  # sides of the pooled maps of the pyramid pooling module
 GROUP = 16  # channels that are normed together
+DROPOUT = 0.1  # of whole channels before the classifiers
 AUXILIARY_WEIGHT = 0.4  # of the auxiliary head's loss
 
 
@@ -59,13 +60,13 @@ class PyramidHead(nn.Module):
     Maps of the stages, (B, C_i, rows_i, columns_i) -> logits (B, num_classes, rows_0, columns_0).
     """
 
-    def __init__(self, in_channels: list[int], channels: int, num_classes: int, dropout: float):
+    def __init__(self, in_channels: list[int], channels: int, num_classes: int):
         super().__init__()
         self.pooling = PyramidPooling(in_channels[-1], channels)
         self.lateral = nn.ModuleList(ConvNormAct(dim, channels, 1) for dim in in_channels[:-1])
         self.smooth = nn.ModuleList(ConvNormAct(channels, channels, 3) for _ in in_channels[:-1])
         self.fuse = ConvNormAct(len(in_channels) * channels, channels, 3)
-        self.classifier = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(channels, num_classes, 1))
+        self.classifier = nn.Sequential(nn.Dropout2d(DROPOUT), nn.Conv2d(channels, num_classes, 1))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         pyramid = [self.pooling(maps[-1])]
@@ -84,26 +85,17 @@ class UPerNet(nn.Module):
     Args:
         encoder: gives the normed maps of the four stages.
         num_classes: classes of a pixel, at least 2.
-        channels, auxiliary_channels: of the maps in the two heads.
-        dropout: of whole channels before the classifiers.
+        channels: of the maps in the head; the auxiliary one's have half as many.
     """
 
-    def __init__(
-        self,
-        encoder: DenseEncoder,
-        num_classes: int,
-        channels: int = 512,
-        auxiliary_channels: int = 256,
-        dropout: float = 0.1,
-    ):
+    def __init__(self, encoder: DenseEncoder, num_classes: int, channels: int):
         super().__init__()
-        in_channels = list(encoder.channels)
         self.num_classes = num_classes
-        self.head = PyramidHead(in_channels, channels, num_classes, dropout)
+        self.head = PyramidHead(encoder.channels, channels, num_classes)
         self.auxiliary = nn.Sequential(
-            ConvNormAct(in_channels[-2], auxiliary_channels, 3),
-            nn.Dropout2d(dropout),
-            nn.Conv2d(auxiliary_channels, num_classes, 1),
+            ConvNormAct(encoder.channels[-2], channels // 2, 3),
+            nn.Dropout2d(DROPOUT),
+            nn.Conv2d(channels // 2, num_classes, 1),
         )
         self.apply(init_convolution)
         self.encoder = encoder
