@@ -20,10 +20,8 @@ import csv
 import logging
 import os
 import shutil
-import socket
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,14 +47,12 @@ from util.run.logger import setup_logging
 from util.run.once_per_node import read_weights_together
 from util.run.optim import autocast
 from util.run.progress import with_progress
-from util.weights.file import make_folder, temporary_path
+from util.weights.file import make_folder
 from util.weights.parts import Runner, as_list, load_part, open_onnx, output_names
 from util.weights.settings import weight_settings
 from util.weights.source import WeightsInfo
 
 logger = logging.getLogger(__name__)
-
-CHUNK = 64  # rows joined at a time when the output is written
 
 
 @dataclass(frozen=True)
@@ -145,32 +141,17 @@ def load_onnx(given: PredictConfig, launch: Launch) -> tuple[Runner, PredictConf
 # --- Images through the model ---
 
 
-class Rows:
-    """This rank's results, one row per image, in files: `arrays[name]` is (images of this rank, ...)."""
-
-    def __init__(self, folder: Path, count: int):
-        self.folder, self.count = folder, count
-        self.arrays: dict[str, np.ndarray] = {}
-
-    def put(self, start: int, results: dict[str, Tensor]) -> None:
-        """Store the results (B, ...) of the images from number `start` of this rank on."""
-        for name, values in results.items():
-            values = values.cpu().numpy()
-            if name not in self.arrays:
-                file = self.folder / f"{name}.{distributed.get_rank()}.npy"
-                shape = (self.count, *values.shape[1:])
-                self.arrays[name] = np.lib.format.open_memmap(file, "w+", values.dtype, shape)
-            self.arrays[name][start : start + len(values)] = values
-
-    def flush(self) -> None:
-        for array in self.arrays.values():
-            array.flush()
-
-
 @torch.inference_mode()
-def run_model(model: Runner, loader: DataLoader, normalize: Normalize, config: PredictConfig, rows: Rows) -> list[int]:
-    """Put the results of all this rank's images into `rows`; returns the numbers of those that could not be read."""
-    device, start, bad = normalize.mean.device, 0, []
+def run_model(
+    model: Runner, loader: DataLoader, normalize: Normalize, config: PredictConfig, folder: Path
+) -> tuple[list[str], list[int]]:
+    """Put the results of this rank's images into files NAME.RANK.npy of the folder, one row per image.
+
+    Returns:
+        The names of the results, and the numbers of the images that could not be read.
+    """
+    device, rank, start, bad = normalize.mean.device, distributed.get_rank(), 0, []
+    arrays: dict[str, np.ndarray] = {}
     for imgs, numbers in with_progress(loader, len(loader.dataset), "prediction"):
         outputs = [output.float() for output in model(normalize(imgs.to(device, non_blocking=True)))]
         if config.part == "classifier":
@@ -178,110 +159,77 @@ def run_model(model: Runner, loader: DataLoader, normalize: Normalize, config: P
             results = {"classes": classes, "scores": scores}
         else:
             results = dict(zip(output_names(config.part), outputs))
-        rows.put(start, results)
+        for name, rows in results.items():
+            rows = rows.cpu().numpy()
+            if name not in arrays:
+                shape = (len(loader.batch_sampler.indices), *rows.shape[1:])
+                file = folder / f"{name}.{rank}.npy"
+                arrays[name] = np.lib.format.open_memmap(file, "w+", rows.dtype, shape)
+            arrays[name][start : start + len(rows)] = rows
         for position in (numbers < 0).nonzero().flatten().tolist():
-            bad.append(distributed.get_rank() + (start + position) * distributed.get_world_size())
+            bad.append(rank + (start + position) * distributed.get_world_size())
+            logger.error("left out: %s", loader.dataset.why_bad(bad[-1]))
         start += len(numbers)
-    rows.flush()
-    return bad
+    for array in arrays.values():
+        array.flush()
+    return list(arrays), bad
+
+
+def in_order(folder: Path, name: str, kept: list[int], files: int) -> np.ndarray:
+    """The rows of the images `kept` out of the first `files` ranks' files; in a file again, for they may be too many
+    for the memory."""
+    paths = [folder / f"{name}.{rank}.npy" for rank in range(files)]
+    parts = [np.load(path, mmap_mode="r") for path in paths]
+    for path in paths:  # so that at most one result is on the disk twice
+        path.unlink()
+    if files == 1 and len(kept) == len(parts[0]):
+        return parts[0]
+    rows = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", parts[0].dtype, (len(kept), *parts[0].shape[1:]))
+    for row, index in enumerate(kept):
+        rows[row] = parts[index % files][index // files]
+    return rows
 
 
 # --- Output ---
 
 
-class Results:
-    """The results of all ranks in the order of the images, without those that could not be read."""
-
-    def __init__(self, folder: Path, dataset: NumberedImages, bad: list[int], names: list[str], ranks: int):
-        left_out = set(bad)
-        self.kept = [index for index in range(len(dataset)) if index not in left_out]
-        self.paths = [dataset.path_of(index) for index in self.kept]
-        self.names, self.ranks = names, ranks
-        self.parts = {
-            name: [
-                np.load(file, mmap_mode="r")
-                for rank in range(ranks)
-                if (file := folder / f"{name}.{rank}.npy").exists()
-            ]
-            for name in names
-        }
-
-    def __len__(self) -> int:
-        return len(self.kept)
-
-    def chunks(self, name: str) -> Iterator[np.ndarray]:
-        """The rows of an output, some at a time."""
-        parts = self.parts[name]
-        for start in range(0, len(self.kept), CHUNK):
-            chosen = self.kept[start : start + CHUNK]
-            yield np.stack([parts[index % self.ranks][index // self.ranks] for index in chosen])
-
-    def rows(self, name: str) -> Iterator[np.ndarray]:
-        for chunk in self.chunks(name):
-            yield from chunk
-
-    def best(self, names: list[str] | None) -> Iterator[tuple[str, list[str], np.ndarray]]:
-        """Path, best classes by their names, or numbers where they have none, and scores of every image."""
-        for path, classes, scores in zip(self.paths, self.rows("classes"), self.rows("scores")):
-            yield path, [names[number] if names else str(number) for number in classes], scores
-
-
-def write_csv(file: Path, results: Results, info: WeightsInfo) -> None:
+def write_csv(file: Path, paths: list[str], results: dict[str, np.ndarray], names: list[str] | None) -> None:
+    """A line for each path: its best classes by their names and their scores, or its features."""
+    [columns] = {array.shape[1] for array in results.values()}
     with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as table:  # names as on the disk
         writer = csv.writer(table)
-        if results.names == ["classes", "scores"]:
-            top = results.parts["classes"][0].shape[1]
-            numbers = range(1, top + 1)
+        if "classes" in results:
+            numbers = range(1, columns + 1)
             writer.writerow(["path", *(f"top{i}" for i in numbers), *(f"score{i}" for i in numbers)])
-            for path, classes, scores in results.best(info.classes):
+            for path, classes, scores in best_classes(paths, results, names):
                 writer.writerow([path, *classes, *(f"{score:.6f}" for score in scores)])
         else:
-            [output] = results.names
-            writer.writerow(["path", *(f"{output}{i}" for i in range(results.parts[output][0].shape[1]))])
-            for path, values in zip(results.paths, results.rows(output)):
+            writer.writerow(["path", *(f"features{i}" for i in range(columns))])
+            for path, values in zip(paths, results["features"]):
                 writer.writerow([path, *(f"{value:.9g}" for value in values)])
 
 
-def write_npz(path: Path, results: Results, info: WeightsInfo) -> None:
-    """As `np.savez`, without having the arrays in memory; for classes with their names, if they are known."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-
-        def add(name: str, shape: tuple[int, ...], dtype: np.dtype, chunks: Iterator[np.ndarray]) -> None:
-            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_2_0(file, header)
-                for chunk in chunks:
-                    file.write(np.ascontiguousarray(chunk).tobytes())
-
-        texts = {"paths": results.paths}
-        if info.classes and "classes" in results.names:
-            texts["class_names"] = info.classes
-        for name, strings in texts.items():
-            array = np.array(strings)
-            add(name, array.shape, array.dtype, iter([array]))
-        for name in results.names:
-            first = results.parts[name][0]
-            add(name, (len(results), *first.shape[1:]), first.dtype, results.chunks(name))
-
-
-def show(results: Results, info: WeightsInfo) -> None:
-    for path, classes, scores in results.best(info.classes):
-        logger.info("%s: %s", path, "  ".join(f"{c} {s:.1%}" for c, s in zip(classes, scores)))
+def best_classes(
+    paths: list[str], results: dict[str, np.ndarray], names: list[str] | None
+) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    """Path, best classes by their names, or numbers where they have none, and scores of every image."""
+    for path, classes, scores in zip(paths, results["classes"], results["scores"]):
+        yield path, [names[number] if names else str(number) for number in classes], scores
 
 
 @contextlib.contextmanager
 def shared_folder(out: str) -> Iterator[Path]:
     """A temporary folder beside `out` for all ranks, removed at the end."""
-    folder = None
-    if distributed.is_main_process():
+
+    def make() -> str:
         with unreadable_is_user_error(f"--out {out} cannot be written"):
-            parent = Path(out).parent if out else Path(tempfile.gettempdir())
-            make_folder(parent)
             if os.path.isdir(out):
                 raise UserError(f"--out {out} is a folder: name a file")
-            prefix = f".{Path(out).name}.{socket.gethostname()}.{os.getpid()}."
-            folder = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent)
-    folder = distributed.gather_objects(folder)[0]
+            parent = Path(out).parent if out else Path(tempfile.gettempdir())
+            make_folder(parent)
+            return tempfile.mkdtemp(prefix=f".{Path(out).name}.", suffix=".tmp", dir=parent)
+
+    folder = distributed.on_main_process(make)
     try:
         yield Path(folder)
     finally:
@@ -306,31 +254,37 @@ def predict(given: PredictConfig, images: list[str], launch: Launch) -> None:
     loader = build_loader(dataset, sampler, config, launch.device)
     normalize = Normalize(config.mean, config.std).to(launch.device)
     with shared_folder(config.out) as folder:
-        start, rows = time.monotonic(), Rows(folder, len(sampler.indices))
-        bad = run_model(model, loader, normalize, config, rows)
+        start = time.monotonic()
+        names, bad = run_model(model, loader, normalize, config, folder)
         logger.info("%.1f images/s", len(dataset) / (time.monotonic() - start))
-        bad = [index for indices in distributed.gather_objects(bad) for index in indices]
-        if launch.rank == 0:
-            finish(Results(folder, dataset, bad, list(rows.arrays), launch.world_size), config, info, len(bad))
-        distributed.barrier()
+        bad = {index for indices in distributed.gather_objects(bad) for index in indices}
+        distributed.on_main_process(lambda: finish(config, info, dataset, bad, folder, names, launch.world_size))
 
 
-def finish(results: Results, config: PredictConfig, info: WeightsInfo, bad: int) -> None:
-    """Write or show the results, on rank 0."""
-    if not len(results):
-        raise UserError(f"none of the {bad} images can be read")
+def finish(
+    config: PredictConfig, info: WeightsInfo, dataset: NumberedImages, bad: set[int],
+    folder: Path, names: list[str], ranks: int,
+) -> None:  # fmt: skip
+    """Write or show the results of all ranks, without the images that could not be read."""
+    kept = [index for index in range(len(dataset)) if index not in bad]
+    if not kept:
+        raise UserError(f"none of the {len(bad)} images can be read")
+    paths = [dataset.path_of(index) for index in kept]
+    files = min(ranks, len(dataset))  # of the ranks that had images
+    results = {name: in_order(folder, name, kept, files) for name in names}
     if not config.out:
-        show(results, info)
+        for path, classes, scores in best_classes(paths, results, info.classes):
+            logger.info("%s: %s", path, "  ".join(f"{c} {s:.1%}" for c, s in zip(classes, scores)))
         return
-    out = Path(config.out)
-    temporary = temporary_path(out)
-    try:
-        with unreadable_is_user_error(f"--out {out} cannot be written"):
-            (write_csv if out.suffix == ".csv" else write_npz)(temporary, results, info)
-            os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    logger.info("wrote %s: %d images%s", out, len(results), f", {bad} left out" if bad else "")
+    file = folder / Path(config.out).name
+    with unreadable_is_user_error(f"--out {config.out} cannot be written"):
+        if file.suffix == ".csv":
+            write_csv(file, paths, results, info.classes)
+        else:
+            class_names = {"class_names": info.classes} if info.classes and "classes" in results else {}
+            np.savez(file, paths=paths, **class_names, **results)
+        os.replace(file, config.out)
+    logger.info("wrote %s: %d images%s", config.out, len(kept), f", {len(bad)} left out" if bad else "")
 
 
 def main(flags: argparse.Namespace) -> None:
