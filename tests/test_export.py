@@ -249,7 +249,7 @@ def test_a_wrong_export_gets_no_name(checkpoint, tmp_path, capfd, monkeypatch):
         write(given, path)
         tensors = load_file(path)
         tensors["layers.0.blocks.0.attn.relative_position_bias_table"][0] += 1
-        save_file(tensors, path, given.metadata)
+        save_file(tensors, path, {RECORD: json.dumps(given.record)})
 
     monkeypatch.setitem(export.FORMATS, "safetensors", (spoil, open_back))
     out = tmp_path / "model.safetensors"

@@ -17,9 +17,8 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
+import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,15 +40,7 @@ from util.run.failures import user_errors
 from util.run.flags import flag, get_parser, given_flags
 from util.run.logger import setup_logging
 from util.seeding import keyed_generator
-from util.weights.file import (
-    FORMAT,
-    RECORD,
-    make_folder,
-    read_checkpoint,
-    sync_folder,
-    temporary_path,
-    write_checkpoint,
-)
+from util.weights.file import FORMAT, RECORD, make_folder, read_checkpoint, sync_folder, write_checkpoint
 from util.weights.parts import (
     PARTS,
     Part,
@@ -61,7 +52,7 @@ from util.weights.parts import (
     open_torch_export,
     output_names,
 )
-from util.weights.settings import WeightSettings
+from util.weights.settings import WeightSettings, model_arguments
 from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
@@ -79,16 +70,9 @@ class Export:
     part: Part
     settings: WeightSettings
     info: WeightsInfo
+    record: dict[str, Any]  # see `make_record`
     imgs: Tensor  # (5, C, H, W) normalised, to record and to compare with
     averaged: bool  # whether the weights are the averaged ones
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return make_record(self.part, self.settings, self.info, crop_ratio(self.settings.input_size))
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {"format": "pt", RECORD: json.dumps(self.record)}
 
 
 # --- The formats: write to a path; open what was written as a function of images ---
@@ -96,7 +80,7 @@ class Export:
 
 def write_safetensors(export: Export, path: Path) -> None:
     weights = {name: tensor.contiguous() for name, tensor in export.part.model.state_dict().items()}
-    save_file(weights, path, export.metadata)
+    save_file(weights, path, {"format": "pt", RECORD: json.dumps(export.record)})
     os.umask(umask := os.umask(0))
     path.chmod(0o666 & ~umask)  # as any other file: the library lets its owner alone read it
 
@@ -112,27 +96,20 @@ def write_timm(export: Export, path: Path) -> None:
     """A folder as on the Hugging Face hub: config.json and model.safetensors."""
     path.mkdir()
     write_safetensors(export, path / "model.safetensors")
-    settings, model = export.settings, export.part.model
-    arguments = dict(img_size=list(settings.input_size), patch_size=settings.patch_size, in_chans=settings.in_chans)
-    arguments |= dict(window_size=list(settings.window_size), num_classes=model.num_classes)
+    settings, model, record = export.settings, export.part.model, export.record
+    arguments = model_arguments(settings) | {"num_classes": model.num_classes}
+    images = {"input_size": (settings.in_chans, *settings.input_size), "mean": settings.mean, "std": settings.std}
+    recorded = {name: record[name] for name in ("num_classes", "crop_pct", "interpolation")}
     config = {
         "architecture": settings.model,
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "global_pool": "avg",
-        "model_args": {name: value for name, value in arguments.items() if value is not None},
-        "pretrained_cfg": timm.get_pretrained_cfg(settings.model).to_dict()
-        | {
-            "input_size": [settings.in_chans, *settings.input_size],
-            "num_classes": model.num_classes,
-            "crop_pct": export.record["crop_pct"],
-            "interpolation": export.record["interpolation"],
-            "mean": list(settings.mean),
-            "std": list(settings.std),
-        },
+        "model_args": arguments,
+        "pretrained_cfg": timm.get_pretrained_cfg(settings.model).to_dict() | images | recorded,
     }
-    if export.record["classes"]:
-        config["label_names"] = export.record["classes"]
+    if record["classes"]:
+        config["label_names"] = record["classes"]
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -162,15 +139,14 @@ def write_onnx(export: Export, path: Path) -> None:
         output_names=output_names(export.part.name),
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )
-    program.model.metadata_props[RECORD] = export.metadata[RECORD]
+    program.model.metadata_props[RECORD] = json.dumps(export.record)
     program.save(path)
 
 
 def write_torch_export(export: Export, path: Path) -> None:
     batch = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(export.part, (export.imgs[:2],), dynamic_shapes=batch)
-    with open(path, "wb") as file:  # a file, for its name has another ending yet
-        torch.export.save(program, file, extra_files={RECORD: export.metadata[RECORD]})
+    torch.export.save(program, path, extra_files={RECORD: json.dumps(export.record)})
 
 
 def write_authors(export: Export, path: Path) -> None:
@@ -195,14 +171,12 @@ def write_authors(export: Export, path: Path) -> None:
 
 def with_position_index(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights with the (N, N) rows of every bias table, which the authors' models save, and ours derive."""
-    complete = {}
-    for name, tensor in weights.items():
-        complete[name] = tensor
+    indices = {}
+    for name, table in weights.items():
         if name.endswith("relative_position_bias_table"):
-            window = (round(len(tensor) ** 0.5) + 1) // 2  # the table has (2 * window - 1) ** 2 rows
-            index = get_relative_position_index(window, window)
-            complete[name.replace("bias_table", "index")] = index
-    return complete
+            window = (round(len(table) ** 0.5) + 1) // 2  # the table has (2 * window - 1) ** 2 rows
+            indices[name.replace("bias_table", "index")] = get_relative_position_index(window, window)
+    return weights | indices
 
 
 ENDINGS = {"safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".pt2", "authors": ".pth"}
@@ -307,16 +281,17 @@ def export_model(config: ExportConfig) -> None:
     weights, info = read_weights(config.checkpoint, ema=config.model_ema)
     part, settings, report = load_part(weights, info, config.as_dict(), config.part)
     logger.info("%s", report)
-    export = Export(part, settings, info, example_images(with_settings(config, settings)), config.model_ema)
+    record = make_record(part, settings, info, crop_ratio(settings.input_size))
+    imgs = example_images(with_settings(config, settings))
+    export = Export(part, settings, info, record, imgs, config.model_ema)
     write, load_back = FORMATS[config.format]
-    with ExitStack() as cleaning, unreadable_is_user_error(f"--out {out} cannot be written"):
+    with unreadable_is_user_error(f"--out {out} cannot be written"):
         make_folder(out.parent)
-        temporary = temporary_path(out)
-        cleaning.callback(shutil.rmtree, temporary, ignore_errors=True)
-        cleaning.callback(temporary.unlink, missing_ok=True) if config.format != "timm" else None
-        write(export, temporary)
-        difference = largest_difference(load_back(export, temporary), part, export.imgs)
-        os.replace(temporary, out)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as folder:
+            written = Path(folder) / out.name
+            write(export, written)
+            difference = largest_difference(load_back(export, written), part, export.imgs)
+            os.replace(written, out)
         sync_folder(out.parent)
     logger.info(
         "wrote %s: %s of %s as %s; loaded back, its outputs differ by at most %.2g (%s images)",
