@@ -12,21 +12,23 @@ import util.run.startup  # noqa: F401 - before PyTorch
 import argparse
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image, ImageColor
 from torch import Tensor, nn
 
 from models_mixmae import MixMAE
-from util.data.display import COLOURS, HAIRLINE, INK, LIGHT, MUTED, Display, enlarge, outline, render, shown_channels
+from util.data.display import COLOURS, HAIRLINE, INK, LIGHT, MUTED, Display, outline, render, shown_channels
 from util.data.transforms import Normalize
 from util.errors import UserError, unreadable_is_user_error
 from util.layers.sizes import NUM_STAGES
@@ -106,24 +108,16 @@ def recorded_shapes(model: MixMAE) -> Iterator[dict[str, tuple[int, ...]]]:
     """The shapes of a forward pass under the names of `Steps.shapes`, filled in while it runs."""
     shapes = {}
 
-    def note(module: nn.Module, name: str, output: bool = False) -> None:
-        hooks.append(
-            module.register_forward_hook(
-                lambda module, inputs, result: shapes.update({name: tuple((result if output else inputs[0]).shape)})
-            )
-        )
+    def note(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor | None = None) -> None:
+        shapes[name] = tuple((inputs[0] if output is None else output).shape)
 
-    hooks = []
-    note(model.layers[0], "tokens")
-    for number, layer in enumerate(model.layers):
-        note(layer, f"stages.{number}", output=True)
-    note(model.decoder_embed, "latent")
-    note(model.decoder_blocks[0], "branches")
-    try:
+    before = {"tokens": model.layers[0], "latent": model.decoder_embed, "branches": model.decoder_blocks[0]}
+    with ExitStack() as hooks:
+        for name, module in before.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(note, name)))
+        for number, layer in enumerate(model.layers):
+            hooks.enter_context(layer.register_forward_hook(partial(note, f"stages.{number}")))
         yield shapes
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def find_window(model: MixMAE, hidden: Tensor, stage: int) -> Window:
@@ -202,17 +196,16 @@ class Page:
         self.axes.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=INK, linewidth=2.2, zorder=3))
 
     def place(self, image: np.ndarray, left: float, top: float, width: float, height: float) -> None:
-        """An image (H, W, 3), at any size."""
-        extent = (left, left + width, top + height, top)
-        self.axes.imshow(resized(image, width, height), extent=extent, aspect="auto", interpolation="none")
+        """An image (H, W, 3) or, partly transparent, (H, W, 4), at any size."""
+        self.axes.imshow(image, extent=(left, left + width, top + height, top), aspect="auto")
 
     def show(self, image: np.ndarray, left: float, top: float, **outlined: Tensor) -> None:
         """An image (H, W, 3) with the contours of the cells that are A's or B's."""
         width, height = fitted(image.shape[:2], SIDE)
-        image = resized(image, width, height)
-        for name, region in outlined.items():
-            image[outline(region, image.shape[:2])] = ImageColor.getrgb(COLOURS[name])
         self.place(image, left, top, width, height)
+        for name, region in outlined.items():
+            lines = outline(region, (round(2 * height), round(2 * width)))  # as many pixels as the file has
+            self.place(lines[..., None] * np.array(to_rgba(COLOURS[name])), left, top, width, height)
 
     def show_tokens(self, group: Tensor, left: float, top: float, side: float) -> tuple[float, float]:
         """A grid of tokens (rows, columns) in the colours of their images; returns its width and height."""
@@ -240,23 +233,9 @@ def fitted(shape: tuple[int, int], side: float) -> tuple[float, float]:
     return side * columns / max(rows, columns), side * rows / max(rows, columns)
 
 
-def resized(image: np.ndarray, width: float, height: float) -> np.ndarray:
-    """An image (H, W, 3) as the file shows it on so many pixels of a page; pixels that become large stay blocks."""
-    width, height = round(2 * width), round(2 * height)
-    factor = max(width // image.shape[1], height // image.shape[0])
-    if factor >= 3:
-        image = image.repeat(factor + 1, axis=0).repeat(factor + 1, axis=1)
-    return enlarge(image, (width, height))
-
-
 def select(own: np.ndarray, other: np.ndarray, chosen: Tensor) -> np.ndarray:
     """`own` where (H, W) is False, `other` where it is True: images (H, W, 3) or colours."""
     return np.where(chosen.numpy()[..., None], other, own).astype(np.uint8)
-
-
-def written(shape: tuple[int, ...]) -> str:
-    """As Python writes it."""
-    return str(tuple(shape))
 
 
 def explanation_figure(steps: Steps, display: Display, captions: list[str]) -> Image.Image:
@@ -287,12 +266,12 @@ def draw_encoding(page: Page, steps: Steps, display: Display) -> None:
     for image, mixture, top, name, partner, row in zip(
         display(steps.imgs), display(steps.mixed), UPPER, "AB", "BA", (0, 1)
     ):
-        page.label(MARGIN, top, f"image {name}", f"{written(steps.imgs.shape)}[{row}]")
+        page.label(MARGIN, top, f"image {name}", f"{tuple(steps.imgs.shape)}[{row}]")
         page.show(image, MARGIN, top, **{name: own | hidden})
-        page.label(MIX, top, f"mixture {row + 1}", f"{written(shapes['tokens'])}[{row}]")
+        page.label(MIX, top, f"mixture {row + 1}", f"{shapes['tokens']}[{row}]")
         page.show(mixture, MIX, top, **{name: own, partner: hidden})
     page.write(MIX, UPPER[1] + SIDE + 22, "encoded and\ndecoded likewise", size=10, color=MUTED)
-    page.label(MASK, middle - small, "mask", written((hidden.numel(),)))
+    page.label(MASK, middle - small, "mask", f"({hidden.numel()},)")
     page.show_tokens(hidden, MASK, middle - small, SMALL_SIDE)
     for top, toward in zip(UPPER, (-1, 1)):
         centre = top + half
@@ -302,11 +281,11 @@ def draw_encoding(page: Page, steps: Steps, display: Display) -> None:
     top = UPPER[0]
     page.arrow((MIX + SIDE + 6, top + 24), (ENCODE - 6, top + 24))
     for stage, side in enumerate(STAGE_SIDES):
-        shape = written(shapes[f"stages.{stage}"])
-        left = min(ENCODE + stage * STAGE_PITCH, WIDTH - MARGIN - 0.602 * SHAPE_SIZE * len(shape))
-        rows, columns = shapes[f"stages.{stage}"][1:3]
+        shape = shapes[f"stages.{stage}"]
+        left = min(ENCODE + stage * STAGE_PITCH, WIDTH - MARGIN - 0.602 * SHAPE_SIZE * len(str(shape)))
+        _, rows, columns, _ = shape
         tokens = upsample(hidden, 2 ** (NUM_STAGES - 1 - stage))[:rows, :columns]
-        page.label(left, top, f"stage {stage + 1}", shape)
+        page.label(left, top, f"stage {stage + 1}", str(shape))
         width, height = page.show_tokens(tokens, left, top, side)
         if stage == window.stage:
             corner = (left + window.columns.start / columns * width, top + window.rows.start / rows * height)
@@ -353,7 +332,7 @@ def draw_decoding(page: Page, steps: Steps, display: Display) -> None:
     page.heading(UNMIXED, 504, "5  Unmix", "from where it was hidden")
     page.heading(TARGET, 504, "6  Loss", "of all cells")
 
-    page.label(MARGIN, middle - small, "latent cells", f"{written(shapes['latent'])}[0]")
+    page.label(MARGIN, middle - small, "latent cells", f"{shapes['latent']}[0]")
     page.show_tokens(hidden, MARGIN, middle - small, SMALL_SIDE)
     page.box(DECODER, LOWER[0], 72, LOWER[1] + 2 * half - LOWER[0])
     page.write(DECODER + 36, middle - 12, "decoder,\nthe same\nfor both", ha="center")
@@ -364,22 +343,20 @@ def draw_decoding(page: Page, steps: Steps, display: Display) -> None:
         visible, centre = (hidden if number else ~hidden), top + half
         seen = pixels if number else ~pixels
         page.arrow((MARGIN + SMALL_SIDE + 6, middle + (number - 0.5) * small), (BRANCH - 6, centre))
-        page.label(
-            BRANCH, top, f"branch {number + 1}: tokens of {name}", f"{written(shapes['branches'])}[{2 * number}]"
-        )
+        page.label(BRANCH, top, f"branch {number + 1}: tokens of {name}", f"{shapes['branches']}[{2 * number}]")
         page.show(select(MASK_TOKEN, originals[number], seen), BRANCH, top, **{name: visible})
         page.arrow((BRANCH + SIDE + 6, centre), (DECODER - 6, centre))
         page.arrow((DECODER + 78, centre), (PREDICTED - 6, centre))
-        page.label(PREDICTED, top, f"predicted cells of {name}", f"{written(shapes['pred'])}[{number}]")
+        page.label(PREDICTED, top, f"predicted cells of {name}", f"{shapes['pred']}[{number}]")
         page.show(select(predictions[number], NOTHING, seen), PREDICTED, top)
         page.arrow((PREDICTED + SIDE + 6, centre), (UNMIXED - 6, centre))
         page.write(
             (PREDICTED + SIDE + UNMIXED) / 2, centre + 16, "and those of\nmixture 2", size=9, color=MUTED, ha="center"
         )
-        page.label(UNMIXED, top, f"{name}, reconstructed", f"{written(shapes['pred'])}[{number}]")
+        page.label(UNMIXED, top, f"{name}, reconstructed", f"{shapes['pred']}[{number}]")
         page.show(predictions[number], UNMIXED, top)
         page.arrow((UNMIXED + SIDE + 6, centre), (TARGET - 6, centre))
-        page.label(TARGET, top, f"image {name}", f"{written(steps.imgs.shape)}[{number}]")
+        page.label(TARGET, top, f"image {name}", f"{tuple(steps.imgs.shape)}[{number}]")
         page.show(originals[number], TARGET, top, **{name: hidden | True})
 
 

@@ -57,10 +57,10 @@ COLUMN_GAP, ROW_GAP, TUPLE_GAP = 32, 16, 48
 TEXT, SMALL, LINE = 17, 15, 24  # font sizes, and from one line of the caption to the next
 LINE_LENGTH = 148  # characters in a line of the caption
 
-WITHOUT_PARTNERS = {  # by the model's filling: what the input shows where a cell is hidden, and what takes its place
-    "mask_token": ("hidden cells are a mask token (grey)", "a learned mask token takes"),
-    "zero": ("hidden cells have the mean's value", "pixels of the mean's value take"),
-    "noise": ("hidden cells are noise", "Gaussian noise takes"),
+FILLINGS = {  # of models that mix no images: what the input shows where a cell is hidden
+    "mask_token": "hidden cells are a mask token (grey)",
+    "zero": "hidden cells have the mean's value",
+    "noise": "hidden cells are noise",
 }
 
 
@@ -69,7 +69,7 @@ def introduction(model: MixMAE) -> str:
     if model.fill != "partner":
         return "Of every image, cells are hidden from the encoder; the decoder predicts them from the others."
     attends = "within each image only" if model.masked_attn else "to all images"
-    of_whom = "the row's image" if model.num_branches == 1 else "both" if model.mix_images == 2 else "all"
+    of_whom = "each" if model.num_branches > 1 else "the row's image"
     return (
         f"Images are mixed {at_a_time(model)}, cell by cell. The encoder attends {attends}; "
         f"the decoder predicts what was hidden of {of_whom}."
@@ -86,14 +86,12 @@ def headings(model: MixMAE) -> list[tuple[str, str]]:
     A single branch predicts the visible cells too, but these do not count in its loss: it has no fourth column.
     """
     if model.fill == "partner":
-        original = "the images of a mixture" if model.num_branches > 1 else "each the first of its own mixture"
-        found = [("Original", original), ("Mixed input", "all that the encoder sees")]
+        found = [("Original", "the images of a mixture"), ("Mixed input", "all that the encoder sees")]
     else:
-        found = [("Original", "each image by itself"), ("Masked input", WITHOUT_PARTNERS[model.fill][0])]
+        found = [("Original", "each image by itself"), ("Masked input", FILLINGS[model.fill])]
     found.append(("Hidden cells filled in", "own cells kept, the others predicted"))
     if model.num_branches > 1:
-        article = "the" if model.num_branches == 2 else "a"
-        found.append(("Every cell predicted", f"each from {article} mixture that hid it"))
+        found.append(("Every cell predicted", "each from a mixture that hid it"))
     return found
 
 
@@ -124,19 +122,12 @@ def reconstruction_figure(
     display = Display(imgs, mean, std, shown_channels(in_chans, channels))
     columns = [display(column) for column in (imgs, *reconstruct(model, imgs, mask))]
     mask = model.check_mask(mask).view(model.grid_size)
-    if model.fill == "partner":
-        instead = "its partner's take" if model.mix_images == 2 else "its partners' take"
-        tuples = images_of_tuples(len(imgs), model.mix_images)
-    else:
-        instead = WITHOUT_PARTNERS[model.fill][1]
-        tuples = [[number] for number in range(len(imgs))]
+    tuples = images_of_tuples(len(imgs), model.mix_images if model.fill == "partner" else 1)
     if model.fill == "mask_token":  # which is no pixels
         columns[1][:, upsample(mask.bool(), model.encoder_stride).numpy()] = ImageColor.getrgb(HAIRLINE)
-    hidden = int(mask.count_nonzero())
-    caption = f"{hidden} of the {mask.numel()} cells of every image are hidden: {instead} their place. "
-    if model.norm_pix_loss:
-        caption += f"{PREDICTED_UP_TO} "
-    caption += " ".join(display.caption(in_chans))
+    caption = [f"{mask.count_nonzero()} of the {mask.numel()} cells of every image are hidden."]
+    caption += [PREDICTED_UP_TO] if model.norm_pix_loss else []
+    caption = " ".join([*caption, *display.caption(in_chans)])
     return draw_page(list(zip(headings(model), columns)), mask, tuples, introduction(model), caption, source)
 
 
@@ -167,7 +158,7 @@ def draw_page(
     tuple_pitch = K * row_pitch + (TUPLE_GAP - ROW_GAP if mixed else 0)
     letters = [list(COLOURS)[number % len(COLOURS)] for number in range(K)]
     caption_lines = textwrap.wrap(caption, LINE_LENGTH)
-    caption_top = HEAD + len(tuples) * tuple_pitch + (0 if mixed else TUPLE_GAP - ROW_GAP) + 4
+    caption_top = HEAD + len(tuples) * tuple_pitch + 24
     total_height = caption_top + (len(caption_lines) + bool(source)) * LINE + 20
 
     figure = Figure((WIDTH / 72, total_height / 72), dpi=72)  # so that points are pixels
