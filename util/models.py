@@ -46,22 +46,20 @@ def describe_model(name: str) -> dict:
 
 def table(models: list[dict]) -> str:
     """The facts as lines with aligned columns."""
-    rows = [HEADINGS]
-    for facts in models:
-        rows.append(
-            (
-                facts["model"],
-                f"{facts['parameters'] / 1e6:.1f} M",
-                f"{facts['multiply_adds'] / 1e9:.2f} G",
-                "x".join(map(str, facts["input_size"])),
-                " ".join(map(str, facts["windows"])),
-                " ".join(map(str, facts["strides"])),
-                ", ".join(facts["published"]) or "-",
-            )
+    rows = [HEADINGS] + [
+        (
+            facts["model"],
+            f"{facts['parameters'] / 1e6:.1f} M",
+            f"{facts['multiply_adds'] / 1e9:.2f} G",
+            "x".join(map(str, facts["input_size"])),
+            " ".join(map(str, facts["windows"])),
+            " ".join(map(str, facts["strides"])),
+            ", ".join(facts["published"]) or "-",
         )
+        for facts in models
+    ]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    align = (str.ljust, str.rjust, str.rjust, str.rjust, str.ljust, str.ljust, str.ljust)
-    lines = [[put(cell, width) for put, cell, width in zip(align, row, widths)] for row in rows]
+    lines = ([f"{cell:{side}{width}}" for cell, side, width in zip(row, "<>>><<<", widths)] for row in rows)
     return "\n".join("  ".join(cells).rstrip() for cells in lines)
 
 

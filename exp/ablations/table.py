@@ -25,35 +25,26 @@ MEASURES = {
     "probe_acc1": "linear probe",
     "test_acc1": "fine-tuned, 500 labels",
 }
-GROUPS = {  # variants by their folders, and how they are called, in the order of the table
-    "": {"paper": "the paper's method", "random": "random weights; supervised from scratch"},
-    "Telling two images apart": {
-        "mix_embed": "mix embeddings too",
-        "mix_embed_unmasked": "mix embeddings instead of masked attention",
-        "unmasked": "neither mix embeddings nor masked attention",
-        "partners_cycle": "no masked attention, partners in a cycle",
-    },
-    "Reconstruction": {"single": "single instead of dual"},
-    "What fills a hidden cell": {
-        "fill_mask_token": "a mask token, as in SimMIM",
-        "fill_zero": "zero (the mean)",
-        "fill_noise": "noise",
-    },
-    "Mask": {
-        "ratio_25": "ratio 0.25",
-        "ratio_75": "ratio 0.75",
-        "ratio_varied": "ratio from 0.5 to 0.75",
-        "mask_per_pair": "one for each pair",
-    },
-    "Mixtures": {
-        "images_3": "3 images (ratio 0.67)",
-        "images_4": "4 images (ratio 0.75)",
-    },
-    "Decoder and target": {
-        "decoder_deep": "4 decoder blocks instead of 1",
-        "decoder_narrow": "decoder of 32 channels instead of 64",
-        "plain_pixels": "pixels not normalised",
-    },
+VARIANTS = {  # by their folders, in the order of the table
+    "paper": "the paper's method",
+    "random": "random weights; supervised from scratch",
+    "mix_embed": "Telling two images apart: mix embeddings too",
+    "mix_embed_unmasked": "Telling two images apart: mix embeddings instead of masked attention",
+    "unmasked": "Telling two images apart: neither mix embeddings nor masked attention",
+    "partners_cycle": "Telling two images apart: no masked attention, partners in a cycle",
+    "single": "Reconstruction: single instead of dual",
+    "fill_mask_token": "What fills a hidden cell: a mask token, as in SimMIM",
+    "fill_zero": "What fills a hidden cell: zero (the mean)",
+    "fill_noise": "What fills a hidden cell: noise",
+    "ratio_25": "Mask: ratio 0.25",
+    "ratio_75": "Mask: ratio 0.75",
+    "ratio_varied": "Mask: ratio from 0.5 to 0.75",
+    "mask_per_pair": "Mask: one for each pair",
+    "images_3": "Mixtures: 3 images (ratio 0.67)",
+    "images_4": "Mixtures: 4 images (ratio 0.75)",
+    "decoder_deep": "Decoder and target: 4 decoder blocks instead of 1",
+    "decoder_narrow": "Decoder and target: decoder of 32 channels instead of 64",
+    "plain_pixels": "Decoder and target: pixels not normalised",
 }
 
 
@@ -61,30 +52,28 @@ GROUPS = {  # variants by their folders, and how they are called, in the order o
 class Row:
     """A variant: its measures in percent for each complete seed, and seconds of an epoch."""
 
-    name: str
+    variant: str
     values: dict[str, list[float]]
     seconds: list[float]
 
 
-def read_rows(runs: Path, seeds: list[int]) -> dict[str, list[Row]]:
-    """The variants of each group that have complete runs.
+def read_rows(runs: Path, seeds: list[int]) -> list[Row]:
+    """The variants that have complete runs.
 
     Raises:
         UserError: there are none.
     """
-    groups = {}
-    for group, variants in GROUPS.items():
-        groups[group] = []
-        for folder, name in variants.items():
-            paths = (runs / folder / f"seed{seed}" for seed in seeds)
-            complete = [path for path in paths if (path / "done").exists()]
-            logs = [last_line(path / "pretrain") | last_line(path / "finetune") for path in complete]
-            if logs:
-                values = {measure: [log[measure] for log in logs] for measure in MEASURES}
-                groups[group].append(Row(name, values, [epoch_seconds(path / "pretrain") for path in complete]))
-    if not any(groups.values()):
+    rows = []
+    for variant in VARIANTS:
+        paths = (runs / variant / f"seed{seed}" for seed in seeds)
+        complete = [path for path in paths if (path / "done").exists()]
+        logs = [last_line(path / "pretrain") | last_line(path / "finetune") for path in complete]
+        if logs:
+            values = {measure: [log[measure] for log in logs] for measure in MEASURES}
+            rows.append(Row(variant, values, [epoch_seconds(path / "pretrain") for path in complete]))
+    if not rows:
         raise UserError(f"--runs {runs} has no complete runs of the seeds {seeds}: give the output folder of run.sh")
-    return groups
+    return rows
 
 
 def last_line(run: Path) -> dict[str, float]:
@@ -97,46 +86,43 @@ def epoch_seconds(run: Path) -> float:
     return history.time_spent.steps / len(history.epochs)
 
 
-def table(groups: dict[str, list[Row]], seeds: list[int]) -> str:
+def table(rows: list[Row], seeds: list[int]) -> str:
     """In Markdown."""
     lines = ["| variant | " + " | ".join(MEASURES.values()) + " | seconds per epoch |", "|---|" + "---|" * 4]
-    for group, rows in groups.items():
-        for row in rows:
-            cells = [f"{mean(values):.1f} ± {(max(values) - min(values)) / 2:.1f}" for values in row.values.values()]
-            few = f" (of {len(row.seconds)} seeds)" if len(row.seconds) < len(seeds) else ""
-            name = f"{group}: {row.name}" if group else row.name
-            lines.append(f"| {name}{few} | {' | '.join(cells)} | {mean(row.seconds):.0f} |")
+    for row in rows:
+        cells = [f"{mean(values):.1f} ± {(max(values) - min(values)) / 2:.1f}" for values in row.values.values()]
+        few = f" (of {len(row.seconds)} seeds)" if len(row.seconds) < len(seeds) else ""
+        lines.append(f"| {VARIANTS[row.variant]}{few} | {' | '.join(cells)} | {mean(row.seconds):.0f} |")
     lines += [
         "",
         f"Top-1 accuracy in %: mean over the seeds {seeds}, and half the distance from the lowest to the highest.",
+        "Seconds of an epoch of pretraining, with another variant beside it on the same machine.",
     ]
-    lines.append("Seconds of an epoch of pretraining, with another variant beside it on the same machine.")
     return "\n".join(lines) + "\n"
 
 
-def plot(groups: dict[str, list[Row]]) -> Figure:
+def plot(rows: list[Row]) -> Figure:
     """Every seed as a point, every mean as a line, the paper's method as a grey band from its lowest seed to its
     highest; a column for each measure."""
-    rows = [(group, row) for group, members in groups.items() for row in members]
     figure = Figure((12, 0.34 * len(rows) + 1.5), layout="constrained")
     columns = figure.subplots(1, len(MEASURES), sharey=True)
+    names = [VARIANTS[row.variant] for row in rows]
+    groups = [name.partition(": ")[0] if ": " in name else "" for name in names]
     for axes, (measure, heading) in zip(columns, MEASURES.items()):
-        for row in groups[""]:
-            if row.name == GROUPS[""]["paper"]:
-                axes.axvspan(min(row.values[measure]), max(row.values[measure]), color=HAIRLINE, alpha=0.6, zorder=0)
-        for place, (_, row) in enumerate(rows):
+        for place, row in enumerate(rows):
             values = row.values[measure]
+            if row.variant == "paper":
+                axes.axvspan(min(values), max(values), color=HAIRLINE, alpha=0.6, zorder=0)
             axes.plot(values, [place] * len(values), "o", color=COLOURS["A"], alpha=0.6, markersize=5)
             axes.plot([mean(values)] * 2, [place - 0.32, place + 0.32], color=INK, linewidth=2)
-        for place in range(1, len(rows)):
-            if rows[place][0] != rows[place - 1][0]:
+            if place and groups[place] != groups[place - 1]:
                 axes.axhline(place - 0.5, color=HAIRLINE, linewidth=1)
         axes.set_title(heading, fontsize=11, color=INK)
         axes.set_xlabel("top-1 accuracy in %", color=MUTED)
         axes.tick_params(length=0, labelcolor=INK)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.grid(axis="x", color=LIGHT)
-    columns[0].set_yticks(np.arange(len(rows)), [f"{group}: {row.name}" if group else row.name for group, row in rows])
+    columns[0].set_yticks(np.arange(len(rows)), names)
     columns[0].set_ylim(len(rows) - 0.5, -0.5)
     return figure
 
@@ -144,10 +130,10 @@ def plot(groups: dict[str, list[Row]]) -> Figure:
 def main(flags: argparse.Namespace) -> None:
     with user_errors():
         setup_logging()
-        groups = read_rows(flags.runs, flags.seeds)
-    (flags.runs / "table.md").write_text(table(groups, flags.seeds))
-    plot(groups).savefig(flags.runs / "plot.png", dpi=110)
-    print(table(groups, flags.seeds))
+        rows = read_rows(flags.runs, flags.seeds)
+    (flags.runs / "table.md").write_text(table(rows, flags.seeds))
+    plot(rows).savefig(flags.runs / "plot.png", dpi=110)
+    print(table(rows, flags.seeds))
     print(f"Look at {flags.runs / 'plot.png'}. The table is in {flags.runs / 'table.md'}.")
 
 

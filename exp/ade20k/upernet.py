@@ -72,14 +72,6 @@ class SegmentationConfig(DenseConfig):
         "short_side": None,
     }
 
-    data_path: str = flag(
-        "",
-        "folder with images/training, annotations/training, images/validation and annotations/validation (ADE20K's "
-        "layout: in label maps 0 is ignored and classes count from 1), or images/train, masks/train, images/val and "
-        "masks/val (classes count from 0); label maps are PNGs of the images' names and sizes",
-        "PATH",
-        on_resume=DenseConfig.__dataclass_fields__["data_path"].metadata["on_resume"],
-    )
     nb_classes: int | None = flag(
         None,
         "number of classes (default: as in the run to resume or evaluate, else as many as classes.txt in the data "

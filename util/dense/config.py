@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 from util.errors import UserError
 from util.run.config import DataFlags, TrainingConfig, resolve
 from util.run.evaluation import EvaluationFlags
-from util.run.flags import FREE, flag, with_default
+from util.run.flags import FREE, flag, other_bits, with_default
 from util.run.launch import Launch
 from util.run.once_per_node import read_checkpoint_together
 from util.run.session import Start
@@ -33,7 +33,12 @@ class DenseConfig(EvaluationFlags, TrainingConfig):
     TASK_SETTINGS: ClassVar[dict[str, Any]]  # flags that belong to the weights of the task, with their defaults
 
     compile: bool = flag(False, "not in this program: its images differ in size", on_resume=FREE)
-    data_path: str = with_default(DataFlags, "data_path", "")
+    data_path: str = flag(
+        "",
+        "folder of images with annotations (COCO's format) or label maps (ADE20K's layout, or images/ and masks/)",
+        "PATH",
+        on_resume=other_bits("identical only if it holds the same images in the same order"),
+    )
     bad_images: str = with_default(DataFlags, "bad_images", "error")
     max_bad_images: float = with_default(DataFlags, "max_bad_images", 0.01)
     layer_decay: float = flag(

@@ -1,6 +1,5 @@
 """Label maps as pictures for people, and predicted ones as files."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,10 +65,17 @@ def segmentation_picture(
     """
     rows = []
     for index, classes in enumerate(predicted):
-        image, labels = dataset.source.read(index)
-        pixels = as_picture(decoded(dataset.pixels.convert(image)), mean, std)
-        rows.append((pixels, [labels.numpy(), classes.numpy()]))
+        pixels, labels = read_picture(dataset, index, mean, std)
+        rows.append((pixels, [labels, classes.numpy()]))
     return segmentation_table(rows, ["image", "label map", "predicted"], dataset.classes)
+
+
+def read_picture(
+    dataset: ImageDataset, index: int, mean: Sequence[float], std: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """An image of a data set of a `LabelMapSource` as a picture (h, w, 3), and its label map (h, w)."""
+    image, labels = dataset.source.read(index)
+    return as_picture(decoded(dataset.pixels.convert(image)), mean, std), labels.numpy()
 
 
 class PredictionFolder:
@@ -84,20 +90,15 @@ class PredictionFolder:
     def __init__(self, folder: str, dataset: ImageDataset, mean: Sequence[float], std: Sequence[float]):
         self.folder, self.dataset, self.mean, self.std = Path(folder), dataset, mean, std
         self.colors = class_colors(len(dataset.classes))
-        with self._writing():  # while an evaluation is not yet lost
+        with unreadable_is_user_error(f"--predictions {folder} cannot be written"):  # before the evaluation
             (self.folder / "labels").mkdir(parents=True, exist_ok=True)
 
     def __call__(self, index: int, classes: Tensor) -> None:
         source: LabelMapSource = self.dataset.source
-        values = Image.fromarray(source.numbers.values_of(classes.numpy()))
-        image = decoded(self.dataset.pixels.convert(source.read(index)[0]))
-        pixels = as_picture(image, self.mean, self.std)
-        picture = Image.fromarray(overlay(pixels, classes.numpy(), self.colors))
-        for kind, image in (("labels", values), ("overlays", picture)):
+        pixels, _ = read_picture(self.dataset, index, self.mean, self.std)
+        values, shown = source.numbers.values_of(classes.numpy()), overlay(pixels, classes.numpy(), self.colors)
+        for kind, picture in (("labels", values), ("overlays", shown)):
             path = self.folder / kind / source.label_name(index)
-            with self._writing():
-                os.makedirs(path.parent, exist_ok=True)
-                image.save(path)
-
-    def _writing(self):
-        return unreadable_is_user_error(f"--predictions {self.folder} cannot be written")
+            with unreadable_is_user_error(f"--predictions {self.folder} cannot be written"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture).save(path)
