@@ -85,9 +85,8 @@ def run_steps(model: MixMAE, imgs: Tensor, mask: Tensor, stage: int | None = Non
     """
     if model.num_branches != 2 or not model.masked_attn:
         raise UserError(
-            "the picture shows mixtures of two images, masked attention and the reconstruction of both images; this "
-            f"checkpoint was trained with {model.mix_images} images, {model.num_branches} reconstructed, and "
-            f"{'' if model.masked_attn else 'no '}masked attention: util.visualize shows what it reconstructs"
+            "the picture is of mixtures of two images, masked attention and the reconstruction of both images; this "
+            "checkpoint is of another variant: util.visualize shows what it reconstructs"
         )
     mask = model.check_mask(mask)
     hidden = mask.bool().view(model.grid_size)
@@ -151,6 +150,7 @@ SIDE = 120  # longer side of an image
 UPPER, LOWER = (112, 284), (572, 744)  # tops of images in the upper and the lower half, A's and B's
 MASK, MIX, ENCODE = 176, 308, 462  # lefts in the upper half, after the images
 BRANCH, DECODER, PREDICTED, UNMIXED, TARGET = 176, 336, 444, 652, 860  # lefts in the lower half, after the latent cells
+DECODER_WIDTH = 72
 SMALL_SIDE = 88  # of the mask and the latent cells
 STAGE_SIDES, STAGE_PITCH = (112, 88, 66, 48), 146
 STRIP = 6  # width of the tokens beside their attention
@@ -188,10 +188,6 @@ class Page:
         style = dict(arrowstyle="-|>,head_width=0.2,head_length=0.4", color=MUTED, linewidth=1.2, shrinkA=0, shrinkB=0)
         self.axes.annotate("", ends[1], ends[0], arrowprops=style)
 
-    def box(self, left: float, top: float, width: float, height: float) -> None:
-        style = dict(boxstyle="round,pad=0,rounding_size=8", color=LIGHT, linewidth=0)
-        self.axes.add_patch(FancyBboxPatch((left, top), width, height, **style))
-
     def frame(self, left: float, top: float, width: float, height: float) -> None:
         self.axes.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=INK, linewidth=2.2, zorder=3))
 
@@ -199,16 +195,20 @@ class Page:
         """An image (H, W, 3) or, partly transparent, (H, W, 4), at any size."""
         self.axes.imshow(image, extent=(left, left + width, top + height, top), aspect="auto")
 
-    def show(self, image: np.ndarray, left: float, top: float, **outlined: Tensor) -> None:
+    def show(self, left: float, top: float, name: str, shape: str, image: np.ndarray, **outlined: Tensor) -> None:
         """An image (H, W, 3) with the contours of the cells that are A's or B's."""
+        self.label(left, top, name, shape)
         width, height = fitted(image.shape[:2], SIDE)
         self.place(image, left, top, width, height)
-        for name, region in outlined.items():
+        for owner, region in outlined.items():
             lines = outline(region, (round(2 * height), round(2 * width)))  # as many pixels as the file has
-            self.place(lines[..., None] * np.array(to_rgba(COLOURS[name])), left, top, width, height)
+            self.place(lines[..., None] * np.array(to_rgba(COLOURS[owner])), left, top, width, height)
 
-    def show_tokens(self, group: Tensor, left: float, top: float, side: float) -> tuple[float, float]:
+    def show_tokens(
+        self, left: float, top: float, name: str, shape: str, group: Tensor, side: float
+    ) -> tuple[float, float]:
         """A grid of tokens (rows, columns) in the colours of their images; returns its width and height."""
+        self.label(left, top, name, shape)
         width, height = fitted(group.shape, side)
         self.place(select(BLUE, ORANGE, group), left, top, width, height)
         rows, columns = group.shape
@@ -217,8 +217,9 @@ class Page:
         self.axes.hlines(np.linspace(top, top + height, rows + 1), left, left + width, **style)
         return width, height
 
-    def show_attention(self, window: Window, order: Tensor, left: float, top: float) -> None:
+    def show_attention(self, left: float, top: float, name: str, shape: str, window: Window, order: Tensor) -> None:
         """Who attends to whom in a window, its tokens standing in `order`: pairs, and the tokens beside them."""
+        self.label(left, top, name, shape)
         tokens = select(BLUE, ORANGE, window.group.flatten()[order][:, None])  # (n, 1, 3)
         pairs = select(np.uint8(255), tokens // 2 + 127, window.pairs[order][:, order])
         start = STRIP + 3
@@ -254,7 +255,7 @@ def draw_encoding(page: Page, steps: Steps, display: Display) -> None:
     """The upper half: mask, mix, encode."""
     hidden, shapes, window = steps.hidden, steps.shapes, steps.window
     half, small = (fitted(hidden.shape, side)[1] / 2 for side in (SIDE, SMALL_SIDE))
-    own, middle = ~hidden, sum(UPPER) / 2 + half
+    middle = sum(UPPER) / 2 + half
     page.heading(MARGIN, 32, "Two images", "of a batch")
     page.heading(MASK, 32, "1  Mask", f"{hidden.sum()} of {hidden.numel()} cells")
     page.heading(MIX, 32, "2  Mix", "swap masked tokens")
@@ -266,13 +267,11 @@ def draw_encoding(page: Page, steps: Steps, display: Display) -> None:
     for image, mixture, top, name, partner, row in zip(
         display(steps.imgs), display(steps.mixed), UPPER, "AB", "BA", (0, 1)
     ):
-        page.label(MARGIN, top, f"image {name}", f"{tuple(steps.imgs.shape)}[{row}]")
-        page.show(image, MARGIN, top, **{name: own | hidden})
-        page.label(MIX, top, f"mixture {row + 1}", f"{shapes['tokens']}[{row}]")
-        page.show(mixture, MIX, top, **{name: own, partner: hidden})
+        shape, tokens = f"{tuple(steps.imgs.shape)}[{row}]", f"{shapes['tokens']}[{row}]"
+        page.show(MARGIN, top, f"image {name}", shape, image, **{name: torch.ones_like(hidden)})
+        page.show(MIX, top, f"mixture {row + 1}", tokens, mixture, **{name: ~hidden, partner: hidden})
     page.write(MIX, UPPER[1] + SIDE + 22, "encoded and\ndecoded likewise", size=10, color=MUTED)
-    page.label(MASK, middle - small, "mask", f"({hidden.numel()},)")
-    page.show_tokens(hidden, MASK, middle - small, SMALL_SIDE)
+    page.show_tokens(MASK, middle - small, "mask", f"({hidden.numel()},)", hidden, SMALL_SIDE)
     for top, toward in zip(UPPER, (-1, 1)):
         centre = top + half
         page.arrow((MARGIN + SIDE + 6, centre), (MASK - 6, middle + toward * small / 2))
@@ -285,8 +284,7 @@ def draw_encoding(page: Page, steps: Steps, display: Display) -> None:
         left = min(ENCODE + stage * STAGE_PITCH, WIDTH - MARGIN - 0.602 * SHAPE_SIZE * len(str(shape)))
         _, rows, columns, _ = shape
         tokens = upsample(hidden, 2 ** (NUM_STAGES - 1 - stage))[:rows, :columns]
-        page.label(left, top, f"stage {stage + 1}", str(shape))
-        width, height = page.show_tokens(tokens, left, top, side)
+        width, height = page.show_tokens(left, top, f"stage {stage + 1}", str(shape), tokens, side)
         if stage == window.stage:
             corner = (left + window.columns.start / columns * width, top + window.rows.start / rows * height)
             size = (window.group.shape[1] / columns * width, window.group.shape[0] / rows * height)
@@ -296,15 +294,14 @@ def draw_encoding(page: Page, steps: Steps, display: Display) -> None:
 
     top, places = UPPER[1], (ENCODE, (ENCODE + TARGET) / 2, TARGET)
     n, middle = window.group.numel(), UPPER[1] + SIDE / 2
-    page.label(places[0], top, f"a window of stage {window.stage + 1}", f"{n} tokens")
-    width, height = page.show_tokens(window.group, places[0], top, SIDE)
-    page.frame(places[0], top, width, height)
-    page.label(places[1], top, "masked attention", f"{n} \u00d7 {n} pairs")
-    page.show_attention(window, torch.arange(n), places[1], top)
-    page.label(
-        places[2], top, "the same, sorted", " + ".join(f"{length} \u00d7 {length}" for length in window.segments)
+    name, blocks = (
+        f"a window of stage {window.stage + 1}",
+        " + ".join(f"{size} \u00d7 {size}" for size in window.segments),
     )
-    page.show_attention(window, window.order, places[2], top)
+    width, height = page.show_tokens(places[0], top, name, f"{n} tokens", window.group, SIDE)
+    page.frame(places[0], top, width, height)
+    page.show_attention(places[1], top, "masked attention", f"{n} \u00d7 {n} pairs", window, torch.arange(n))
+    page.show_attention(places[2], top, "the same, sorted", blocks, window, window.order)
     for left, right in pairwise(places):
         page.arrow((left + SIDE + 8, middle), (right - 8, middle))
     page.write(places[2] - (places[2] - places[1] - SIDE) / 2, middle - 8, "sort", ha="center")
@@ -323,7 +320,6 @@ def draw_decoding(page: Page, steps: Steps, display: Display) -> None:
     """The lower half: decode twice, unmix, loss."""
     hidden, shapes = steps.hidden, steps.shapes
     stride = steps.imgs.shape[2] // hidden.shape[0]
-    pixels = upsample(hidden, stride)
     half, small = (fitted(hidden.shape, side)[1] / 2 for side in (SIDE, SMALL_SIDE))
     middle = sum(LOWER) / 2 + half
     page.heading(
@@ -332,32 +328,30 @@ def draw_decoding(page: Page, steps: Steps, display: Display) -> None:
     page.heading(UNMIXED, 504, "5  Unmix", "from where it was hidden")
     page.heading(TARGET, 504, "6  Loss", "of all cells")
 
-    page.label(MARGIN, middle - small, "latent cells", f"{shapes['latent']}[0]")
-    page.show_tokens(hidden, MARGIN, middle - small, SMALL_SIDE)
-    page.box(DECODER, LOWER[0], 72, LOWER[1] + 2 * half - LOWER[0])
-    page.write(DECODER + 36, middle - 12, "decoder,\nthe same\nfor both", ha="center")
+    page.show_tokens(MARGIN, middle - small, "latent cells", f"{shapes['latent']}[0]", hidden, SMALL_SIDE)
+    style = dict(boxstyle="round,pad=0,rounding_size=8", color=LIGHT, linewidth=0)
+    page.axes.add_patch(FancyBboxPatch((DECODER, LOWER[0]), DECODER_WIDTH, LOWER[1] + 2 * half - LOWER[0], **style))
+    page.write(DECODER + DECODER_WIDTH / 2, middle - 12, "decoder,\nthe same\nfor both", ha="center")
     error = f"mean squared\nerror {steps.loss:.3f}"
     page.write((UNMIXED + SIDE + TARGET) / 2, middle - 4, error, size=9.5, ha="center")
     originals, predictions = display(steps.imgs), display(steps.predicted)
-    for number, (top, name) in enumerate(zip(LOWER, "AB")):
-        visible, centre = (hidden if number else ~hidden), top + half
-        seen = pixels if number else ~pixels
-        page.arrow((MARGIN + SMALL_SIDE + 6, middle + (number - 0.5) * small), (BRANCH - 6, centre))
-        page.label(BRANCH, top, f"branch {number + 1}: tokens of {name}", f"{shapes['branches']}[{2 * number}]")
-        page.show(select(MASK_TOKEN, originals[number], seen), BRANCH, top, **{name: visible})
-        page.arrow((BRANCH + SIDE + 6, centre), (DECODER - 6, centre))
-        page.arrow((DECODER + 78, centre), (PREDICTED - 6, centre))
-        page.label(PREDICTED, top, f"predicted cells of {name}", f"{shapes['pred']}[{number}]")
-        page.show(select(predictions[number], NOTHING, seen), PREDICTED, top)
-        page.arrow((PREDICTED + SIDE + 6, centre), (UNMIXED - 6, centre))
-        page.write(
-            (PREDICTED + SIDE + UNMIXED) / 2, centre + 16, "and those of\nmixture 2", size=9, color=MUTED, ha="center"
+    for number, (top, name, visible) in enumerate(zip(LOWER, "AB", (~hidden, hidden))):
+        image, predicted, centre = originals[number], predictions[number], top + half
+        seen, branch, pred = (
+            upsample(visible, stride),
+            f"{shapes['branches']}[{2 * number}]",
+            f"{shapes['pred']}[{number}]",
         )
-        page.label(UNMIXED, top, f"{name}, reconstructed", f"{shapes['pred']}[{number}]")
-        page.show(predictions[number], UNMIXED, top)
-        page.arrow((UNMIXED + SIDE + 6, centre), (TARGET - 6, centre))
-        page.label(TARGET, top, f"image {name}", f"{tuple(steps.imgs.shape)}[{number}]")
-        page.show(originals[number], TARGET, top, **{name: hidden | True})
+        tokens, shape = select(MASK_TOKEN, image, seen), f"{tuple(steps.imgs.shape)}[{number}]"
+        page.show(BRANCH, top, f"branch {number + 1}: tokens of {name}", branch, tokens, **{name: visible})
+        page.show(PREDICTED, top, f"predicted cells of {name}", pred, select(predicted, NOTHING, seen))
+        page.show(UNMIXED, top, f"{name}, reconstructed", pred, predicted)
+        page.show(TARGET, top, f"image {name}", shape, image, **{name: torch.ones_like(hidden)})
+        others = dict(size=9, color=MUTED, ha="center")
+        page.write((PREDICTED + SIDE + UNMIXED) / 2, centre + 16, "and those of\nmixture 2", **others)
+        page.arrow((MARGIN + SMALL_SIDE + 6, middle + (number - 0.5) * small), (BRANCH - 6, centre))
+        for left, right in pairwise((BRANCH, DECODER, PREDICTED, UNMIXED, TARGET)):
+            page.arrow((left + (DECODER_WIDTH if left == DECODER else SIDE) + 6, centre), (right - 6, centre))
 
 
 # --- The command ---
