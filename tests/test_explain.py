@@ -14,7 +14,6 @@ from util.data.display import COLOURS, Display
 from util.explain import explanation_figure, find_window, run_steps
 from util.layers.windows import upsample
 from util.run.flags import given_flags
-from util.run.pictures import PREDICTED_UP_TO, wrap
 from util.weights.file import write_checkpoint
 
 MASK = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0.0])
@@ -154,13 +153,6 @@ def test_mix_embeddings_are_spoken_of_where_there_are_some(monkeypatch):
 def test_shapes_of_large_images_end_at_the_edge(monkeypatch):
     said = drawn_texts(monkeypatch, small_model(img_size=96), random_images(size=(96, 96)))
     assert said["(2, 12, 12, 128)"] <= explain.WIDTH - explain.MARGIN
-
-
-def test_lines_of_a_caption_are_as_equal_as_words_allow():
-    text = "aaa bbb ccc ddd eee"
-    assert wrap(text, 18) == ["aaa bbb ccc", "ddd eee"] and wrap(text, 19) == [text] and wrap("", 19) == []
-    shorter, longer = sorted(map(len, wrap(PREDICTED_UP_TO, explain.LINE_LENGTH)))
-    assert longer - shorter < 20 and longer <= explain.LINE_LENGTH
 
 
 # --- The command --------------------------------------------------------------------------------------------

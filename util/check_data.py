@@ -34,7 +34,7 @@ from torchvision.utils import make_grid
 
 from util.data.datasets import WORKERS, NumberedImages
 from util.data.decoding import PILLOW_FORMATS, BadImageError, PixelType, decoded
-from util.data.display import Display, shown_channels
+from util.data.display import Display
 from util.data.image_index import abbreviate
 from util.data.image_source import FileSource
 from util.data.jpeg import ORIENTATION
@@ -254,7 +254,7 @@ def draw_sheet(source: FileSource, part: Findings, config: CheckDataConfig) -> I
     count = min(SHEET_IMAGES, len(numbers))
     samples = [dataset[(0, numbers[position * len(numbers) // count])] for position in range(count)]
     imgs = torch.stack([normalize(image) for image, number in samples if number >= 0])  # of the first image's kind
-    display = Display(imgs, config.mean, config.std, shown_channels(config.in_chans))
+    display = Display(imgs, config.mean, config.std)
     grid = make_grid(torch.from_numpy(display(imgs)).permute(0, 3, 1, 2), nrow=8, padding=4, pad_value=255)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 

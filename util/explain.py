@@ -11,12 +11,12 @@ import util.run.startup  # noqa: F401 - before PyTorch
 # isort: split
 import argparse
 import logging
+import textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -28,15 +28,15 @@ from PIL import Image, ImageColor
 from torch import Tensor, nn
 
 from models_mixmae import MixMAE
-from util.data.display import COLOURS, HAIRLINE, INK, LIGHT, MUTED, Display, outline, render, shown_channels
+from util.data.display import COLOURS, HAIRLINE, INK, LIGHT, MUTED, Display, outline, render
 from util.data.transforms import Normalize
-from util.errors import UserError, unreadable_is_user_error
+from util.errors import UserError
 from util.layers.sizes import NUM_STAGES
 from util.layers.windows import upsample
 from util.run.failures import user_errors
 from util.run.flags import flag, get_parser, given_flags
 from util.run.logger import setup_logging
-from util.run.pictures import PREDICTED_UP_TO, PictureFlags, assemble, choose_images, describe_origin, load_model, wrap
+from util.run.pictures import PREDICTED_UP_TO, PictureFlags, assemble, choose_images, load_model, write_picture
 from util.seeding import keyed_generator
 
 logger = logging.getLogger(__name__)
@@ -241,7 +241,7 @@ def select(own: np.ndarray, other: np.ndarray, chosen: Tensor) -> np.ndarray:
 
 def explanation_figure(steps: Steps, display: Display, captions: list[str]) -> Image.Image:
     """The picture of the steps; `captions` are paragraphs at its end."""
-    lines = [line for caption in captions for line in wrap(caption, LINE_LENGTH)]
+    lines = [line for caption in captions for line in textwrap.wrap(caption, LINE_LENGTH)]
     page = Page(HEIGHT + LINE * len(lines) + 8)
     draw_encoding(page, steps, display)
     page.axes.plot((MARGIN, WIDTH - MARGIN), (472, 472), color=HAIRLINE, linewidth=1)
@@ -378,9 +378,8 @@ def explain(given: ExplainConfig) -> None:
     Raises:
         UserError: for what the user can put right.
     """
-    model, config, info = load_model(given)
+    model, config, origin = load_model(given)
     mask = model.random_masking(config.mask_ratio, keyed_generator(config.seed, "mask"))
-    channels = shown_channels(config.in_chans, config.channels)
     dataset, chosen = choose_images(config, 2)
     if len(chosen) > 2:
         raise UserError(
@@ -389,18 +388,14 @@ def explain(given: ExplainConfig) -> None:
     imgs = Normalize(config.mean, config.std)(torch.stack([dataset[(0, index)][0] for index in chosen]))
     if torch.equal(imgs[0], imgs[1]):
         logger.warning("both images are the same (%s, %s): mixing changes nothing", *map(dataset.path_of, chosen))
-    out = Path(config.out)
-    with unreadable_is_user_error(f"--out {out} cannot be written"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        steps = run_steps(model, imgs, mask, None if config.stage is None else config.stage - 1)
-        display = Display(imgs, config.mean, config.std, channels)
-        captions = [PREDICTED_UP_TO] if model.norm_pix_loss else []
-        captions += [" ".join(display.caption(config.in_chans)), describe_origin(config, info)]
-        picture = explanation_figure(steps, display, captions)
-        if out.suffix.lower() == ".png":
-            picture = picture.quantize()  # 256 colours: a third of the size, for a page that is read on the web
-        picture.save(out)
-    logger.info("wrote %s", out)
+    steps = run_steps(model, imgs, mask, None if config.stage is None else config.stage - 1)
+    display = Display(imgs, config.mean, config.std, config.channels)
+    captions = [PREDICTED_UP_TO] if model.norm_pix_loss else []
+    captions += [" ".join(display.caption(config.in_chans)), origin]
+    picture = explanation_figure(steps, display, captions)
+    if config.out.lower().endswith(".png"):
+        picture = picture.quantize()  # 256 colours: a third of the size, for a page that is read on the web
+    write_picture(picture, config.out)
 
 
 def main(flags: argparse.Namespace) -> None:

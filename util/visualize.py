@@ -16,7 +16,6 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -25,27 +24,15 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from models_mixmae import MixMAE
-from util.data.display import (
-    COLOURS,
-    HAIRLINE,
-    INK,
-    LIGHT,
-    MUTED,
-    OUTLINE,
-    Display,
-    enlarge,
-    outline,
-    render,
-    shown_channels,
-)
+from util.data.display import COLOURS, HAIRLINE, INK, LIGHT, MUTED, OUTLINE, Display, enlarge, outline, render
 from util.data.transforms import Normalize
-from util.errors import UserError, unreadable_is_user_error
+from util.errors import UserError
 from util.layers.mixing import images_of_tuples
 from util.layers.windows import upsample
 from util.run.failures import user_errors
 from util.run.flags import flag, get_parser, given_flags
 from util.run.logger import setup_logging
-from util.run.pictures import PREDICTED_UP_TO, PictureFlags, choose_images, describe_origin, load_model, reconstruct
+from util.run.pictures import PREDICTED_UP_TO, PictureFlags, choose_images, load_model, reconstruct, write_picture
 from util.seeding import keyed_generator
 
 logger = logging.getLogger(__name__)
@@ -119,7 +106,7 @@ def reconstruction_figure(
         ValueError: for an odd batch, a mask that hides no or all cells, and channels that do not exist.
     """
     in_chans = imgs.shape[1]
-    display = Display(imgs, mean, std, shown_channels(in_chans, channels))
+    display = Display(imgs, mean, std, channels)
     columns = [display(column) for column in (imgs, *reconstruct(model, imgs, mask))]
     mask = model.check_mask(mask).view(model.grid_size)
     tuples = images_of_tuples(len(imgs), model.mix_images if model.fill == "partner" else 1)
@@ -167,11 +154,10 @@ def draw_page(
     write = partial(axes.text, color=INK, va="baseline", parse_math=False)
     write(LEFT, 84, "MixMAE", size=36)
     write(LEFT, 122, introduction, size=TEXT, color=MUTED)
-    if mixed:
-        legend = [(f"pixels of image {letter}", COLOURS[letter]) for letter in letters[:4]]
-        legend.append(("no outline: predicted pixels", LIGHT))
-    else:
-        legend = [("pixels of the image", COLOURS[letters[0]]), ("no outline: hidden from the encoder", LIGHT)]
+    legend = [
+        (f"pixels of image {letter}" if mixed else "pixels of the image", COLOURS[letter]) for letter in letters[:4]
+    ]
+    legend.append(("no outline: no pixels of an image", LIGHT))
     for number, (meaning, colour) in enumerate(legend):
         left, top = LEFT + number * 220, 142
         axes.add_patch(Rectangle((left, top), 21, 21, facecolor=LIGHT, edgecolor=colour, linewidth=OUTLINE))
@@ -235,9 +221,8 @@ def visualize(given: VisualizeConfig) -> None:
     Raises:
         UserError: for what the user can put right.
     """
-    model, config, info = load_model(given)
+    model, config, origin = load_model(given)
     mask = model.random_masking(config.mask_ratio, keyed_generator(config.seed, "mask"))
-    channels = shown_channels(config.in_chans, config.channels)
     dataset, chosen = choose_images(config, config.num_images)
     if len(chosen) < model.mix_images:
         raise UserError(f"this model mixes {model.mix_images} images: give at least as many (--images, --num_images)")
@@ -249,12 +234,8 @@ def visualize(given: VisualizeConfig) -> None:
         )  # fmt: skip
         chosen = chosen[: -len(left_out)]
     imgs = Normalize(config.mean, config.std)(torch.stack([dataset[(0, index)][0] for index in chosen]))
-    out = Path(config.out)
-    with unreadable_is_user_error(f"--out {out} cannot be written"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        source = describe_origin(config, info)
-        reconstruction_figure(model, imgs, mask, config.mean, config.std, channels, source).save(out)
-    logger.info("wrote %s", out)
+    picture = reconstruction_figure(model, imgs, mask, config.mean, config.std, config.channels, origin)
+    write_picture(picture, config.out)
 
 
 def main(flags: argparse.Namespace) -> None:

@@ -38,9 +38,11 @@ class Display:
     others nobody knows which value is white: every channel is scaled from the 1st to the 99th percentile of `imgs`.
     """
 
-    def __init__(self, imgs: Tensor, mean: Sequence[float], std: Sequence[float], channels: tuple[int, ...]):
+    def __init__(
+        self, imgs: Tensor, mean: Sequence[float], std: Sequence[float], channels: Sequence[int] | None = None
+    ):
         self.mean, self.std = (np.array(values, np.float32)[:, None, None] for values in (mean, std))
-        self.channels = channels
+        self.channels = shown_channels(imgs.shape[1], channels)
         self.low, self.high = 0.0, 1.0
         pixels = self.pixels(imgs)
         self.stretched = imgs.shape[1] not in (1, 3) or pixels.min() < -1e-3 or pixels.max() > 1 + 1e-3

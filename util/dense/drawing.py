@@ -11,7 +11,7 @@ from torchvision.ops import box_convert
 
 from util.data.coco import decode_mask
 from util.data.datasets import ImageDataset
-from util.data.display import Display, render, shown_channels
+from util.data.display import Display, render
 from util.data.transforms import Normalize
 from util.dense.average_precision import Result
 
@@ -49,7 +49,7 @@ def detections_picture(
 def as_picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """An image (C, h, w) as it is read, of any kind, as (h, w, 3) of uint8."""
     normalised = Normalize(mean, std)(image[None])
-    return Display(normalised, mean, std, shown_channels(len(image)))(normalised)[0]
+    return Display(normalised, mean, std)(normalised)[0]
 
 
 def with_masks(pixels: np.ndarray, labels: Sequence[int], masks: Sequence[np.ndarray | Tensor]) -> np.ndarray:

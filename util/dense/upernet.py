@@ -40,7 +40,7 @@ class PyramidPooling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         maps = [x]
         for side, conv in zip(POOLED, self.pooled):
-            maps.append(resize(conv(average_parts(x, side)), x.shape[-2:]))
+            maps.append(F.interpolate(conv(average_parts(x, side)), x.shape[-2:], mode="bilinear"))
         return self.fuse(torch.cat(maps, dim=1))
 
 
@@ -116,11 +116,6 @@ def enlarge(x: Tensor, factor: int, size: torch.Size) -> Tensor:
     if factor > 1:
         x = F.interpolate(x, scale_factor=float(factor), mode="bilinear")
     return x[..., : size[0], : size[1]]
-
-
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (B, C, rows, columns) of another `size`, bilinear."""
-    return F.interpolate(x, tuple(size), mode="bilinear") if x.shape[-2:] != tuple(size) else x
 
 
 def segmentation_loss(logits: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 import logging
 import math
-import textwrap
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import timm
 import torch
+from PIL import Image
 from torch import Tensor
 
 from models_mixmae import MixMAE
@@ -15,7 +16,7 @@ from util.data.datasets import NumberedImages
 from util.data.reader import extensions_of
 from util.data.sources import open_images
 from util.data.transforms import ResizeAndCentreCrop
-from util.errors import UserError
+from util.errors import UserError, unreadable_is_user_error
 from util.layers.mixing import PARTNERS
 from util.run.config import CheckpointFlags, DecodingFlags, with_settings
 from util.run.flags import flag
@@ -59,8 +60,9 @@ class PictureFlags(CheckpointFlags, DecodingFlags):
 P = TypeVar("P", bound=PictureFlags)
 
 
-def load_model(given: P) -> tuple[MixMAE, P, WeightsInfo]:
-    """The pretraining model of `--checkpoint`, the configuration completed by what is recorded with it, and its origin.
+def load_model(given: P) -> tuple[MixMAE, P, str]:
+    """The pretraining model of `--checkpoint`, the configuration completed by what is recorded with it, and where the
+    model is from, in a few words.
 
     Raises:
         UserError: the weights cannot be used, have no decoder, or do not say which model they are; a mask ratio that
@@ -78,7 +80,10 @@ def load_model(given: P) -> tuple[MixMAE, P, WeightsInfo]:
     logger.info("%s", load_pretraining(model, weights, info))
     config = replace(with_settings(given, settings), mask_ratio=choose_mask_ratio(given.mask_ratio, info))
     check_mask_ratio(model, config.mask_ratio)
-    return model.eval(), config, info
+    origin = f"{info.args.get('model', config.model)}, {info.path.parent.name}/{info.path.name}"
+    if info.epoch is not None:
+        origin += f", after {info.epoch + 1} {'epochs' if info.epoch else 'epoch'}"
+    return model.eval(), config, origin
 
 
 def choose_mask_ratio(given: float | None, info: WeightsInfo) -> float:
@@ -119,19 +124,12 @@ def choose_images(config: PictureFlags, number: int) -> tuple[NumberedImages, li
     return dataset, chosen
 
 
-def describe_origin(config: PictureFlags, info: WeightsInfo) -> str:
-    """Where the model of a picture is from, in a few words."""
-    origin = f"{info.args.get('model', config.model)}, {info.path.parent.name}/{info.path.name}"
-    if info.epoch is None:
-        return origin
-    return f"{origin}, after {info.epoch + 1} {'epochs' if info.epoch else 'epoch'}"
-
-
-def wrap(text: str, length: int) -> list[str]:
-    """As few lines of at most `length` characters as `text` needs, of lengths as equal as words allow."""
-    lines = textwrap.wrap(text, length)
-    narrower = (textwrap.wrap(text, width) for width in range(1 + len(text) // (1 + len(lines)), length))
-    return next((wrapped for wrapped in narrower if len(wrapped) == len(lines)), lines)
+def write_picture(picture: Image.Image, out: str) -> None:
+    """Raises UserError where it cannot be written."""
+    with unreadable_is_user_error(f"--out {out} cannot be written"):
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(out)
+    logger.info("wrote %s", out)
 
 
 @torch.no_grad()
