@@ -154,7 +154,7 @@ DECODER_WIDTH = 72
 SMALL_SIDE = 88  # of the mask and the latent cells
 STAGE_SIDES, STAGE_PITCH = (112, 88, 66, 48), 146
 STRIP = 6  # width of the tokens beside their attention
-LINE, LINE_LENGTH = 16, 190  # of the caption
+LINE, LINE_LENGTH = 16, 120  # of the caption
 SHAPE_SIZE = 9  # of the font of shapes, whose characters are 0.602 times as wide
 
 BLUE, ORANGE, MASK_TOKEN, NOTHING = np.array(

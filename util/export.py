@@ -179,7 +179,7 @@ def with_position_index(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights | indices
 
 
-ENDINGS = {"safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".pt2", "authors": ".pth"}
+ENDINGS = {"safetensors": ".safetensors", "timm": "", "onnx": ".onnx", "torch_export": ".pt2", "authors": ".pth"}
 Writer, Opener = Callable[[Export, Path], None], Callable[[Export, Path], Runner]
 FORMATS: dict[str, tuple[Writer, Opener]] = {
     "safetensors": (write_safetensors, open_weights),
@@ -221,8 +221,8 @@ class ExportConfig(CheckpointFlags, DecodingFlags):
                 f"--part pyramid is not for --format {self.format}, which holds weights alone: export the encoder, and "
                 "let timm.create_model(..., features_only=True) make the pyramid"
             )
-        ending = ENDINGS.get(self.format)
-        if ending and not self.out.endswith(ending):
+        ending = ENDINGS[self.format]
+        if not self.out.endswith(ending):
             raise UserError(f"--format {self.format} writes a {ending} file: give --out {Path(self.out).stem}{ending}")
 
 

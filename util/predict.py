@@ -180,13 +180,13 @@ def in_order(folder: Path, name: str, kept: list[int], files: int) -> np.ndarray
     for the memory."""
     paths = [folder / f"{name}.{rank}.npy" for rank in range(files)]
     parts = [np.load(path, mmap_mode="r") for path in paths]
-    for path in paths:  # so that at most one result is on the disk twice
-        path.unlink()
     if files == 1 and len(kept) == len(parts[0]):
         return parts[0]
     rows = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", parts[0].dtype, (len(kept), *parts[0].shape[1:]))
     for row, index in enumerate(kept):
         rows[row] = parts[index % files][index // files]
+    for path in paths:  # so that at most one result is on the disk twice
+        path.unlink()
     return rows
 
 

@@ -157,7 +157,7 @@ def draw_page(
     legend = [
         (f"pixels of image {letter}" if mixed else "pixels of the image", COLOURS[letter]) for letter in letters[:4]
     ]
-    legend.append(("no outline: no pixels of an image", LIGHT))
+    legend.append(("no outline: hidden or predicted", LIGHT))
     for number, (meaning, colour) in enumerate(legend):
         left, top = LEFT + number * 220, 142
         axes.add_patch(Rectangle((left, top), 21, 21, facecolor=LIGHT, edgecolor=colour, linewidth=OUTLINE))

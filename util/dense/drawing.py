@@ -15,17 +15,18 @@ from util.data.display import Display, render
 from util.data.transforms import Normalize
 from util.dense.average_precision import Result
 
+IMAGES = 4  # in a picture, at most
 SURE = 0.5  # score of the boxes that are drawn
 COLOURS = ("#ff9f1c", "#2ec4f1", "#e83f6f", "#7ae582", "#b388eb", "#ffe14d")  # of classes, in turn
 OPACITY = 0.45  # of masks
 
 
 def detections_picture(
-    dataset: ImageDataset, results: Sequence[Result], mean: Sequence[float], std: Sequence[float], images: int = 4
+    dataset: ImageDataset, results: Sequence[Result], mean: Sequence[float], std: Sequence[float]
 ) -> Image.Image:
     """The first images of a data set of a `CocoSource`, with their annotations and with what was found in them."""
     annotations, rows, objects = dataset.source.annotations, [], []
-    for index in range(min(images, len(dataset))):
+    for index in range(min(IMAGES, len(dataset))):
         image, target = dataset[0, index]
         pixels = as_picture(image, mean, std)
         sure = [r for r in results if r["image_id"] == annotations.image_ids[index] and r["score"] >= SURE]
