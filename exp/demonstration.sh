@@ -13,6 +13,11 @@
 #   seeds, output (a full path), python, start (seconds), only (the names that are chosen, in the order of names)
 set -eu
 
+refuse() {
+    echo "$0: $*" >&2
+    exit 2
+}
+
 output='' chosen=''
 while [ $# -gt 0 ]; do
     case $1 in
@@ -39,23 +44,14 @@ while [ $# -gt 0 ]; do
         ;;
     esac
 done
-if [ -n "$chosen" ] && [ -z "$(echo "$chosen" | tr -d ' ')" ]; then
-    echo "$0: --only needs names out of $names" >&2
-    exit 2
-fi
-for name in $chosen; do
-    case " $names " in
-    *" $name "*) ;;
-    *)
-        echo "$0: --only $name is not one of $names" >&2
-        exit 2
-        ;;
-    esac
-done
 only=''
 for name in ${names:-}; do
     case " ${chosen:-$names} " in *" $name "*) only="$only $name" ;; esac
 done
+for name in $chosen; do
+    case " $only " in *" $name "*) ;; *) refuse "--only $name is not one of $names" ;; esac
+done
+[ -n "$only" ] || [ -z "$chosen" ] || refuse "--only needs names out of $names"
 mkdir -p "${output:=$here/result}"
 output=$(cd -- "$output" && pwd)
 cd -- "$here/../.."
