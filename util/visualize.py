@@ -105,7 +105,6 @@ def reconstruction_figure(
     Raises:
         ValueError: for an odd batch, a mask that hides no or all cells, and channels that do not exist.
     """
-    in_chans = imgs.shape[1]
     display = Display(imgs, mean, std, channels)
     columns = [display(column) for column in (imgs, *reconstruct(model, imgs, mask))]
     mask = model.check_mask(mask).view(model.grid_size)
@@ -114,7 +113,7 @@ def reconstruction_figure(
         columns[1][:, upsample(mask.bool(), model.encoder_stride).numpy()] = ImageColor.getrgb(HAIRLINE)
     caption = [f"{mask.count_nonzero()} of the {mask.numel()} cells of every image are hidden."]
     caption += [PREDICTED_UP_TO] if model.norm_pix_loss else []
-    caption = " ".join([*caption, *display.caption(in_chans)])
+    caption = " ".join([*caption, *display.caption(imgs.shape[1])])
     return draw_page(list(zip(headings(model), columns)), mask, tuples, introduction(model), caption, source)
 
 
@@ -144,9 +143,9 @@ def draw_page(
     column_pitch, row_pitch = max(width, IMAGE_SIDE) + COLUMN_GAP, height + ROW_GAP
     tuple_pitch = K * row_pitch + (TUPLE_GAP - ROW_GAP if mixed else 0)
     letters = [list(COLOURS)[number % len(COLOURS)] for number in range(K)]
-    caption_lines = textwrap.wrap(caption, LINE_LENGTH)
-    caption_top = HEAD + len(tuples) * tuple_pitch + 24
-    total_height = caption_top + (len(caption_lines) + bool(source)) * LINE + 20
+    lines_below = [*textwrap.wrap(caption, LINE_LENGTH), source]
+    top_below = HEAD + len(tuples) * tuple_pitch + 24
+    total_height = top_below + len(lines_below) * LINE + 20
 
     figure = Figure((WIDTH / 72, total_height / 72), dpi=72)  # so that points are pixels
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(total_height, 0))  # pixels from the top left
@@ -184,9 +183,8 @@ def draw_page(
                     image[lines] = ImageColor.getrgb(COLOURS[name])
                 left, top = LEFT + number * column_pitch, tops[place]
                 axes.imshow(image, extent=(left, left + width, top + height, top), aspect="auto", interpolation="none")
-    for number, line in enumerate(caption_lines):
-        write(LEFT, caption_top + number * LINE, line, size=SMALL)
-    write(LEFT, caption_top + len(caption_lines) * LINE, source, size=SMALL, color=MUTED)
+    for number, line in enumerate(lines_below):
+        write(LEFT, top_below + number * LINE, line, size=SMALL, color=MUTED)
     return render(figure)
 
 

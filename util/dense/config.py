@@ -99,8 +99,8 @@ def open_to_evaluate(given: C, launch: Launch) -> tuple[C, dict[str, Any], str]:
     checkpoint = read_checkpoint_together(source, None)
     if program_of(checkpoint) != given.PROGRAM:
         raise CheckpointError(f"{source} is no model of {given.PROGRAM}: train one with --finetune {source}")
-    recorded, known = checkpoint["args"], {name: value for name, value in given.as_dict().items() if value is not None}
-    settings = weight_settings(recorded, source, known)
+    recorded = checkpoint["args"]
+    settings = weight_settings(recorded, source, given.as_dict())
     return with_task_settings(resolve(given, launch, settings, given.DEFAULTS), recorded), checkpoint, source
 
 
