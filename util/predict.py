@@ -168,7 +168,6 @@ def run_model(
             arrays[name][start : start + len(rows)] = rows
         for position in (numbers < 0).nonzero().flatten().tolist():
             bad.append(rank + (start + position) * distributed.get_world_size())
-            logger.error("left out: %s", loader.dataset.why_bad(bad[-1]))
         start += len(numbers)
     for array in arrays.values():
         array.flush()
