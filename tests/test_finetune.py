@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,7 +100,8 @@ def test_it_learns_what_can_be_learned(data, tmp_path):
 
 def test_every_iteration_has_its_learning_rate(data, tmp_path):
     run(main_finetune, *FINETUNE, *PLAIN, "--min_lr", "1e-5", "--data_path", data, "--output_dir", tmp_path)
-    rates = [learning_rate(epoch + step / 3, 1e-3, 1e-5, 1, 3) for epoch in range(3) for step in range(3)]
+    schedule = SimpleNamespace(lr=1e-3, min_lr=1e-5, warmup_epochs=1, epochs=3)
+    rates = [learning_rate(epoch + step / 3, schedule) for epoch in range(3) for step in range(3)]
     assert [record["lr"] for record in steps_of(tmp_path)] == rates and rates[3] == 1e-3
     assert [record["train_lr"] for record in read_lines(tmp_path / "log.txt")] == rates[2::3]
     groups = read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["param_groups"]

@@ -14,59 +14,58 @@ from util.run.optim import (
     layer_ids,
     learning_rate,
     param_groups_layer_decay,
-    step_learning_rate,
 )
 
-SCHEDULE = dict(lr=2e-3, min_lr=1e-6, warmup_epochs=5, epochs=100)
+SCHEDULE = argparse.Namespace(lr=2e-3, min_lr=1e-6, warmup_epochs=5, epochs=100)
 SMALL = dict(img_size=64, embed_dim=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], window_size=[8, 4, 4, 2])
 
 
 def test_warm_up_is_linear_and_ends_at_the_rate():
-    assert learning_rate(0, **SCHEDULE) == 0
-    assert learning_rate(1.25, **SCHEDULE) == pytest.approx(2e-3 / 4, rel=1e-12)
-    assert learning_rate(5, **SCHEDULE) == 2e-3
+    assert learning_rate(0, SCHEDULE) == 0
+    assert learning_rate(1.25, SCHEDULE) == pytest.approx(2e-3 / 4, rel=1e-12)
+    assert learning_rate(5, SCHEDULE) == 2e-3
     just_before = math.nextafter(5, 0)
-    assert learning_rate(just_before, **SCHEDULE) == pytest.approx(2e-3, rel=1e-12)
+    assert learning_rate(just_before, SCHEDULE) == pytest.approx(2e-3, rel=1e-12)
 
 
 def test_half_a_cosine_ends_at_the_minimum():
-    assert learning_rate(100, **SCHEDULE) == pytest.approx(1e-6, rel=1e-12)
+    assert learning_rate(100, SCHEDULE) == pytest.approx(1e-6, rel=1e-12)
     middle = (5 + 100) / 2
-    assert learning_rate(middle, **SCHEDULE) == pytest.approx((2e-3 + 1e-6) / 2, rel=1e-12)
-    rates = [learning_rate(5 + 95 * i / 1000, **SCHEDULE) for i in range(1001)]
+    assert learning_rate(middle, SCHEDULE) == pytest.approx((2e-3 + 1e-6) / 2, rel=1e-12)
+    rates = [learning_rate(5 + 95 * i / 1000, SCHEDULE) for i in range(1001)]
     assert all(later < earlier for earlier, later in itertools.pairwise(rates))
     # The last of 312 steps of the last epoch: close to the minimum, and above it.
-    last = learning_rate(99 + 311 / 312, **SCHEDULE)
+    last = learning_rate(99 + 311 / 312, SCHEDULE)
     assert 1e-6 < last < 1e-6 + 1e-9
-    assert last == last_learning_rate(99, 312, argparse.Namespace(**SCHEDULE))
+    assert last == last_learning_rate(99, 312, SCHEDULE)
 
 
 def test_without_warm_up_the_first_step_has_the_full_rate():
-    assert learning_rate(0, 1e-3, 0.0, 0, 10) == 1e-3
+    assert learning_rate(0, argparse.Namespace(lr=1e-3, min_lr=0.0, warmup_epochs=0, epochs=10)) == 1e-3
 
 
 def test_every_iteration_sets_every_group():
     model = SwinTransformer(**SMALL, num_classes=5)
     optimizer = torch.optim.AdamW(param_groups_layer_decay(model, 0.05, 0.7), lr=1.0)
-    args = argparse.Namespace(**SCHEDULE)
     for step in range(12):  # 4 steps per epoch
-        rate = adjust_learning_rate(optimizer, step / 4, args)
-        assert rate == learning_rate(step / 4, **SCHEDULE)
+        rate = adjust_learning_rate(optimizer, step / 4, SCHEDULE)
+        assert rate == learning_rate(step / 4, SCHEDULE)
         assert all(group["lr"] == rate * group["lr_scale"] for group in optimizer.param_groups)
     plain = torch.optim.SGD(model.parameters(), lr=1.0)  # pretraining's groups have no scale
-    adjust_learning_rate(plain, 5, args)
+    adjust_learning_rate(plain, 5, SCHEDULE)
     assert plain.param_groups[0]["lr"] == 2e-3
 
 
 def test_steps_divide_the_rate_by_ten():
-    rates = [step_learning_rate(epoch, 1.0, 0.5, (8, 11)) for epoch in (0, 0.25, 0.5, 7.99, 8, 10.99, 11, 12)]
+    steps = argparse.Namespace(lr=1.0, warmup_epochs=0.5, lr_steps=(8, 11))
+    rates = [learning_rate(epoch, steps) for epoch in (0, 0.25, 0.5, 7.99, 8, 10.99, 11, 12)]
     assert rates == pytest.approx([0, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.01])
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    config = argparse.Namespace(**SCHEDULE, lr_steps=(8, 11))
+    config = argparse.Namespace(**vars(SCHEDULE), lr_steps=(8, 11))
     assert adjust_learning_rate(optimizer, 9.5, config) == pytest.approx(2e-4)
     assert last_learning_rate(10, 4, config) == pytest.approx(2e-4)
     config.lr_steps = ()
-    assert adjust_learning_rate(optimizer, 9.5, config) == learning_rate(9.5, **SCHEDULE)
+    assert adjust_learning_rate(optimizer, 9.5, config) == learning_rate(9.5, SCHEDULE)
 
 
 def test_what_is_built_on_an_encoder_trains_at_the_full_rate():

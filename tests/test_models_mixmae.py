@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ from timm.optim import param_groups_weight_decay
 from models_mixmae import MixMAE
 from util.errors import UserError
 from util.layers.pos_embed import get_2d_sincos_pos_embed
-from util.run.optim import learning_rate
+from util.run.optim import adjust_learning_rate
 from util.seeding import keyed_generator
 
 SMALL = dict(
@@ -84,10 +85,11 @@ def test_five_steps_give_the_reference_losses(name):
     recipe = golden.facts["adamw"]
     groups = param_groups_weight_decay(model, recipe["weight_decay"])
     optimizer = torch.optim.AdamW(groups, lr=recipe["lr"], betas=recipe["betas"], fused=True)
+    epochs = dict(warmup_epochs=recipe["warmup_epochs"], epochs=recipe["epochs"])
+    schedule = SimpleNamespace(lr=recipe["lr"], min_lr=0.0, **epochs)
     losses = []
     for i in range(5):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(i + 0.5, recipe["lr"], 0.0, recipe["warmup_epochs"], recipe["epochs"])
+        adjust_learning_rate(optimizer, i + 0.5, schedule)
         loss, _, _ = model(golden.imgs, mask=golden.tensors["input.mask"])
         optimizer.zero_grad()
         loss.backward()

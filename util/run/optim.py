@@ -3,10 +3,11 @@
 import logging
 import math
 import socket
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -30,19 +31,8 @@ def layer_ids(model: SwinTransformer) -> dict[str, int]:
     next stage's first block, and the final norm and the head share the last block's id, so that the head trains at
     `decay ** 1` instead of the full rate.
     """
-    ids = {}
-    blocks_before = 0
-    for i, stage in enumerate(model.layers):
-        for j in range(len(stage.blocks)):
-            blocks_before += 1
-            ids[f"layers.{i}.blocks.{j}."] = blocks_before
-        ids[f"layers.{i}.downsample."] = blocks_before + 1
-    ids |= {"patch_embed.": 0, "absolute_pos_embed": 0, "norm.": blocks_before, "head.": blocks_before}
-
-    def id_of(name: str) -> int:
-        return next(layer_id for prefix, layer_id in ids.items() if name.startswith(prefix))
-
-    return {name: id_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    ids = group_parameters(model, model.group_matcher(), reverse=True)
+    return {name: ids[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def param_groups_layer_decay(
@@ -80,51 +70,28 @@ def param_groups_layer_decay(
 # --- Learning rate ---
 
 
-class Schedule(Protocol):
-    """The settings of the learning rate, as a configuration has them.
-
-    Some have `lr_steps` too, the epochs of `step_learning_rate`, which replaces the cosine where it is not empty.
-    """
-
-    lr: float
-    min_lr: float
-    warmup_epochs: float
-    epochs: int
-
-
-def learning_rate(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
+def learning_rate(epoch: float, config: Any) -> float:
     """The rate at a fractional epoch (MixMAE, section 4.1): linear warm-up, then half a cosine.
 
-    It is 0 at the start, `lr` after `warmup_epochs`, `min_lr` at `epochs`."""
-    if epoch < warmup_epochs:
-        return lr * epoch / warmup_epochs
-    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def step_learning_rate(epoch: float, lr: float, warmup_epochs: float, steps: Sequence[float]) -> float:
-    """The rate at a fractional epoch: linear warm-up, then `lr`, divided by 10 at each of the epochs in `steps`."""
-    if epoch < warmup_epochs:
-        return lr * epoch / warmup_epochs
-    return lr * 0.1 ** sum(epoch >= step for step in steps)
-
-
-def scheduled_learning_rate(epoch: float, config: Schedule) -> float:
-    """The rate at a fractional epoch, by the schedule that the configuration asks for."""
+    It is 0 at the start, `lr` after `warmup_epochs`, `min_lr` at `epochs`. Where the configuration has `lr_steps`, the
+    rate is divided by 10 at each of these epochs instead.
+    """
+    if epoch < config.warmup_epochs:
+        return config.lr * epoch / config.warmup_epochs
     if steps := getattr(config, "lr_steps", ()):
-        return step_learning_rate(epoch, config.lr, config.warmup_epochs, steps)
-    return learning_rate(epoch, config.lr, config.min_lr, config.warmup_epochs, config.epochs)
+        return config.lr * 0.1 ** sum(epoch >= step for step in steps)
+    progress = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def last_learning_rate(epoch: int, steps_per_epoch: int, config: Schedule) -> float:
+def last_learning_rate(epoch: int, steps_per_epoch: int, config: Any) -> float:
     """The rate of an epoch's last step."""
-    last = epoch + (steps_per_epoch - 1) / steps_per_epoch
-    return scheduled_learning_rate(last, config)
+    return learning_rate(epoch + (steps_per_epoch - 1) / steps_per_epoch, config)
 
 
-def adjust_learning_rate(optimizer: Optimizer, epoch: float, config: Schedule) -> float:
+def adjust_learning_rate(optimizer: Optimizer, epoch: float, config: Any) -> float:
     """Set the rate of every parameter group, scaled by its `lr_scale` (layer decay); returns the unscaled rate."""
-    lr = scheduled_learning_rate(epoch, config)
+    lr = learning_rate(epoch, config)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
