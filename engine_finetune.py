@@ -28,7 +28,7 @@ def train_one_epoch(run: Run, augment: Callable[[Tensor, Tensor], tuple[Tensor, 
         augment: random erasing, mixup and cutmix of a normalised batch; targets may become class distributions.
 
     Raises:
-        NonFiniteError, Preempted: see `Run.finish_step`.
+        NonFiniteError, SystemExit: see `Run.finish_step`.
         BadImageError: for a label outside the classes.
     """
     config, state, progress = run.config, run.state, run.state.progress

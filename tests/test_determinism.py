@@ -15,7 +15,8 @@ from util.dense.upernet import AUXILIARY_WEIGHT, average_parts, segmentation_los
 from util.errors import UserError
 from util.run import determinism
 from util.run.config import DeviceFlags
-from util.run.determinism import NondeterminismError, explain_nondeterminism, name_operation, set_up_determinism
+from util.run.determinism import NondeterminismError, name_operation, set_up_determinism
+from util.run.failures import explained
 from util.run.flags import ROUNDING
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -89,16 +90,16 @@ REFUSED = (  # as PyTorch says it
 def test_operations_are_named(kernel, name):
     assert name_operation(kernel) == name
     with pytest.raises(NondeterminismError, match=rf"has no deterministic version of {name} on .*\({kernel}\)"):
-        with explain_nondeterminism():
+        with explained():
             raise RuntimeError(REFUSED.format(kernel))
 
 
 def test_what_pytorch_says_is_understood():
     """Its own words, from an operation that has no deterministic version on a CPU either."""
     torch.use_deterministic_algorithms(True)
-    with pytest.raises(NondeterminismError, match="has no deterministic version of put_ "), explain_nondeterminism():
+    with pytest.raises(NondeterminismError, match="has no deterministic version of put_ "), explained():
         torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
-    with pytest.raises(RuntimeError, match="another fault"), explain_nondeterminism():
+    with pytest.raises(RuntimeError, match="another fault"), explained():
         raise RuntimeError("another fault")
 
 

@@ -317,7 +317,7 @@ def test_a_network_that_cannot_be_used_is_named(tmp_path, monkeypatch):
 def test_ranks_that_do_not_reach_each_other_are_told_how_to_choose_a_network(monkeypatch, error, hint):
     monkeypatch.setattr(failures, "_find_suspect", lambda world, findings: None)
     monkeypatch.setattr(distributed, "world", distributed.World(detect_launch(TORCHRUN), 5.0, None, None))
-    with pytest.raises(distributed.CollectiveError) as caught, failures.explain_collective_failures():
+    with pytest.raises(distributed.CollectiveError) as caught, failures.explained():
         raise RuntimeError(f"[gloo] {error}")
     assert ("GLOO_SOCKET_IFNAME" in str(caught.value) and "NCCL_SOCKET_IFNAME" in str(caught.value)) == hint
 
@@ -325,7 +325,7 @@ def test_ranks_that_do_not_reach_each_other_are_told_how_to_choose_a_network(mon
 FAILURE = """
 distributed.init_distributed(args)
 print("ready", flush=True)
-with failures.explain_collective_failures():
+with failures.explained():
     for step in range(1000):
         if step == 3 and distributed.get_rank() == VICTIM:
             os.kill(os.getpid(), signal.SIGNAL)

@@ -20,8 +20,8 @@ import main_finetune
 import main_pretrain
 from util import knn
 from util.data.sources import open_source
-from util.errors import UserError
-from util.run.failures import WorkerError, explain_worker_failures
+from util.errors import RunError, UserError
+from util.run.failures import explained
 from util.weights.file import CheckpointError, read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,13 +186,11 @@ class Fault(NoRoom):
 
 
 def test_full_shared_memory_is_explained_and_a_fault_stays_one():
-    with pytest.raises(
-        WorkerError, match=r"/dev/shm, which has [\d.]+ GiB here: enlarge it .*--shm-size.*--num_workers"
-    ):
-        with explain_worker_failures():
+    with pytest.raises(RunError, match=r"/dev/shm, which has [\d.]+ GiB here: enlarge it .*--shm-size.*--num_workers"):
+        with explained():
             list(DataLoader(NoRoom(), num_workers=1))
-    with pytest.raises(RuntimeError, match="a fault of the program") as raised, explain_worker_failures():
+    with pytest.raises(RuntimeError, match="a fault of the program") as raised, explained():
         list(DataLoader(Fault(), num_workers=1))
-    assert not isinstance(raised.value, WorkerError)
-    with pytest.raises(WorkerError, match="shm"), explain_worker_failures():
+    assert not isinstance(raised.value, RunError)
+    with pytest.raises(RunError, match="shm"), explained():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")

@@ -14,7 +14,7 @@ import torch
 
 import util.run.checkpoint_folder
 from main_pretrain import PretrainConfig
-from util.run.checkpoint_folder import TOLERATED_FAILURES, CheckpointFolder
+from util.run.checkpoint_folder import TOLERATED_FAILURES, CheckpointFolder, SaveError
 from util.run.config import compare_recipes
 from util.weights.file import CheckpointError, read_checkpoint, saved_at, temporary_path
 
@@ -117,7 +117,7 @@ def test_failing_saves_are_reported_tolerated_a_few_times_and_harm_nothing(tmp_p
     save_steps(folder, *range(2, 2 + TOLERATED_FAILURES))
     assert caplog.text.count("could not be saved: [Errno 28] No space left") == TOLERATED_FAILURES
     folder.save(run_state(9))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SaveError, match="No space left"):
         folder.wait()
     assert step_of(folder.newest_valid()) == 1
 
@@ -127,7 +127,7 @@ def test_failing_saves_are_reported_tolerated_a_few_times_and_harm_nothing(tmp_p
     # The last save of a run is not tolerated to fail: nothing would follow it.
     monkeypatch.setattr(util.run.checkpoint_folder, "write_checkpoint", disk_full)
     folder.save(run_state(11))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SaveError, match="No space left"):
         folder.wait(final=True)
 
 

@@ -1,4 +1,4 @@
-"""The class of the errors that are meant for people."""
+"""The classes of the errors that are meant for people."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,6 +11,10 @@ class UserError(ValueError):
     Its message says what was given, what is allowed and what to do, and is all that is shown. Every other exception is
     a fault of the program and keeps its traceback.
     """
+
+
+class RunError(RuntimeError):
+    """Something that ends a run although nothing need be wrong with the program; its message, too, is for people."""
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ def train_one_epoch(run: Run) -> float:
     """Train on what is left of the current epoch; returns the last learning rate.
 
     Raises:
-        NonFiniteError, Preempted: see `Run.finish_step`.
+        NonFiniteError, SystemExit: see `Run.finish_step`.
         BadImageError: for an image or label map that cannot be used.
     """
     config, state, progress = run.config, run.state, run.state.progress

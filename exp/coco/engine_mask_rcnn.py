@@ -19,7 +19,7 @@ def train_one_epoch(run: Run) -> float:
     """Train on what is left of the current epoch; returns the last learning rate.
 
     Raises:
-        NonFiniteError, Preempted: see `Run.finish_step`.
+        NonFiniteError, SystemExit: see `Run.finish_step`.
     """
     config, state, progress = run.config, run.state, run.state.progress
     run.model.train()

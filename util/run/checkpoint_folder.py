@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from util.errors import RunError
 from util.weights.file import (
     CheckpointError,
     read_checkpoint,
@@ -33,8 +34,8 @@ logger = logging.getLogger(__name__)
 TOLERATED_FAILURES = 3  # saves in a row that may fail (a full disk, a network file system away) before the run ends
 
 
-class SaveError(OSError):
-    """Checkpoints could not be saved too often in a row. The message is one for the user."""
+class SaveError(RunError):
+    """Checkpoints could not be saved too often in a row."""
 
 
 # What says where a run stood: its key, types and lowest value. The last epoch before the first complete one is -1.

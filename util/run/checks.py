@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ GIVE_FLAGS = (
 )
 
 
-def refuse_to_replace_a_run(given: TrainingConfig) -> None:
-    """Raise a UserError where a run starts in a folder that holds another one."""
+def refuse_folders_of_other_runs(given: TrainingConfig) -> None:
+    """Raise a UserError where a run starts in a folder that holds another one, or that one's curves (--log_dir)."""
     folder = Path(given.output_dir)
     continues = given.resume == "auto" or (given.resume and Path(given.resume).parent.resolve() == folder.resolve())
     if not continues and any(folder.glob("checkpoint*.pth")):
@@ -31,6 +30,15 @@ def refuse_to_replace_a_run(given: TrainingConfig) -> None:
             f"{folder} holds a run already, which this one would replace: continue it with --resume auto, or give "
             "another --output_dir"
         )
+    curves = Path(given.log_dir or folder).resolve()
+    if curves == folder.resolve() or not any(curves.glob("events.out.tfevents.*")):
+        return
+    try:
+        own = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]["log_dir"]
+    except (OSError, ValueError, TypeError, KeyError):  # a first start
+        own = folder
+    if Path(own).resolve() != curves:
+        raise UserError(f"{given.log_dir} holds the curves of another run: give another --log_dir")
 
 
 def refuse_another_programs_run(checkpoint: dict[str, Any], given: TrainingConfig) -> None:
@@ -45,19 +53,6 @@ def refuse_another_programs_run(checkpoint: dict[str, Any], given: TrainingConfi
         raise CheckpointError(
             f"--resume {given.resume}: {path.parent} holds a run of {program}, which that program continues; {advice}"
         )
-
-
-def refuse_to_mix_curves(given: TrainingConfig) -> None:
-    """Raise a UserError where --log_dir holds the curves of a run in another --output_dir."""
-    if given.log_dir is None or os.path.realpath(given.log_dir) == os.path.realpath(given.output_dir):
-        return
-    try:
-        content = json.loads((Path(given.output_dir) / "config.json").read_text(encoding="utf-8"))
-        own = os.path.realpath(content["config"]["log_dir"])
-    except (OSError, ValueError, TypeError, KeyError):  # a first start
-        own = ""
-    if own != os.path.realpath(given.log_dir) and any(Path(given.log_dir).glob("events.out.tfevents.*")):
-        raise UserError(f"{given.log_dir} holds the curves of another run: give another --log_dir")
 
 
 def check_recipe(checkpoint: dict[str, Any], config: TrainingConfig) -> None:

@@ -4,11 +4,9 @@ An operation of which PyTorch has no deterministic version ends the run, in one 
 warn and go on (`warn_only=True`), but then fused attention, which has one, does not use it.
 """
 
-import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator
 
 import torch
 
@@ -21,8 +19,8 @@ WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS promises the same bits; t
 NO_VERSION = " does not have a deterministic implementation"  # after the name of a kernel, in PyTorch's errors
 
 
-class NondeterminismError(RuntimeError):
-    """An operation has no deterministic version. The message is one for the user."""
+class NondeterminismError(UserError):
+    """An operation has no deterministic version."""
 
 
 def set_up_determinism(deterministic: bool, device: torch.device) -> None:
@@ -50,20 +48,16 @@ def set_up_determinism(deterministic: bool, device: torch.device) -> None:
     )
 
 
-@contextlib.contextmanager
-def explain_nondeterminism() -> Iterator[None]:
-    """PyTorch's refusal of an operation becomes a NondeterminismError that names it. Other errors pass through."""
-    try:
-        yield
-    except RuntimeError as error:
-        before, refused, _ = str(error).partition(NO_VERSION)
-        if not refused:
-            raise
-        kernel = before.split()[-1]
-        raise NondeterminismError(
-            f"--deterministic: PyTorch {torch.__version__} has no deterministic version of {name_operation(kernel)} on "
-            f"this device ({kernel}): leave the flag out"
-        ) from error
+def explain_nondeterminism(error: Exception) -> NondeterminismError | None:
+    """Which operation PyTorch has refused; None for other errors."""
+    before, refused, _ = str(error).partition(NO_VERSION)
+    if not refused:
+        return None
+    kernel = before.split()[-1]
+    return NondeterminismError(
+        f"--deterministic: PyTorch {torch.__version__} has no deterministic version of {name_operation(kernel)} on "
+        f"this device ({kernel}): leave the flag out"
+    )
 
 
 def name_operation(kernel: str) -> str:

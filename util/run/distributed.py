@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util.errors import UserError
+from util.errors import RunError, UserError
 from util.run.cores import fit_threads, own_cores, own_share
 from util.run.launch import Launch, LaunchError, choose_device, detect_launch
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class CollectiveError(RuntimeError):
+class CollectiveError(RunError):
     """Ranks could not complete a collective: one of them died, hangs or is slower than --dist_timeout."""
 
 
@@ -178,22 +178,44 @@ def gather_objects(obj: Any) -> list[Any]:
     return gathered
 
 
-def on_main_process(answer: Callable[[], T]) -> T:
-    """What `answer()` gives on rank 0, on every rank. It is pickled, so keep it small and our own.
+def together(act: Callable[[], T]) -> T:
+    """What `act()` gives on this rank, once it has been done on all.
 
     Raises:
-        UserError: on every rank, where `answer` raises one.
+        UserError: on all ranks, where `act` raises one on any; names the node unless rank 0 has raised it, too.
+        RuntimeError: on all ranks, where it raises something else on any.
     """
-    found, error = None, None
-    if is_main_process():
-        try:
-            found = answer()
-        except UserError as caught:
-            error = caught
-    found, message = gather_objects((found, error and str(error)))[0]
-    if message is not None:
-        raise error or UserError(message)
+    if not world:
+        return act()
+    found, error, failure = None, None, None
+    try:
+        found = act()
+    except UserError as caught:
+        error, failure = caught, (UserError, str(caught))
+    except Exception as caught:  # the others must not wait for this rank
+        error, failure = caught, (RuntimeError, f"{type(caught).__name__}: {caught}")
+    of_ranks = gather_objects(failure and (*failure, f"on {socket.gethostname()} (rank {get_rank()}): "))
+    if failed := next(filter(None, of_ranks), None):
+        kind, message, where = failed
+        raise kind(message if of_ranks[0] else where + message) from error
     return found
+
+
+def on_main_process(answer: Callable[[], T]) -> T:
+    """What `answer()` gives on rank 0, on every rank. It is pickled, so keep it small and our own; raises as
+    `together`."""
+    return gather_objects(together(answer if is_main_process() else lambda: None))[0]
+
+
+def once_per_node(read: Callable[[bool], T]) -> T:
+    """What `read(True)` gives on the first rank of each node, and after that `read(False)` on its others; raises as
+    `together`.
+
+    So a file is read from end to end once per node, and the other ranks find in memory what they need of it.
+    """
+    first = not world or world.launch.local_rank == 0
+    found = together(lambda: read(True) if first else None)
+    return together(lambda: found if first else read(False))
 
 
 def gather_on_main(obj: Any) -> list[Any] | None:

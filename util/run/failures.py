@@ -22,9 +22,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from util.data.decoding import BadImageError
-from util.errors import UserError
+from util.errors import RunError, UserError
 from util.run import distributed
-from util.run.determinism import NondeterminismError, explain_nondeterminism
+from util.run.determinism import explain_nondeterminism
 from util.run.distributed import CollectiveError, World
 from util.run.folder_lock import release_folders
 from util.run.launch import stated_rank
@@ -45,28 +45,41 @@ NETWORK_FAILURE_SIGNS = ("refused", "no route", "unreachable", "network error", 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Around all but training: a UserError, or ranks that are gone, end in one line and exit code 2.
+    """Around all but training: what is explained in one line ends in it, with exit code 2.
 
     Of ranks of a node that fail with the same message the first says it, and rank 0, whose log may be a file of its
-    own. A bad image and a failed collective are one rank's own.
+    own. A bad image and a RunError are one rank's own.
     """
     try:
-        try:
-            with explain_collective_failures(), explain_worker_failures(), explain_nondeterminism():
-                yield
-        except BaseException:
-            release_folders()
+        with explained():
+            yield
+    except BaseException as error:
+        release_folders()
+        if not isinstance(error, (UserError, RunError)):
             raise
-    except (UserError, CollectiveError, WorkerError, NondeterminismError) as error:
         rank, has_companions = stated_rank(os.environ)
         message = f"{Path(sys.argv[0]).name}: error: {in_one_line(error)}"
-        own = isinstance(error, (BadImageError, CollectiveError, WorkerError)) or not has_companions
-        if own or is_to_say(message, rank):
+        if isinstance(error, (BadImageError, RunError)) or not has_companions or is_to_say(message, rank):
             line = message if rank == "0" else f"[rank {rank}] {message}"
             print(f"{line}\n", end="", file=sys.stderr, flush=True)  # at once, so that no other rank's comes between
         if distributed.get_world_size() > 1:
             os._exit(2)  # at once: Python's shutdown would wait for ranks that may hang
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """What PyTorch says of operations that are not deterministic, of data-loading processes that have died and of ranks
+    that are gone becomes an error for people. Others pass through."""
+    try:
+        yield
+    except RunError:
+        raise
+    except (RuntimeError, OSError) as error:
+        explanation = explain_nondeterminism(error) or explain_worker_failure(error) or explain_lost_rank(error)
+        if explanation is None:
+            raise
+        raise explanation from error
 
 
 def in_one_line(error: Exception) -> str:
@@ -110,83 +123,63 @@ def process_age() -> float:
         return 0.0
 
 
-class WorkerError(RuntimeError):
-    """A data-loading process was killed, or found no room for its batch. The message is one for the user."""
-
-
-@contextlib.contextmanager
-def explain_worker_failures() -> Iterator[None]:
-    """An error of a data-loading process that its user can put right becomes a WorkerError. Others pass through."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        text = str(error)
-        died = re.search(
-            r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)", text
-        )
-        no_room = any(sign in text for sign in SHARED_MEMORY_SIGNS)
-        if not died and not no_room:
-            raise
-        what = "found no room in shared memory for its batch" if no_room else died[1].strip()
+def explain_worker_failure(error: Exception) -> RunError | None:
+    """What has happened to a data-loading process that was killed, or found no room for its batch."""
+    died = re.search(
+        r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)", str(error)
+    )
+    if any(sign in str(error) for sign in SHARED_MEMORY_SIGNS):
         shared = shutil.disk_usage("/dev/shm").total / 2**30 if os.path.isdir("/dev/shm") else 0.0
-        raise WorkerError(
-            f"a data-loading process {what}. "
-            + (
-                f"Batches travel through /dev/shm, which has {shared:.1f} GiB here: enlarge it (docker run "
-                "--shm-size=16g), or use a smaller --num_workers or --batch_size"
-                if no_room
-                else "Out of memory, most likely: use a smaller --num_workers (0 reads in the training process), give "
-                "the job more memory (sbatch --mem), or enlarge /dev/shm in a container (docker run --shm-size=16g)"
-            )
-            + ". Continue from the last checkpoint with --resume auto"
-        ) from error
+        what = (
+            f"found no room in shared memory for its batch. Batches travel through /dev/shm, which has {shared:.1f} "
+            "GiB here: enlarge it (docker run --shm-size=16g), or use a smaller --num_workers or --batch_size"
+        )
+    elif died:
+        what = (
+            f"{died[1].strip()}. Out of memory, most likely: use a smaller --num_workers (0 reads in the training "
+            "process), give the job more memory (sbatch --mem), or enlarge /dev/shm in a container (docker run "
+            "--shm-size=16g)"
+        )
+    else:
+        return None
+    return RunError(f"a data-loading process {what}. Continue from the last checkpoint with --resume auto")
 
 
-@contextlib.contextmanager
-def explain_collective_failures() -> Iterator[None]:
-    """A collective that fails inside becomes a CollectiveError that says, where possible, which ranks no longer answer.
-
-    Other errors pass through.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        world, text = distributed.world, str(error).lower()
-        is_failure = isinstance(error, dist.DistError) or any(sign in text for sign in COLLECTIVE_FAILURE_SIGNS)
-        if world is None or isinstance(error, CollectiveError) or not is_failure:
-            raise
-        # Said at once, since the launcher may end us before the survivors have been counted.
-        logger.error("rank %d: a collective failed: %s", world.launch.rank, str(error).partition("\n")[0])
-        findings = ["rank 0 (which the others meet through) no longer answers"]
-        # In a thread, since asking the store of a stopped process would block permanently.
-        thread = threading.Thread(target=_find_suspect, args=(world, findings), daemon=True)
-        thread.start()
-        thread.join(SURVIVOR_WAIT + 2.0)
-        unreached = any(sign in text for sign in NETWORK_FAILURE_SIGNS)
-        raise CollectiveError(
-            f"rank {world.launch.rank} of {world.launch.world_size} could not complete a collective: {findings[-1]}. "
-            f"A process was killed, failed (its own message is above) or kept the others waiting longer than "
-            f"--dist_timeout {world.timeout:g} s. Continue from the last checkpoint with --resume auto; raise "
-            f"--dist_timeout if a rank may be that slow." + (f" {distributed.network_hint()}" if unreached else "")
-        ) from error
+def explain_lost_rank(error: Exception) -> CollectiveError | None:
+    """Which ranks no longer answer, where that can be found out, when a collective has failed."""
+    world, text = distributed.world, str(error).lower()
+    is_failure = isinstance(error, RuntimeError) and any(sign in text for sign in COLLECTIVE_FAILURE_SIGNS)
+    if world is None or not (is_failure or isinstance(error, dist.DistError)):
+        return None
+    # Said at once, since the launcher may end us before the survivors have been counted.
+    logger.error("rank %d: a collective failed: %s", world.launch.rank, str(error).partition("\n")[0])
+    findings = ["rank 0 (which the others meet through) no longer answers"]
+    # In a thread, since asking the store of a stopped process would block permanently.
+    thread = threading.Thread(target=_find_suspect, args=(world, findings), daemon=True)
+    thread.start()
+    thread.join(SURVIVOR_WAIT + 2.0)
+    unreached = any(sign in text for sign in NETWORK_FAILURE_SIGNS)
+    return CollectiveError(
+        f"rank {world.launch.rank} of {world.launch.world_size} could not complete a collective: {findings[-1]}. "
+        f"A process was killed, failed (its own message is above) or kept the others waiting longer than "
+        f"--dist_timeout {world.timeout:g} s. Continue from the last checkpoint with --resume auto; raise "
+        f"--dist_timeout if a rank may be that slow." + (f" {distributed.network_hint()}" if unreached else "")
+    )
 
 
 def _find_suspect(world: World, findings: list[str]) -> None:
     """Report our failure to the store; append to `findings`, again and again, which ranks have not done so too."""
-    launch, store, now = world.launch, world.store, time.time()
+    launch, deadline = world.launch, time.monotonic() + SURVIVOR_WAIT
     with contextlib.suppress(OSError, RuntimeError):  # the store is gone
         if launch.master_addr:  # the store itself would log a C++ stack trace when nobody listens
             socket.create_connection((launch.master_addr, launch.master_port), timeout=1.0).close()
-        store.set(f"failed/{launch.rank}", str(now))
+        world.store.set(f"failed/{launch.rank}", "")
         missing = list(range(launch.world_size))
-        while missing and time.time() < now + SURVIVOR_WAIT:
+        while missing and time.monotonic() < deadline:
             time.sleep(0.1)
-            missing = [rank for rank in missing if not store.check([f"failed/{rank}"])]
-            findings.append(f"rank(s) {', '.join(map(str, missing))} no longer answer")
-        if not missing:
-            first, rank = min((float(store.get(f"failed/{rank}")), rank) for rank in range(launch.world_size))
+            missing = [rank for rank in missing if not world.store.check([f"failed/{rank}"])]
             findings.append(
-                f"rank {rank} gave up {now - first:.0f} s ago, so it is this rank that was stopped or too slow"
-                if now - first > SURVIVOR_WAIT
+                f"rank(s) {', '.join(map(str, missing))} no longer answer"
+                if missing
                 else "all ranks still answer, so one of them was too slow"
             )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from util.errors import RunError
 from util.run import distributed
 from util.run.state import TrainingState
 from util.weights.file import write_checkpoint
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 SMALLEST_LOSS_SCALE = 1.0
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """A loss or gradient is infinite or not a number."""
 
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from timm.utils import ModelEmaV3
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from util.data.decoding import BadImageError
 from util.data.transforms import Normalize
-from util.errors import unreadable_is_user_error
+from util.errors import RunError, unreadable_is_user_error
 from util.run import distributed, failures
 from util.run.advice import to_continue
 from util.run.allocator import keep_freed_memory
@@ -31,11 +31,10 @@ from util.run.checks import (
     check_data,
     check_recipe,
     refuse_another_programs_run,
-    refuse_to_mix_curves,
-    refuse_to_replace_a_run,
+    refuse_folders_of_other_runs,
 )
 from util.run.config import TrainingConfig, resolve
-from util.run.determinism import NondeterminismError, explain_nondeterminism
+from util.run.determinism import NondeterminismError
 from util.run.flags import given_flags
 from util.run.folder_lock import release_folders, take_folders
 from util.run.gpu_memory import explain_out_of_memory
@@ -128,8 +127,7 @@ def find_start(given: C, launch: Launch) -> Start[C]:
     def open_folder() -> str | None:
         take_folders(given.output_dir, given.log_dir or given.output_dir)
         start.folder = CheckpointFolder(given.output_dir, given.keep_checkpoints)
-        refuse_to_replace_a_run(given)
-        refuse_to_mix_curves(given)
+        refuse_folders_of_other_runs(given)
         path, start.checkpoint = start.folder.resume(given.resume) or (None, None)
         return path and os.fspath(path)
 
@@ -145,10 +143,6 @@ def find_start(given: C, launch: Launch) -> Start[C]:
 
 
 SHORT_MEASURES = 20.0  # seconds; schedulers give a job 30 or more between SIGTERM and SIGKILL
-
-
-class Preempted(Exception):
-    """The run was asked to stop, and has saved."""
 
 
 @dataclass
@@ -223,7 +217,7 @@ class Run:
 
         Raises:
             NonFiniteError: on all ranks, when the loss or gradient was not finite.
-            Preempted: on all ranks, when any was asked to stop; the state is saved.
+            SystemExit: on all ranks, when any was asked to stop; the state is saved.
         """
         config, progress = self.config, self.state.progress
         this_step = f"epoch {progress.epoch} step {progress.step_in_epoch + 1} (optimizer step {progress.step + 1})"
@@ -241,7 +235,7 @@ class Run:
         if save:
             self.save()
         if stop:
-            raise Preempted(f"stopped on request at {progress}")
+            self.stop()
 
     def report(self, meter: StepMeter) -> None:
         """Write the log lines that are due."""
@@ -291,6 +285,17 @@ class Run:
         if last or milestone or best or progress.epoch % config.save_every == 0 or self.saves_at_this_step:
             self.save(milestone, best)
         logger.info("epoch %d done: %s", epoch, ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
+
+    def stop(self) -> NoReturn:
+        """Leave after saving, on all ranks together, as `Preemption.exit_for_requeue`."""
+        self.bar.close()
+        logger.warning("stopped on request at %s", self.state.progress)
+        if how := to_continue(self.config.world_size):
+            logger.warning("to go on: %s", how)
+        if self.folder is not None:
+            self.folder.wait(final=True)
+        release_folders()  # a requeued job may start elsewhere before this process has ended
+        self.preemption.exit_for_requeue()
 
     def close(self) -> None:
         """Wait for the last checkpoint to be on the disk, close the logs, free the folder and leave the other ranks.
@@ -383,32 +388,10 @@ def orderly_end(run: Run) -> Iterator[None]:
     stop.
     """
     try:
-        try:
-            with (
-                failures.explain_collective_failures(),
-                failures.explain_worker_failures(),
-                explain_nondeterminism(),
-                contextlib.closing(run.bar),
-            ):
-                yield
-                run.close()
-        except Preempted as stopped:
-            logger.warning("%s", stopped)
-            if how := to_continue(run.config.world_size):
-                logger.warning("to go on: %s", how)
-            if run.folder is not None:
-                run.folder.wait(final=True)
-            release_folders()  # a requeued job may start elsewhere before this process has ended
-            run.preemption.exit_for_requeue()
-    except (
-        torch.OutOfMemoryError,
-        NonFiniteError,
-        BadImageError,
-        distributed.CollectiveError,
-        failures.WorkerError,
-        NondeterminismError,
-        SaveError,
-    ) as error:  # each says what happened
+        with failures.explained(), contextlib.closing(run.bar):
+            yield
+            run.close()
+    except (torch.OutOfMemoryError, RunError, BadImageError, NondeterminismError) as error:  # each says what happened
         if isinstance(error, torch.OutOfMemoryError):
             message = explain_out_of_memory(error, run.state, run.config)
             if failures.is_to_say(message, str(distributed.get_rank())):
