@@ -29,7 +29,7 @@ from util.errors import UserError
 from util.run import distributed, failures
 from util.run.config import DeviceFlags, ProcessFlags
 from util.run.flags import get_parser
-from util.run.launch import LaunchError, detect_launch
+from util.run.launch import detect_launch
 from util.run.preemption import EXIT_REQUEUE, Preemption
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,10 +67,10 @@ def test_single_process_start_and_its_errors(monkeypatch):
         (["--local_rank", "2"], "--local_rank 2 contradicts the launcher's local rank 0"),
         (["--device", "abacus"], "--device abacus is not a device"),
     ):
-        with pytest.raises(LaunchError, match=message):
+        with pytest.raises(UserError, match=message):
             distributed.init_distributed(parse(*flags))
     if not torch.cuda.is_available():
-        with pytest.raises(LaunchError, match="sees no GPU: use --device cpu"):
+        with pytest.raises(UserError, match="sees no GPU: use --device cpu"):
             distributed.init_distributed(parse("--device", "cuda"))
 
 

@@ -14,8 +14,9 @@ from running import make_images
 from trials import TINY, Trial, at_step, steps_of, waiting_for
 
 import main_finetune
+from util.errors import UserError
 from util.run import folder_lock
-from util.run.folder_lock import FolderInUseError, FolderLock, Owner
+from util.run.folder_lock import FolderLock, Owner
 
 RECIPE = (*TINY, "--epochs", "1")
 
@@ -70,7 +71,7 @@ def test_of_twenty_pairs_one_of_each_gets_the_folder(tmp_path):
                     FolderLock(out)
                     os.read(finished, 1)
                     code = 0
-                except FolderInUseError:
+                except UserError:
                     code = 2
                 finally:
                     os._exit(code)  # as if killed: nothing is tidied up
@@ -165,7 +166,9 @@ def test_a_claim_that_is_renewed_keeps_others_out(tmp_path, quick):
     renewing = "import os, sys, time\nwhile True: os.utime(sys.argv[1]); time.sleep(0.1)"
     other = subprocess.Popen([sys.executable, "-c", renewing, tmp_path / ".claim.json"])
     try:
-        with pytest.raises(FolderInUseError, match=r"process \d+ on elsewhere, started .* \(Slurm job 77\)"):
+        with pytest.raises(
+            UserError, match=r"in use by another run: process \d+ on elsewhere, started .* \(Slurm job 77\)"
+        ):
             FolderLock(tmp_path)
     finally:
         other.kill()
@@ -218,7 +221,7 @@ def test_without_locks_in_the_file_system_claims_decide(tmp_path, quick, monkeyp
     monkeypatch.setattr(folder_lock.fcntl, "flock", no_locks)
     monkeypatch.setattr(folder_lock, "STALE_AFTER", 60.0)
     lock = FolderLock(tmp_path)
-    with pytest.raises(FolderInUseError, match=f"process {os.getpid()} on "):
+    with pytest.raises(UserError, match=f"in use by another run: process {os.getpid()} on "):
         FolderLock(tmp_path)
     lock.release()
     with subprocess.Popen(["true"]) as ended:

@@ -14,8 +14,10 @@ import torch
 
 import util.run.checkpoint_folder
 from main_pretrain import PretrainConfig
+from util.errors import UserError
 from util.run.checkpoint_folder import TOLERATED_FAILURES, CheckpointFolder, SaveError
 from util.run.config import compare_recipes
+from util.run.folder_lock import FolderLock
 from util.weights.file import CheckpointError, read_checkpoint, saved_at, temporary_path
 
 
@@ -160,17 +162,15 @@ def test_what_is_best_and_milestones_are_written_once_that_is_possible_again(tmp
 
 def test_an_unwritable_folder_is_an_error_before_training(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot be written to.*--output_dir"):
-        CheckpointFolder(tmp_path / "file" / "ckpt")
-    with pytest.raises(CheckpointError, match="keep=0"):
-        CheckpointFolder(tmp_path, keep=0)
+    with pytest.raises(UserError, match=r"--output_dir .*cannot be written to: Not a directory"):
+        FolderLock(tmp_path / "file" / "ckpt")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_an_error_before_training(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(CheckpointError, match=r"cannot be written to.*Permission denied"):
-        CheckpointFolder(tmp_path)
+    with pytest.raises(UserError, match=r"cannot be written to.*Permission denied"):
+        FolderLock(tmp_path)
     tmp_path.chmod(0o700)
 
 

@@ -15,7 +15,7 @@ from trials import TINY, Trial
 
 from util.knn import KnnConfig
 from util.run.config import resolve
-from util.run.cores import choose_threads, choose_workers, share_of_cores
+from util.run.cores import choose_workers, share_of_cores
 from util.run.flags import get_parser, given_flags
 from util.run.launch import Launch
 from util.run.startup import on_interrupt
@@ -94,11 +94,10 @@ def test_a_program_that_imports_a_main_keeps_its_own_handler():
         ({}, set(range(96)), [set(range(96))], 0.5, 1),
         ({"SLURM_CPUS_PER_TASK": "3"}, {0, 1, 2, 3}, [{0, 1, 2, 3}], INFINITE, 3),
         ({"SLURM_CPUS_PER_TASK": "8"}, {0, 1, 2, 3}, [{0, 1, 2, 3}], INFINITE, 4),
-        ({"OMP_NUM_THREADS": "7", "SLURM_CPUS_PER_TASK": "8"}, {0}, [{0}], INFINITE, None),
     ],
 )
 def test_the_threads_fit_the_cores(environ, cores, node, quota, threads):
-    assert choose_threads(environ, frozenset(cores), [frozenset(other) for other in node], quota)[0] == threads
+    assert share_of_cores(environ, frozenset(cores), [frozenset(other) for other in node], quota)[0] == threads
 
 
 @pytest.mark.parametrize("cores, workers", [(1, 1), (2, 2), (3, 2), (8, 7), (12, 11), (16, 15), (17, 16), (192, 16)])

@@ -312,7 +312,7 @@ def check_data(given: CheckDataConfig) -> dict[str, Any]:
     )
     config = with_settings(given, settings)
     if config.num_workers is None:
-        config = replace(config, num_workers=choose_workers(own_share([own_cores()])))
+        config = replace(config, num_workers=choose_workers(own_share([own_cores()])[0]))
     sources = [(split, FileSource(source.index, config)) for split, source in sources]
     parts = [inspect(source, split, config) for split, source in sources]
     wrong, odd = faults_of(parts, config)

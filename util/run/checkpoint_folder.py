@@ -50,7 +50,6 @@ POSITION = (
 
 STEP_NAME = re.compile(r"checkpoint-\d+\.pth")
 LASTING_NAME = re.compile(r"checkpoint-(best|epoch\d+)\.pth")
-TEMPORARY_NAME = re.compile(r"\.checkpoint.*\.pth\..+\.\d+\.tmp")  # see temporary_path
 
 
 class CheckpointFolder:
@@ -63,16 +62,11 @@ class CheckpointFolder:
     each name appears by an atomic rename after its content is on the disk, and older files go last.
 
     Args:
-        output_dir: the folder, made if need be.
+        output_dir: the folder, made if need be. (Whether it can be written to, `take_folders` has found out.)
         keep: how many step checkpoints to keep, at least 1.
-
-    Raises:
-        CheckpointError: the folder cannot be made. (Whether it can be written to, `take_folders` has found out.)
     """
 
     def __init__(self, output_dir: str | os.PathLike, keep: int = 3):
-        if keep < 1:
-            raise CheckpointError(f"at least one checkpoint must be kept, got keep={keep}")
         self.folder = Path(output_dir)
         self.keep = keep
         self.failures = 0  # in a row
@@ -80,13 +74,10 @@ class CheckpointFolder:
         self._error: Exception | None = None
         self._copied: dict[str, Any] | None = None  # what was saved last; its memory serves again
         self._unwritten: list[tuple[dict[str, Any], list[str]]] = []  # with the names that no later checkpoint gets
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.folder} cannot be written to ({error.strerror}): give --output_dir a folder that can"
-            ) from error
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(".checkpoint*.pth.*.tmp"):  # see temporary_path; the folder is ours
+            path.unlink()
+            logger.info("removed %s, left by a run that ended while saving", path)
 
     # -- Saving ------------------------------------------------------------------------------------------------
 
@@ -134,23 +125,15 @@ class CheckpointFolder:
             return
         if not isinstance(error, OSError):
             raise error
-        if final or self.failures > TOLERATED_FAILURES:
-            raise SaveError(
-                f"the {'last ' if final else ''}checkpoint could not be saved: {error} (failure {self.failures} in a "
-                f"row, {TOLERATED_FAILURES} are tolerated before the run's last). {self._what_is_left()}: fix the "
-                "disk and continue with --resume auto"
-            ) from error
-        logger.error(
-            "a checkpoint could not be saved: %s. Training goes on (failure %d in a row, %d are tolerated). %s",
-            error,
-            self.failures,
-            TOLERATED_FAILURES,
-            self._what_is_left(),
-        )
-
-    def _what_is_left(self) -> str:
         saved = any(self.folder.glob("checkpoint*.pth"))
-        return "Earlier checkpoints are intact" if saved else "No checkpoint has been saved yet"
+        left = "Earlier checkpoints are intact" if saved else "No checkpoint has been saved yet"
+        message = (
+            f"checkpoint could not be saved: {error} (failure {self.failures} in a row, {TOLERATED_FAILURES} are "
+            f"tolerated before the run's last). {left}"
+        )
+        if final or self.failures > TOLERATED_FAILURES:
+            raise SaveError(f"the {message}: fix the disk and continue with --resume auto") from error
+        logger.error("a %s. Training goes on", message)
 
     def _write(self, writes: list[tuple[dict[str, Any], list[str]]]) -> None:
         """Write checkpoints, each under its names, one after another."""
@@ -181,13 +164,6 @@ class CheckpointFolder:
         """
         found = [(saved_at(path), path) for path in self.folder.glob("checkpoint*.pth")]
         return sorted(found, key=lambda entry: (entry[0], STEP_NAME.fullmatch(entry[1].name) is not None))
-
-    def _remove_leftovers(self) -> None:
-        """Remove the temporary files of runs that died while saving: the folder is ours, so nobody is writing them."""
-        for path in self.folder.glob(".checkpoint*.tmp"):
-            if TEMPORARY_NAME.fullmatch(path.name):
-                path.unlink(missing_ok=True)
-                logger.info("removed %s, left by a run that ended while saving", path)
 
     # -- Resuming ----------------------------------------------------------------------------------------------
 

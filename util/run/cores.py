@@ -46,28 +46,20 @@ def share_of_cores(
     return share, f"{available:g} cores for {len(node)} process{'es' if len(node) > 1 else ''}"
 
 
-def choose_threads(
-    environ: Mapping[str, str], cores: frozenset[int], node: Sequence[frozenset[int]], quota: float
-) -> tuple[int | None, str]:
-    """How many threads a process should compute with (None: as it does), and why: what the user says goes first."""
-    if environ.get("OMP_NUM_THREADS"):
-        return None, f"OMP_NUM_THREADS={environ['OMP_NUM_THREADS']}"
-    return share_of_cores(environ, cores, node, quota)
-
-
 def choose_workers(cores: int) -> int:
     """How many data-loading processes suit a process that can keep `cores` busy: of more than two, it keeps one."""
     return min(MOST_WORKERS, cores - 1 if cores > 2 else cores)
 
 
-def own_share(node: Sequence[frozenset[int]]) -> int:
-    """How many cores this process can keep busy, see `share_of_cores`."""
-    return share_of_cores(os.environ, own_cores(), node, container_quota())[0]
+def own_share(node: Sequence[frozenset[int]]) -> tuple[int, str]:
+    """How many cores this process can keep busy, and why, see `share_of_cores`."""
+    return share_of_cores(os.environ, own_cores(), node, container_quota())
 
 
-def fit_threads(node: Sequence[frozenset[int]]) -> str:
-    """Compute with as many threads as fit, see `choose_threads`; says how many and why."""
-    threads, reason = choose_threads(os.environ, own_cores(), node, container_quota())
-    if threads is not None:
-        torch.set_num_threads(threads)
+def fit_threads(share: int, reason: str) -> str:
+    """Compute with as many threads as `own_share`, unless the user says how many; says how many and why."""
+    if given := os.environ.get("OMP_NUM_THREADS"):
+        reason = f"OMP_NUM_THREADS={given}"
+    else:
+        torch.set_num_threads(share)
     return f"{torch.get_num_threads()} thread(s) per process ({reason})"

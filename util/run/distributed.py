@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import RunError, UserError
 from util.run.cores import fit_threads, own_cores, own_share
-from util.run.launch import Launch, LaunchError, choose_device, detect_launch
+from util.run.launch import Launch, choose_device, detect_launch
 
 logger = logging.getLogger(__name__)
 
@@ -54,36 +54,36 @@ def init_distributed(flags: argparse.Namespace) -> Launch:
         flags: those of `util.run.config.ProcessFlags`, and `device` ('auto', 'cuda', 'cuda:I' or 'cpu').
 
     Raises:
-        LaunchError: contradictory variables or flags, or more processes on this node than GPUs.
+        UserError: contradictory variables or flags, or more processes on this node than GPUs.
         CollectiveError: the processes did not meet within `flags.dist_timeout` seconds.
     """
     global world
     if not 0 < flags.dist_timeout < 1e9:
-        raise LaunchError(f"--dist_timeout {flags.dist_timeout:g} must be a positive number of seconds, below 1e9")
+        raise UserError(f"--dist_timeout {flags.dist_timeout:g} must be a positive number of seconds, below 1e9")
     launch = detect_launch(os.environ, flags.dist_on_itp, flags.dist_url, flags.port, flags.world_size)
     if flags.local_rank not in (-1, launch.local_rank):
-        raise LaunchError(f"--local_rank {flags.local_rank} contradicts the launcher's local rank {launch.local_rank}")
+        raise UserError(f"--local_rank {flags.local_rank} contradicts the launcher's local rank {launch.local_rank}")
     launch = replace(launch, device=choose_device(flags.device, launch))
+    on_node = [own_cores()]
     if launch.world_size == 1:
         logger.info("started as a single process (launcher: %s) on %s", launch.launcher, launch.device)
-        if launch.device.type == "cpu":
-            logger.info("computing in %s", fit_threads([own_cores()]))
-        return replace(launch, cores=own_share([own_cores()]))
-    if not launch.master_addr or (launch.launcher == "torchrun" and flags.dist_url == "env://"):
-        url = flags.dist_url  # of env://, torch knows that torchrun's agent may hold the store instead of rank 0
     else:
-        url = f"tcp://{launch.master_addr}:{launch.master_port}"
-    world = _start_groups(launch, url, flags.dist_timeout)
-    own_node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    nodes, cores = zip(*gather_objects((own_node, own_cores())))
-    logger.info(
-        "started by %s: %d processes (%s), meeting at %s, %s on %s",
-        launch.launcher, launch.world_size, describe_placement(nodes), url, dist.get_backend(), launch.device.type,
-    )  # fmt: skip
-    on_node = [theirs for node, theirs in zip(nodes, cores) if node == own_node]
+        if not launch.master_addr or (launch.launcher == "torchrun" and flags.dist_url == "env://"):
+            url = flags.dist_url  # of env://, torch knows that torchrun's agent may hold the store instead of rank 0
+        else:
+            url = f"tcp://{launch.master_addr}:{launch.master_port}"
+        world = _start_groups(launch, url, flags.dist_timeout)
+        own_node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        nodes, cores = zip(*gather_objects((own_node, own_cores())))
+        logger.info(
+            "started by %s: %d processes (%s), meeting at %s, %s on %s",
+            launch.launcher, launch.world_size, describe_placement(nodes), url, dist.get_backend(), launch.device.type,
+        )  # fmt: skip
+        on_node = [theirs for node, theirs in zip(nodes, cores) if node == own_node]
+    share, reason = own_share(on_node)
     if launch.device.type == "cpu":
-        logger.info("computing in %s", fit_threads(on_node))
-    return replace(launch, cores=own_share(on_node))
+        logger.info("computing in %s", fit_threads(share, reason))
+    return replace(launch, cores=share)
 
 
 def describe_placement(nodes: Sequence[str]) -> str:
@@ -143,11 +143,6 @@ def get_world_size() -> int:
 
 def is_main_process() -> bool:
     return get_rank() == 0
-
-
-def control_group() -> dist.ProcessGroup | None:
-    """The gloo group for decisions that the CPUs of all ranks take together; None in a single process."""
-    return world.control if world else None
 
 
 def barrier() -> None:

@@ -20,20 +20,16 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from util.errors import UserError
+from util.errors import UserError, unreadable_is_user_error
 
 logger = logging.getLogger(__name__)
 
 RENEW_EVERY = 30.0  # seconds
 STALE_AFTER = 180.0  # seconds
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # what file systems without locks answer
-
-
-class FolderInUseError(UserError):
-    """Another run has the folder."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,6 @@ class Owner:
 
     @classmethod
     def this_process(cls, environ: Mapping[str, str]) -> "Owner":
-        restart = environ.get("SLURM_RESTART_COUNT", "")
         try:
             kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             namespace = os.readlink("/proc/self/ns/pid")
@@ -70,7 +65,7 @@ class Owner:
             process=os.getpid(),
             started=time.strftime("%Y-%m-%d %H:%M:%S"),
             job=environ.get("SLURM_JOB_ID", ""),
-            restart=int(restart) if restart.isdecimal() else 0,
+            restart=int(environ.get("SLURM_RESTART_COUNT") or 0),
         )
 
     @property
@@ -78,10 +73,8 @@ class Owner:
         """Whether there is such a process; only for an owner in our own process namespace."""
         try:
             os.kill(self.process, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
+        except OSError as error:
+            return isinstance(error, PermissionError)  # it is somebody else's
         return True
 
 
@@ -91,18 +84,16 @@ class FolderLock:
     flag: which named it, for messages.
 
     Raises:
-        FolderInUseError: another run has it; says which.
-        UserError: the folder cannot be made or written to.
+        UserError: another run has it (says which), or it cannot be made or written to.
     """
 
     def __init__(self, folder: str | os.PathLike, flag: str = "--output_dir"):
         self.folder, self.flag = Path(folder), flag
         self.own = Owner.this_process(os.environ)
         self.lock, self.claim = self.folder / ".lock", self.folder / ".claim.json"
-        self.temporary = self.folder / f".claim.json.{self.own.host}.tmp"  # used under the lock: one per machine
         self.locks_work = True
         self.released = threading.Event()
-        try:
+        with unreadable_is_user_error(f"{flag} {folder} cannot be written to"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.descriptor = self._lock()
             try:
@@ -110,10 +101,6 @@ class FolderLock:
             except BaseException:
                 os.close(self.descriptor)
                 raise
-        except OSError as error:
-            raise UserError(
-                f"{self.folder} cannot be written to ({error.strerror}): give {self.flag} a folder that can"
-            ) from error
         self.thread = threading.Thread(target=self._renew, name="folder claim", daemon=True)
         self.thread.start()
 
@@ -133,12 +120,13 @@ class FolderLock:
             descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                os.close(descriptor)
+                raise self._in_use(self._locking_owner()) from None
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     os.close(descriptor)
-                    if error.errno not in (errno.EAGAIN, errno.EACCES):
-                        raise
-                    raise self._in_use(self._locking_owner()) from None
+                    raise
                 self.locks_work = False
             if os.fstat(descriptor).st_nlink:
                 return descriptor
@@ -150,8 +138,7 @@ class FolderLock:
         for _ in range(20):
             with contextlib.suppress(FileNotFoundError):
                 owner = self._read_claim()[0]
-                foreign = owner.process_namespace != self.own.process_namespace
-                if owner.kernel == self.own.kernel and (foreign or owner.is_running):
+                if owner.kernel == self.own.kernel and owner.is_running:
                     return owner
             time.sleep(0.05)
         return owner
@@ -188,20 +175,12 @@ class FolderLock:
         return bool(owner.job) and owner.job == self.own.job and owner.restart < self.own.restart
 
     def _place_claim(self) -> bool:
-        """Write our claim unless there is one; whether it was written. It appears with its content, or not at all."""
-        self.temporary.write_text(json.dumps(asdict(self.own)) + "\n", encoding="utf-8")
+        """Write our claim unless there is one; whether it was written."""
         try:
-            os.link(self.temporary, self.claim)
+            with open(self.claim, "x", encoding="utf-8") as file:
+                json.dump(asdict(self.own), file)
         except FileExistsError:
             return False
-        except OSError:  # no hard links here
-            try:
-                with open(self.claim, "x", encoding="utf-8") as file:
-                    file.write(self.temporary.read_text(encoding="utf-8"))
-            except FileExistsError:
-                return False
-        finally:
-            self.temporary.unlink(missing_ok=True)
         return True
 
     def _read_claim(self, path: Path | None = None) -> tuple[Owner, float]:
@@ -209,20 +188,19 @@ class FolderLock:
         with open(path or self.claim, encoding="utf-8", errors="replace") as file:
             renewal = os.fstat(file.fileno()).st_mtime
             try:
-                found = json.load(file)
-                values = {field.name: type(field.default)(found[field.name]) for field in fields(Owner)}
-            except (ValueError, TypeError, KeyError):
+                return Owner(**json.load(file)), renewal
+            except (ValueError, TypeError):
                 return Owner(), renewal
-        return Owner(**values), renewal
 
     def _remove_claim(self, judged: Owner) -> None:
         """Remove the claim of `judged`, but not that of another run which did so first."""
+        aside = self.folder / f".claim.json.{self.own.host}.tmp"  # used under the lock: one per machine
         with contextlib.suppress(FileNotFoundError):
-            os.rename(self.claim, self.temporary)
-            if self._read_claim(self.temporary)[0] != judged:
+            os.rename(self.claim, aside)
+            if self._read_claim(aside)[0] != judged:
                 with contextlib.suppress(FileExistsError):
-                    os.link(self.temporary, self.claim)
-            self.temporary.unlink()
+                    os.link(aside, self.claim)
+            aside.unlink()
 
     def _renew(self) -> None:
         while not self.released.wait(RENEW_EVERY):
@@ -240,8 +218,8 @@ class FolderLock:
                     os._exit(1)  # at once, before it writes among the other's files
                 os.utime(self.claim)
 
-    def _in_use(self, owner: Owner) -> FolderInUseError:
-        return FolderInUseError(
+    def _in_use(self, owner: Owner) -> UserError:
+        return UserError(
             f"{self.folder} is in use by another run: {owner}. Wait for its end, or give another {self.flag}"
         )
 

@@ -15,10 +15,6 @@ DEFAULT_PORT = 29500  # torchrun's; used where no job id tells runs apart
 FIRST_JOB_PORT, JOB_PORTS = 15000, 16384
 
 
-class LaunchError(UserError):
-    """The launcher's variables contradict each other, the flags or the machine."""
-
-
 # The variables by which each launcher tells a process its rank, world size, local rank and local world size. The last
 # may be missing, except under srun, where it is a layout of all nodes, `2(x3),1`, and SLURM_NODEID picks the entry.
 LAUNCHERS = {
@@ -64,7 +60,7 @@ def detect_launch(
     declares a single process in a batch script.
 
     Raises:
-        LaunchError: variables are missing, not numbers, or contradict each other; names them and their values.
+        UserError: variables are missing, not numbers, or contradict each other; names them and their values.
     """
     launcher = "torchrun" if "RANK" in environ else "srun" if _step_tasks(environ) > 1 else "none"
     launcher = "mpi" if dist_on_itp else launcher
@@ -98,7 +94,8 @@ def _read_ids(environ: Mapping[str, str], launcher: str) -> tuple[int, int, int,
     rank, world_size, local_rank = (_integer(environ, name) for name in names[:3])
     local_world_size = None
     if launcher == "srun":
-        tasks_per_node, node = parse_tasks_per_node(environ[names[3]]), _integer(environ, "SLURM_NODEID")
+        layout, node = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ[names[3]]), _integer(environ, "SLURM_NODEID")
+        tasks_per_node = [int(tasks) for tasks, nodes in layout for _ in range(int(nodes or 1))]
         fits = sum(tasks_per_node) == world_size and 0 <= node < len(tasks_per_node)
         _require(fits, f"the layout of the srun step contradicts its number of tasks or nodes: {found}")
         local_world_size = tasks_per_node[node]
@@ -191,22 +188,12 @@ def _integer(environ: Mapping[str, str], name: str, default: int = 0) -> int:
     try:
         return int(environ.get(name, default))
     except ValueError:
-        raise LaunchError(f"{name}={environ[name]!r} is not a whole number") from None
+        raise UserError(f"{name}={environ[name]!r} is not a whole number") from None
 
 
 def _require(condition: object, message: str) -> None:
     if not condition:
-        raise LaunchError(message)
-
-
-def parse_tasks_per_node(layout: str) -> list[int]:
-    """Slurm's SLURM_STEP_TASKS_PER_NODE, `'2(x3),1'`, as one number per node: `[2, 2, 2, 1]`."""
-    counts: list[int] = []
-    for part in layout.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        _require(match, f"SLURM_STEP_TASKS_PER_NODE={layout!r} is not of the form 8(x2),4")
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts
+        raise UserError(message)
 
 
 def first_host(nodelist: str) -> str:
@@ -229,7 +216,7 @@ def choose_device(name: str, launch: Launch) -> torch.device:
     With several processes, each takes the GPU of `device_index`, whatever I says.
 
     Raises:
-        LaunchError: there is no such device, or there are fewer GPUs than processes on this node.
+        UserError: there is no such device, or there are fewer GPUs than processes on this node.
     """
     _require(
         re.fullmatch(r"auto|cpu|cuda(:\d+)?", name), f"--device {name} is not a device: use auto, cuda, cuda:N or cpu"
@@ -255,7 +242,7 @@ def device_index(launch: Launch, device_count: int, environ: Mapping[str, str]) 
     already shows every task its own (--gpus-per-task, --gpu-bind).
 
     Raises:
-        LaunchError: there are fewer GPUs than processes on this node; raised, in the same words, by all of them.
+        UserError: there are fewer GPUs than processes on this node; raised, in the same words, by all of them.
     """
     bound = any(name in environ for name in ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_TRES_PER_TASK"))
     if device_count == 1 and launch.launcher == "srun" and bound:

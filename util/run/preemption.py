@@ -77,9 +77,8 @@ class Preemption:
         if self._flags.any():
             return True
         self._flags = self._local_flags()
-        self._pending = dist.all_reduce(
-            self._flags, dist.ReduceOp.MAX, group=distributed.control_group(), async_op=True
-        )
+        group = distributed.world.control
+        self._pending = dist.all_reduce(self._flags, dist.ReduceOp.MAX, group=group, async_op=True)
         return False
 
     def exit_for_requeue(self) -> NoReturn:
