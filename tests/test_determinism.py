@@ -15,7 +15,7 @@ from util.dense.upernet import AUXILIARY_WEIGHT, average_parts, segmentation_los
 from util.errors import UserError
 from util.run import determinism
 from util.run.config import DeviceFlags
-from util.run.determinism import NondeterminismError, name_operation, set_up_determinism
+from util.run.determinism import NondeterminismError, set_up_determinism
 from util.run.failures import explained
 from util.run.flags import ROUNDING
 
@@ -77,19 +77,9 @@ REFUSED = (  # as PyTorch says it
 )
 
 
-@pytest.mark.parametrize(
-    "kernel, name",
-    [
-        ("adaptive_avg_pool2d_backward_cuda", "adaptive_avg_pool2d's gradient"),
-        ("nll_loss2d_forward_out_cuda_template", "nll_loss2d"),
-        ("upsample_bicubic2d_backward_out_cuda", "upsample_bicubic2d's gradient"),
-        ("roi_align_backward_kernel", "roi_align's gradient"),
-        ("_histc_cuda", "_histc"),
-    ],
-)
-def test_operations_are_named(kernel, name):
-    assert name_operation(kernel) == name
-    with pytest.raises(NondeterminismError, match=rf"has no deterministic version of {name} on .*\({kernel}\)"):
+@pytest.mark.parametrize("kernel", ["adaptive_avg_pool2d_backward_cuda", "roi_align_backward_kernel", "_histc_cuda"])
+def test_operations_are_named(kernel):
+    with pytest.raises(NondeterminismError, match=rf"has no deterministic version of {kernel} on this device"):
         with explained():
             raise RuntimeError(REFUSED.format(kernel))
 

@@ -114,7 +114,7 @@ def test_bad_pixels_and_weights_are_named(images, tmp_path, capfd):
     run(replay, "--dump", tmp_path / "changed.pth", "--device", "cpu", "--precision", "bf16")
     said = capfd.readouterr().out
     assert ", in bf16 on cpu" in said
-    assert "weights before the step that are not finite: 1 (layers.3.blocks.0.mlp.fc1.bias)" in said
+    assert "weights before the step that are not finite: ['layers.3.blocks.0.mlp.fc1.bias']" in said
     assert f"micro-batch {number}, image 2: 1 of 256 values not finite" in said
     assert "first output that is not finite: patch_embed.proj (Conv2d): 16 of 16384 values not finite of its" in said
     assert "its input is not finite already" in said

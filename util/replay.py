@@ -13,7 +13,6 @@ import util.run.startup  # noqa: F401 - before PyTorch
 # isort: split
 import argparse
 import contextlib
-import functools
 import logging
 import runpy
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
+from util.data.image_index import abbreviate
 from util.data.transforms import Normalize
 from util.run.config import DeviceFlags
 from util.run.failures import user_errors
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 PROGRAMS = ("main_*.py", "exp/*/*.py")  # each has a function `rebuild_step`
 EXTREME = 20.0  # standard deviations: what no photo reaches after normalisation
-MOST_NAMES = 5  # of parameters in one line
 
 
 def read_dump(path: str) -> dict[str, Any]:
@@ -60,11 +60,11 @@ def first_bad_output(model: nn.Module) -> Iterator[list[str]]:
 
     The first names the innermost culprit, since modules end before those around them.
     """
-    found = []
+    names, found = {module: name for name, module in model.named_modules() if name}, []
 
     @torch.no_grad()  # what a check computes is no part of a step that is recomputed
-    def check(name: str, module: nn.Module, inputs: tuple, output: Any) -> None:
-        if isinstance(output, Tensor) and not output.isfinite().all():
+    def check(module: nn.Module, inputs: tuple, output: Any) -> None:
+        if module in names and isinstance(output, Tensor) and not output.isfinite().all():
             given = [value for value in inputs if isinstance(value, Tensor)]
             if not all(value.isfinite().all() for value in given):
                 origin = "its input is not finite already"
@@ -72,16 +72,10 @@ def first_bad_output(model: nn.Module) -> Iterator[list[str]]:
                 origin = f"its input is finite, up to {given[0].abs().max():.3g} in size"
             else:
                 origin = "its input is no tensor"
-            found.append(f"{name} ({type(module).__name__}): {count_bad(output)} of its output; {origin}")
+            found.append(f"{names[module]} ({type(module).__name__}): {count_bad(output)} of its output; {origin}")
 
-    handles = [
-        module.register_forward_hook(functools.partial(check, name)) for name, module in model.named_modules() if name
-    ]
-    try:
+    with register_module_forward_hook(check):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def count_bad(tensor: Tensor) -> str:
@@ -129,7 +123,7 @@ def replay(dump: dict[str, Any], device: torch.device, precision: str | None = N
     yield f"{settings.model} at {dump['where']}, in {precision} on {device}"
     bad_weights = [name for name, tensor in checkpoint["model"].items() if not tensor.isfinite().all()]
     if bad_weights:
-        yield f"weights before the step that are not finite: {first_names(bad_weights)}"
+        yield f"weights before the step that are not finite: {abbreviate(bad_weights)}"
     model, loss_of = find_program(checkpoint)["rebuild_step"](settings, checkpoint["model"], device)
     normalize = Normalize(settings.mean, settings.std).to(device)
     scaler = make_scaler(precision, device)
@@ -153,15 +147,10 @@ def replay(dump: dict[str, Any], device: torch.device, precision: str | None = N
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         bad_gradients = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         if bad_gradients:
-            yield f"micro-batch {number}, gradients that are not finite: {first_names(bad_gradients)}"
+            yield f"micro-batch {number}, gradients that are not finite: {abbreviate(bad_gradients)}"
         else:
             norm = torch.nn.utils.get_total_norm(gradients.values()) / scaler.get_scale()
             yield f"micro-batch {number}: gradient norm {norm.item():.4g}"
-
-
-def first_names(names: list[str]) -> str:
-    rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return f"{len(names)} ({', '.join(names[:MOST_NAMES])}{rest})"
 
 
 @dataclass(frozen=True)

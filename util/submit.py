@@ -123,10 +123,7 @@ def submit(given: SubmitConfig, task: str, options: list[str], flags: list[str])
     parsed = runpy.run_path(str(ROOT / main))["get_args_parser"]().parse_args(flags)
     if not getattr(parsed, "dataset", "") and not Path(parsed.data_path).exists():
         raise UserError(f"the data folder (or list of images) '{parsed.data_path}' does not exist")
-    further = {}
-    for option in options:
-        key, separator, value = option.partition("=")
-        further[key] = value if separator else True
+    further = {key: value or True for key, _, value in (option.partition("=") for option in options)}
 
     folder = str(Path(given.job_dir).absolute())
     try:

@@ -38,16 +38,6 @@ class SaveError(RunError):
     """Checkpoints could not be saved too often in a row."""
 
 
-# What says where a run stood: its key, types and lowest value. The last epoch before the first complete one is -1.
-POSITION = (
-    ("epoch", (int,), -1),
-    ("step", (int,), 0),
-    ("step_in_epoch", (int,), 0),
-    ("epoch_loss", (int, float), float("-inf")),
-    ("best", (int, float, type(None)), float("-inf")),
-    ("best_acc1", (int, float, type(None)), float("-inf")),
-)
-
 STEP_NAME = re.compile(r"checkpoint-\d+\.pth")
 LASTING_NAME = re.compile(r"checkpoint-(best|epoch\d+)\.pth")
 
@@ -227,9 +217,9 @@ def read_run_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} holds no run to resume (no {', '.join(absent)} in it): to start from its weights, use --finetune"
         )
-    for key, kinds, lowest in POSITION:
+    for key, lowest in (("epoch", -1), ("step", 0), ("step_in_epoch", 0)):
         value = checkpoint.get(key, 0)
-        if type(value) not in kinds or not (value is None or value >= lowest):
+        if type(value) is not int or value < lowest:
             raise CheckpointError(f"{path} holds no run to resume: its {key} is {str(value)[:100]!r}")
     if not isinstance(checkpoint.get("args", {}), dict):
         raise CheckpointError(f"{path} holds no run to resume: its args are a {type(checkpoint['args']).__name__}")

@@ -6,7 +6,6 @@ warn and go on (`warn_only=True`), but then fused attention, which has one, does
 
 import logging
 import os
-import re
 
 import torch
 
@@ -53,15 +52,7 @@ def explain_nondeterminism(error: Exception) -> NondeterminismError | None:
     before, refused, _ = str(error).partition(NO_VERSION)
     if not refused:
         return None
-    kernel = before.split()[-1]
     return NondeterminismError(
-        f"--deterministic: PyTorch {torch.__version__} has no deterministic version of {name_operation(kernel)} on "
-        f"this device ({kernel}): leave the flag out"
+        f"--deterministic: PyTorch {torch.__version__} has no deterministic version of {before.split()[-1]} on this "
+        "device: leave the flag out"
     )
-
-
-def name_operation(kernel: str) -> str:
-    """What PyTorch's kernel computes: 'adaptive_avg_pool2d_backward_cuda' -> "adaptive_avg_pool2d's gradient"."""
-    name = re.sub(r"(_nhwc|_out|_cuda|_kernel|_impl|_template|_frame|_forward)+$", "", kernel)
-    operation = name.removesuffix("_backward")
-    return f"{operation}'s gradient" if operation != name else operation

@@ -10,7 +10,6 @@ Exit codes: 75 (EX_TEMPFAIL: saved, start me again), 143 and 130 (second SIGTERM
 import contextlib
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -128,29 +127,10 @@ class Preemption:
         job = os.environ.get("SLURM_JOB_ID")
         if job is None:
             logger.warning("saved; start the same command again to continue")
-        elif reason := _why_not_requeue(job):
-            logger.warning("saved, but job %s is not queued again: %s; submit it again to continue", job, reason)
-        else:
-            result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-            if result.returncode:
-                logger.error("scontrol requeue %s failed: %s", job, result.stderr.strip())
-            else:
-                logger.warning("saved; job %s is queued again", job)
-
-
-def _why_not_requeue(job: str) -> str:
-    """Why Slurm would not, or should not, queue `job` again; '' when it may."""
-    try:
-        result = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True)
-    except FileNotFoundError:
-        return "scontrol is not installed on this node"
-    if result.returncode:
-        return f"scontrol show job failed: {result.stderr.strip()}"
-    facts = dict(re.findall(r"(\w+)=(\S+)", result.stdout))
-    if facts.get("BatchFlag") != "1":
-        return "it is not a batch job (started by srun or salloc, not sbatch)"
-    if facts.get("Requeue") != "1":
-        return "it was submitted without --requeue"
-    if facts.get("JobState") != "RUNNING":
-        return f"its state is {facts.get('JobState')} already"
-    return ""
+            return
+        try:
+            subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
+            logger.warning("saved; job %s is queued again", job)
+        except (OSError, subprocess.CalledProcessError) as error:  # no batch job, or one that may not be requeued
+            why = getattr(error, "stderr", None) or error
+            logger.warning("saved, but job %s is not queued again (%s); submit it again to continue", job, why)

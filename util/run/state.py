@@ -160,17 +160,14 @@ def match_groups(saved: dict[str, Any], own: list[dict[str, Any]]) -> list[dict[
     waiting = list(saved["param_groups"])
     if len(waiting) != len(own):
         raise ValueError(f"its optimizer has {len(waiting)} parameter groups, this run's has {len(own)}")
-    named = all("name" in group for group in waiting)
-
-    def shapes_of(group: dict[str, Any]) -> list[tuple[int, ...] | None]:
-        moments = [saved["state"].get(index, {}).get("exp_avg") for index in group["params"]]
-        return [None if moment is None else tuple(moment.shape) for moment in moments]
 
     def fits(group: dict[str, Any], wanted: dict[str, Any]) -> bool:
-        shapes = [tuple(parameter.shape) for parameter in wanted["params"]]
-        found = shapes_of(group)
-        same = len(found) == len(shapes) and all(a in (b, None) for a, b in zip(found, shapes))
-        return same and (not named or group["name"] == wanted["name"])
+        moments = [saved["state"].get(index, {}).get("exp_avg") for index in group["params"]]
+        return (
+            group.get("name") in (None, wanted.get("name"))
+            and len(moments) == len(wanted["params"])
+            and all(moment is None or moment.shape == tensor.shape for moment, tensor in zip(moments, wanted["params"]))
+        )
 
     matched = []
     for number, wanted in enumerate(own):
