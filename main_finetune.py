@@ -55,13 +55,12 @@ from util.run.flags import (
 )
 from util.run.launch import Launch
 from util.run.metrics import log_model, training_operations
-from util.run.once_per_node import read_weights_together
 from util.run.optim import param_groups_layer_decay
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
 from util.seeding import seed_all
 from util.weights.layouts import LoadReport, load_classifier, load_encoder
 from util.weights.settings import model_arguments, weight_settings
-from util.weights.source import WeightsInfo
+from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -274,7 +273,7 @@ def describe_result(config: FinetuneConfig, result: Evaluation, checkpoint: str)
 def evaluate_only(given: FinetuneConfig, launch: Launch) -> None:
     """`--eval`: classify the validation images with the weights of --finetune or --resume."""
     source = given.finetune or given.resume
-    weights, info = read_weights_together(source, ema=given.model_ema)
+    weights, info = distributed.once_per_node(partial(read_weights, source, given.model_ema))
     settings = weight_settings(info.args, source, given.as_dict(), defaults={"model": FINETUNING_MODEL})
     config = resolve(given, launch, settings, {"batch_size": EVALUATION_BATCH})
     validation = build_validation(config, launch)

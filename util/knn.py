@@ -17,6 +17,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -36,12 +37,11 @@ from util.run.features import gather_all, own_features, rank_of_features
 from util.run.flags import AT_LEAST_1, POSITIVE, Config, flag, get_parser, given_flags
 from util.run.launch import Launch
 from util.run.logger import setup_logging
-from util.run.once_per_node import read_weights_together
 from util.run.progress import with_progress
 from util.seeding import seed_all
 from util.weights.layouts import load_encoder
 from util.weights.settings import model_arguments, weight_settings
-from util.weights.source import WeightsInfo
+from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def load_model(given: KnnConfig, launch: Launch) -> tuple[SwinTransformer, KnnCo
     Raises:
         UserError: the weights cannot be used, or do not say which model they are.
     """
-    weights, info = read_weights_together(given.checkpoint, given.model_ema)
+    weights, info = distributed.once_per_node(partial(read_weights, given.checkpoint, given.model_ema))
     settings = weight_settings(info.args, given.checkpoint, given.as_dict())
     config = resolve(given, launch, settings)
     seed_all(config.seed, "weights")

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,13 +45,12 @@ from util.run.failures import user_errors
 from util.run.flags import AT_LEAST_1, flag, get_parser, given_flags
 from util.run.launch import Launch
 from util.run.logger import setup_logging
-from util.run.once_per_node import read_weights_together
 from util.run.optim import autocast
 from util.run.progress import with_progress
 from util.weights.file import make_folder
 from util.weights.parts import Runner, as_list, load_part, open_onnx, output_names
 from util.weights.settings import weight_settings
-from util.weights.source import WeightsInfo
+from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def load_model(given: PredictConfig, launch: Launch) -> tuple[Runner, PredictCon
     """
     if given.checkpoint.endswith(".onnx"):
         return load_onnx(given, launch)
-    weights, info = read_weights_together(given.checkpoint, given.model_ema)
+    weights, info = distributed.once_per_node(partial(read_weights, given.checkpoint, given.model_ema))
     module, settings, report = load_part(weights, info, given.as_dict(), given.part)
     logger.info("%s", report)
     config = resolve(given, launch, settings)

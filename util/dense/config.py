@@ -6,17 +6,18 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from util.errors import UserError
 from util.run.config import DataFlags, TrainingConfig, resolve
+from util.run.distributed import once_per_node
 from util.run.evaluation import EvaluationFlags
 from util.run.flags import FREE, flag, other_bits, with_default
 from util.run.launch import Launch
-from util.run.once_per_node import read_checkpoint_together
 from util.run.session import Start
 from util.run.state import program_of
-from util.weights.file import CheckpointError
+from util.weights.file import CheckpointError, read_checkpoint
 from util.weights.settings import weight_settings
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def open_to_evaluate(given: C, launch: Launch) -> tuple[C, dict[str, Any], str]:
         CheckpointError: it is missing, damaged, or of another program.
     """
     source = given.finetune or given.resume
-    checkpoint = read_checkpoint_together(source, None)
+    checkpoint = once_per_node(partial(read_checkpoint, source, True))
     if program_of(checkpoint) != given.PROGRAM:
         raise CheckpointError(f"{source} is no model of {given.PROGRAM}: train one with --finetune {source}")
     recorded = checkpoint["args"]

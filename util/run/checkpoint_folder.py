@@ -249,10 +249,9 @@ def _give_name(existing: Path, name: Path) -> None:
         try:
             os.link(existing, temporary)
         except OSError:
-            with open(existing, "rb") as source, open(temporary, "wb") as target:
-                shutil.copyfileobj(source, target, 1 << 22)
-                target.flush()
-                os.fsync(target.fileno())
+            shutil.copyfile(existing, temporary)
+            with open(temporary, "rb") as copy:
+                os.fsync(copy.fileno())
         os.replace(temporary, name)
         sync_folder(name.parent)
     finally:

@@ -202,15 +202,15 @@ def on_main_process(answer: Callable[[], T]) -> T:
     return gather_objects(together(answer if is_main_process() else lambda: None))[0]
 
 
-def once_per_node(read: Callable[[bool], T]) -> T:
-    """What `read(True)` gives on the first rank of each node, and after that `read(False)` on its others; raises as
-    `together`.
+def once_per_node(read: Callable[..., T]) -> T:
+    """What `read(verify=True)` gives on the first rank of each node, and after that `read(verify=False)` on its others;
+    raises as `together`.
 
     So a file is read from end to end once per node, and the other ranks find in memory what they need of it.
     """
     first = not world or world.launch.local_rank == 0
-    found = together(lambda: read(True) if first else None)
-    return together(lambda: found if first else read(False))
+    found = together(lambda: read(verify=True) if first else None)
+    return together(lambda: found if first else read(verify=False))
 
 
 def gather_on_main(obj: Any) -> list[Any] | None:

@@ -10,7 +10,6 @@ ends. Network file systems may keep such locks for each machine apart, or not at
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import logging
@@ -29,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 RENEW_EVERY = 30.0  # seconds
 STALE_AFTER = 180.0  # seconds
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # what file systems without locks answer
 
 
 @dataclass(frozen=True)
@@ -120,13 +118,10 @@ class FolderLock:
             descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
+            except BlockingIOError:
                 os.close(descriptor)
                 raise self._in_use(self._locking_owner()) from None
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    os.close(descriptor)
-                    raise
+            except OSError:  # the file system has no locks
                 self.locks_work = False
             if os.fstat(descriptor).st_nlink:
                 return descriptor

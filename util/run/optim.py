@@ -47,24 +47,21 @@ def param_groups_layer_decay(
         model: of which the encoder is a part, if it is; the other parts train at the full rate.
     """
     above = sum(len(stage.blocks) for stage in encoder.layers) + 1
-    own = {parameter: name for name, parameter in encoder.named_parameters()}
-    ids, groups = layer_ids(encoder), {}
+    ids = {encoder.get_parameter(name): layer_id for name, layer_id in layer_ids(encoder).items()}
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in (model or encoder).named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer_id = ids[own[parameter]] if parameter in own else above
-        decays = parameter.ndim > 1 and not name.endswith(".bias")
-        group = groups.setdefault(
-            (layer_id, decays),
-            {
-                "name": f"layer {layer_id}, {'weight decay' if decays else 'no weight decay'}",
-                "params": [],
-                "lr_scale": layer_decay ** (above - layer_id),
-                "weight_decay": weight_decay if decays else 0.0,
-            },
-        )
-        group["params"].append(parameter)
-    return list(groups.values())
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith(".bias")
+            groups.setdefault((ids.get(parameter, above), decays), []).append(parameter)
+    return [
+        {
+            "name": f"layer {layer_id}, {'weight decay' if decays else 'no weight decay'}",
+            "params": parameters,
+            "lr_scale": layer_decay ** (above - layer_id),
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (layer_id, decays), parameters in groups.items()
+    ]
 
 
 # --- Learning rate ---

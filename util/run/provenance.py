@@ -93,24 +93,24 @@ def write_provenance(config: TrainingConfig, state: TrainingState) -> None:
     if not distributed.is_main_process():
         return
     folder = Path(config.output_dir)
-    changes = {field.name: field.metadata["on_resume"] for field in dataclasses.fields(config)}
+    meaning = {field.name: field.metadata["on_resume"] for field in dataclasses.fields(config)}
     content = {
         "program": state.program,
         "config": dict(state.settings),
-        "free": [name for name, change in changes.items() if change is FREE],
-        "other_bits": {name: change.difference for name, change in changes.items() if change.difference},
+        "free": [name for name, change in meaning.items() if change is FREE],
+        "other_bits": {name: change.difference for name, change in meaning.items() if change.difference},
         "data": state.data,
         "environment": describe_environment(torch.device(config.device)),
     }
     if state.progress.step:
         content["earlier"] = earlier_starts(folder / CONFIGURATION, content, state.progress.step)
-    replace_file(folder / CONFIGURATION, json.dumps(content, indent=2).encode("utf-8", "surrogateescape") + b"\n")
-    differs = "-dirty" in content["environment"]["commit"]
+    temporary = folder / f".{CONFIGURATION}.tmp"
+    temporary.write_bytes(json.dumps(content, indent=2).encode("utf-8", "surrogateescape") + b"\n")
+    os.replace(temporary, folder / CONFIGURATION)
+    (folder / CHANGES).unlink(missing_ok=True)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        if changed := uncommitted_changes() if differs else b"":
-            replace_file(folder / CHANGES, changed)
-        else:
-            (folder / CHANGES).unlink(missing_ok=True)
+        if changes := uncommitted_changes():
+            (folder / CHANGES).write_bytes(changes)
 
 
 def earlier_starts(path: Path, now: dict[str, Any], step: int) -> list[dict[str, Any]]:
@@ -129,9 +129,3 @@ def earlier_starts(path: Path, now: dict[str, Any], step: int) -> list[dict[str,
         return [*before.get("earlier", []), *([{"until_step": step, **found}] if found else [])]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # nothing there, or another program's
         return []
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

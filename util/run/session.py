@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -42,14 +43,14 @@ from util.run.launch import Launch
 from util.run.logger import RunLog, setup_logging
 from util.run.metrics import SPIKE_HISTORY, StepMeter
 from util.run.nonfinite import NonFiniteError, NonFiniteGuard
-from util.run.once_per_node import read_checkpoint_together, read_weights_together
 from util.run.optim import make_scaler, resolve_precision, whether_to_compile
 from util.run.preemption import Preemption
 from util.run.progress import TrainingBar
 from util.run.provenance import log_environment, write_provenance
 from util.run.state import Progress, TrainingState
+from util.weights.file import read_checkpoint
 from util.weights.settings import WeightSettings, weight_settings
-from util.weights.source import WeightsInfo
+from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -132,10 +133,11 @@ def find_start(given: C, launch: Launch) -> Start[C]:
         return path and os.fspath(path)
 
     if path := distributed.on_main_process(open_folder):
-        start.checkpoint = read_checkpoint_together(path, known=start.checkpoint)
+        known = start.checkpoint  # of rank 0, which has verified it
+        start.checkpoint = distributed.once_per_node(lambda verify: known or read_checkpoint(path, True, verify))
         refuse_another_programs_run(start.checkpoint, given)
     elif given.finetune:
-        start.weights = read_weights_together(given.finetune)
+        start.weights = distributed.once_per_node(partial(read_weights, given.finetune))
     return start
 
 
