@@ -1,4 +1,4 @@
-"""Submit a run to Slurm from Python, to be queued again after preemption and at its time limit (needs `submitit`).
+"""Submit a run to Slurm from Python, to be queued again after preemption and at its time limit.
 
     python -m util.submit pretrain --exp base_600ep --partition P --nodes 2 --ngpus 8 --timeout 4320 --data_path DIR
     python -m util.submit finetune --partition P --data_path DIR -- --model swin_base_w14 --finetune base_600ep
@@ -16,6 +16,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+
+import submitit
+from submitit.helpers import DelayedSubmission
 
 from util.errors import UserError
 from util.run.flags import AT_LEAST_1, NOT_NEGATIVE, Config, flag, get_parser, given_flags
@@ -43,10 +46,8 @@ class Training:
         sys.argv = [script, *defaults, *self.flags]
         runpy.run_path(script, run_name="__main__")
 
-    def checkpoint(self):
+    def checkpoint(self) -> DelayedSubmission:
         """What submitit queues after a preemption; called when the run has saved and stopped."""
-        from submitit.helpers import DelayedSubmission
-
         return DelayedSubmission(self)
 
 
@@ -97,8 +98,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def submit(given: SubmitConfig, task: str, options: list[str], flags: list[str]):
-    """Submit the job and return submitit's `Job`.
+def submit(given: SubmitConfig, task: str, options: list[str], flags: list[str]) -> submitit.Job:
+    """Submit the job.
 
     Args:
         task: one of `TASKS`.
@@ -106,13 +107,8 @@ def submit(given: SubmitConfig, task: str, options: list[str], flags: list[str])
         flags: of the script.
 
     Raises:
-        UserError: contradictory arguments, or no Slurm or submitit here.
+        UserError: contradictory arguments, or no Slurm here.
     """
-    try:
-        import submitit
-    except ImportError as error:
-        raise UserError("submitit is not installed: pip install submitit") from error
-
     if given.exp:
         main, flags = recipe(given.exp, task, given.nodes * given.ngpus, given.data_path, flags)
     elif task in ("pretrain", "finetune"):

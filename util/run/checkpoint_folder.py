@@ -181,24 +181,21 @@ class CheckpointFolder:
         Raises:
             CheckpointError: there are checkpoints, but none is whole. Starting from scratch would overwrite a run.
         """
-        reasons: list[str] = []
-        seen: set[tuple[int, int]] = set()
+        skipped: dict[Path, str] = {}  # and why
         for _, path in reversed(self._by_age()):
-            status = path.stat()
-            if (status.st_dev, status.st_ino) in seen:
-                continue  # another name of a file that was skipped
-            seen.add((status.st_dev, status.st_ino))
+            if any(map(path.samefile, skipped)):
+                continue  # another name of one of them
             try:
                 checkpoint = read_run_checkpoint(path)
             except CheckpointError as error:
                 logger.warning("not resuming from %s: %s", path.name, error)
-                reasons.append(str(error))
+                skipped[path] = str(error)
                 continue
-            logger.info("resuming from %s%s", path, f", after skipping {len(reasons)} newer" if reasons else "")
+            logger.info("resuming from %s%s", path, f", after skipping {len(skipped)} newer" if skipped else "")
             return path, checkpoint
-        if reasons:
+        if skipped:
             raise CheckpointError(
-                f"{self.folder} has checkpoints, but none to resume from: {'; '.join(reasons)}. "
+                f"{self.folder} has checkpoints, but none to resume from: {'; '.join(skipped.values())}. "
                 "Move them away to start from scratch, or give another --output_dir"
             )
         logger.info("no checkpoint in %s: starting from scratch", self.folder)

@@ -109,9 +109,8 @@ class Preemption:
         self._previous.clear()
 
     def _local_flags(self) -> torch.Tensor:
-        requeue = any(signum in self._seen for signum in REQUEUE_SIGNALS)
-        ended = any(signum in self._seen for signum in END_SIGNALS)
-        return torch.tensor([requeue, ended], dtype=torch.int32)
+        seen = [not self._seen.keys().isdisjoint(signals) for signals in (REQUEUE_SIGNALS, END_SIGNALS)]
+        return torch.tensor(seen, dtype=torch.int32)
 
     def wait_for_reduction(self) -> None:
         """Wait for the reduction under way, on all ranks."""
@@ -132,5 +131,5 @@ class Preemption:
             subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
             logger.warning("saved; job %s is queued again", job)
         except (OSError, subprocess.CalledProcessError) as error:  # no batch job, or one that may not be requeued
-            why = getattr(error, "stderr", None) or error
-            logger.warning("saved, but job %s is not queued again (%s); submit it again to continue", job, why)
+            why = str(getattr(error, "stderr", None) or error).strip()
+            logger.warning("saved, but job %s is not queued again (%s): submit it again to continue", job, why)
