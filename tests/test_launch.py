@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from util.errors import UserError
-from util.run.distributed import describe_placement
 from util.run.launch import choose_device, detect_launch, device_index, first_host, job_port
 
 TORCHRUN = {
@@ -230,7 +229,3 @@ def test_too_few_gpus_are_an_error_of_every_rank_of_the_node(monkeypatch):
 def test_one_process_needs_no_meeting_point():
     launch = detect_launch({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
     assert (launch.rank, launch.world_size, launch.master_addr) == (0, 1, "127.0.0.1")
-
-
-def test_placement_in_words():
-    assert describe_placement(["a", "a", "b"]) == "2 on a, 1 on b"

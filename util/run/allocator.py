@@ -1,7 +1,7 @@
 """Memory that is freed and wanted again at every step of training on a CPU."""
 
 import ctypes
-import sys
+import platform
 
 # From glibc's malloc.h
 M_TRIM_THRESHOLD = -1
@@ -21,9 +21,7 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the C library is glibc and took the settings. Where it is another, nothing is changed.
     """
-    if not sys.platform.startswith("linux"):
+    if platform.libc_ver()[0] != "glibc":
         return False
     library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
-        return False
     return bool(library.mallopt(M_MMAP_MAX, 0)) and bool(library.mallopt(M_TRIM_THRESHOLD, -1))

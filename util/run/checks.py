@@ -16,10 +16,6 @@ from util.weights.file import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-GIVE_FLAGS = (
-    "Give these flags (or for weights that are trained already, bring the images into the units of their training)"
-)
-
 
 def refuse_folders_of_other_runs(given: TrainingConfig) -> None:
     """Raise a UserError where a run starts in a folder that holds another one, or that one's curves (--log_dir)."""
@@ -140,7 +136,8 @@ def check_statistics(config: Config, dataset: ImageDataset, what: str, training:
         found = check_units(images)
         if not found[0]:
             error, warning = check_images(images, config.mean, config.std)
-            found = (error and f"{error}. {GIVE_FLAGS}", "; ".join(filter(None, (found[1], warning))))
+            advice = "Give these flags (or bring the images into the units that trained weights are made for)"
+            found = (error and f"{error}. {advice}", "; ".join(filter(None, (found[1], warning))))
     error, warning = distributed.gather_objects(found)[0]
     if error and not config.allow_odd_statistics:
         raise UserError(f"{what}: {error}; --allow_odd_statistics goes on all the same")

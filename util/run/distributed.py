@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -28,10 +28,6 @@ from util.run.launch import Launch, choose_device, detect_launch
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class CollectiveError(RunError):
-    """Ranks could not complete a collective: one of them died, hangs or is slower than --dist_timeout."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ def init_distributed(flags: argparse.Namespace) -> Launch:
 
     Raises:
         UserError: contradictory variables or flags, or more processes on this node than GPUs.
-        CollectiveError: the processes did not meet within `flags.dist_timeout` seconds.
+        RunError: the processes did not meet within `flags.dist_timeout` seconds.
     """
     global world
     if not 0 < flags.dist_timeout < 1e9:
@@ -75,20 +71,16 @@ def init_distributed(flags: argparse.Namespace) -> Launch:
         world = _start_groups(launch, url, flags.dist_timeout)
         own_node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         nodes, cores = zip(*gather_objects((own_node, own_cores())))
+        placement = ", ".join(f"{count} on {node}" for node, count in Counter(nodes).items())
         logger.info(
             "started by %s: %d processes (%s), meeting at %s, %s on %s",
-            launch.launcher, launch.world_size, describe_placement(nodes), url, dist.get_backend(), launch.device.type,
+            launch.launcher, launch.world_size, placement, url, dist.get_backend(), launch.device.type,
         )  # fmt: skip
         on_node = [theirs for node, theirs in zip(nodes, cores) if node == own_node]
     share, reason = own_share(on_node)
     if launch.device.type == "cpu":
         logger.info("computing in %s", fit_threads(share, reason))
     return replace(launch, cores=share)
-
-
-def describe_placement(nodes: Sequence[str]) -> str:
-    """The node of every rank, in words: `'2 on node1, 1 on node2'`."""
-    return ", ".join(f"{count} on {node}" for node, count in Counter(nodes).items())
 
 
 def _start_groups(launch: Launch, url: str, seconds: float) -> World:
@@ -103,7 +95,7 @@ def _start_groups(launch: Launch, url: str, seconds: float) -> World:
         )  # fmt: skip
         return World(launch, seconds, store, dist.new_group(backend="gloo", timeout=timeout))
     except RuntimeError as error:
-        raise CollectiveError(
+        raise RunError(
             f"rank {launch.rank} of {launch.world_size} did not meet the others at {url} within --dist_timeout "
             f"{seconds:g} s ({error}): are all {launch.world_size} processes running, is the port free? "
             f"{network_hint()}"

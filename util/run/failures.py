@@ -25,7 +25,7 @@ from util.data.decoding import BadImageError
 from util.errors import RunError, UserError
 from util.run import distributed
 from util.run.determinism import explain_nondeterminism
-from util.run.distributed import CollectiveError, World
+from util.run.distributed import World
 from util.run.folder_lock import release_folders
 from util.run.launch import stated_rank
 
@@ -145,7 +145,7 @@ def explain_worker_failure(error: Exception) -> RunError | None:
     return RunError(f"a data-loading process {what}. Continue from the last checkpoint with --resume auto")
 
 
-def explain_lost_rank(error: Exception) -> CollectiveError | None:
+def explain_lost_rank(error: Exception) -> RunError | None:
     """Which ranks no longer answer, where that can be found out, when a collective has failed."""
     world, text = distributed.world, str(error).lower()
     is_failure = isinstance(error, RuntimeError) and any(sign in text for sign in COLLECTIVE_FAILURE_SIGNS)
@@ -159,7 +159,7 @@ def explain_lost_rank(error: Exception) -> CollectiveError | None:
     thread.start()
     thread.join(SURVIVOR_WAIT + 2.0)
     unreached = any(sign in text for sign in NETWORK_FAILURE_SIGNS)
-    return CollectiveError(
+    return RunError(
         f"rank {world.launch.rank} of {world.launch.world_size} could not complete a collective: {findings[-1]}. "
         f"A process was killed, failed (its own message is above) or kept the others waiting longer than "
         f"--dist_timeout {world.timeout:g} s. Continue from the last checkpoint with --resume auto; raise "

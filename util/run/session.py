@@ -58,8 +58,6 @@ C = TypeVar("C", bound=TrainingConfig)
 
 # --- What a run goes on from ---
 
-WEIGHT_FIELDS = [field.name for field in dataclasses.fields(WeightSettings)]
-
 
 @dataclass
 class Start(Generic[C]):
@@ -88,7 +86,8 @@ class Start(Generic[C]):
             recorded, source = self.weights[1].args, self.weights[1].source
         known = {name: value for name, value in given.as_dict().items() if value is not None}
         # Of other weights than the run's own, only what belongs to them counts.
-        own = recorded if self.checkpoint is not None else {name: recorded.get(name) for name in WEIGHT_FIELDS}
+        of_weights = {field.name: recorded.get(field.name) for field in dataclasses.fields(WeightSettings)}
+        own = recorded if self.checkpoint is not None else of_weights
         chosen = choose(given, launch, own | known)
         settings = weight_settings(recorded, source, known, given.PRETRAINS, chosen)
         precision = resolve_precision(given.precision, launch.device)
