@@ -196,8 +196,6 @@ class Run:
             self.usual_losses,
             self.operations if self.config.precision in ("bf16", "fp16") else 0.0,
         )
-        if progress.step_in_epoch == self.steps_per_epoch:
-            return meter, iter(())
         self.loader.batch_sampler.set_position(progress.epoch, progress.step_in_epoch)
         return meter, iter(self.loader)
 
@@ -230,24 +228,17 @@ class Run:
         last = progress.step_in_epoch == self.steps_per_epoch
         save = stop or (self.saves_at_this_step and not last)  # after the last step, the epoch's end saves
         if save or last or progress.step % config.print_freq == 0:
-            self.report(meter)
+            records, scalars = meter.flush()
+            for record in records:  # one by one: the same sum, to the bit, however the steps fall into reports
+                progress.epoch_loss += record["loss"]
+            self.log.steps(records, self.epoch_1000x, scalars)
+            self.bar.tell(meter, progress.step_in_epoch, scalars)
         elif distributed.is_main_process() and (scalars := meter.meanwhile()):
             self.bar.tell(meter, progress.step_in_epoch, scalars)
         if save:
             self.save()
         if stop:
             self.stop()
-
-    def report(self, meter: StepMeter) -> None:
-        """Write the log lines that are due."""
-        progress = self.state.progress
-        records, scalars = meter.flush()
-        if not records:
-            return
-        for record in records:  # one by one: the same sum, to the bit, however the steps fall into reports
-            progress.epoch_loss += record["loss"]
-        self.log.steps(records, self.epoch_1000x, scalars)
-        self.bar.tell(meter, progress.step_in_epoch, scalars)
 
     def save(self, milestone: bool = False, best: bool = False) -> None:
         """Write a checkpoint (rank 0), once the last step is known to be good (all ranks)."""
