@@ -106,13 +106,10 @@ def classes_to_evaluate(config: Config, dataset: ImageDataset, weights: dict[str
 
 def warn_of_similar_names(classes: list[str]) -> None:
     """Warn of classes that are one to most people, and to the file systems of macOS and Windows."""
-    numbers = Counter(map(_spelt_alike, classes))
-    if twins := [name for name in classes if numbers[_spelt_alike(name)] > 1]:
+    spelt = [unicodedata.normalize("NFC", name).casefold().strip() for name in classes]
+    numbers = Counter(spelt)
+    if twins := [name for name, alike in zip(classes, spelt) if numbers[alike] > 1]:
         logger.warning("classes of their own, though their names are spelt alike: %s", abbreviate(twins))
-
-
-def _spelt_alike(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold().strip()
 
 
 def warn_of_empty_classes(dataset: ImageDataset, what: str = "validation") -> None:
