@@ -440,14 +440,18 @@ def test_earlier_handler_takes_over_after_saving_and_is_given_back():
         signal.signal(signal.SIGUSR1, other)
 
 
-def test_a_cancelled_job_is_not_brought_back(monkeypatch):
+@pytest.mark.parametrize("while_saving", [False, True])
+def test_a_cancelled_job_is_not_brought_back(monkeypatch, while_saving):
     preemption = Preemption()
     preemption.install()
     try:
         monkeypatch.setattr(preemption, "_requeue", lambda: pytest.fail("asked for a requeue"))
         os.kill(os.getpid(), signal.SIGUSR2)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not while_saving:
+            os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.requested_on_any_rank()
+        if while_saving:
+            os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(SystemExit):
             preemption.exit_for_requeue()
     finally:

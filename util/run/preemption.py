@@ -91,7 +91,7 @@ class Preemption:
             SystemExit: with `EXIT_REQUEUE`, or whatever submitit's handler exits with.
         """
         self.wait_for_reduction()
-        requeue, terminated = bool(self._flags[0]), bool(self._flags[1])
+        requeue, terminated = (self._flags | self._local_flags()).bool().tolist()  # while saving, too
         try:
             if requeue and not terminated and distributed.is_main_process():
                 self._requeue()
