@@ -30,10 +30,10 @@ def refuse_folders_of_other_runs(given: TrainingConfig) -> None:
     if curves == folder.resolve() or not any(curves.glob("events.out.tfevents.*")):
         return
     try:
-        own = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]["log_dir"]
+        own = Path(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]["log_dir"])
     except (OSError, ValueError, TypeError, KeyError):  # a first start
         own = folder
-    if Path(own).resolve() != curves:
+    if own.resolve() != curves:
         raise UserError(f"{given.log_dir} holds the curves of another run: give another --log_dir")
 
 
