@@ -45,11 +45,12 @@ from util.run.failures import user_errors
 from util.run.flags import (
     AT_LEAST_1,
     BELOW_1,
-    FREE,
     NOT_NEGATIVE,
     PROBABILITY,
+    SHARE,
     Config,
     flag,
+    free,
     get_parser,
     with_default,
 )
@@ -71,22 +72,13 @@ HEAD_INIT_STD = 2e-5  # of a fresh head on a pretrained encoder: it starts at eq
 class FinetuningFlags(Config):
     TITLE: ClassVar[str] = "fine-tuning"
 
-    # FREE, since weights of another number of classes do not fit the model: loading refuses them.
-    nb_classes: int | None = flag(
-        None,
-        "number of classes (default: as in the data)",
-        "N",
-        (lambda value: value >= 2, "must be at least 2"),
-        on_resume=FREE,
+    # Free, since weights of another number of classes do not fit the model: loading refuses them.
+    nb_classes: int | None = free(
+        None, "number of classes (default: as in the data)", "N", (lambda value: value >= 2, "must be at least 2")
     )
-    layer_decay: float = flag(
-        0.7,
-        "learning-rate factor from each layer to the one below it",
-        "X",
-        (lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
-    )
+    layer_decay: float = flag(0.7, "learning-rate factor from each layer to the one below it", "X", SHARE)
     freeze_encoder: bool = flag(False, "train only the head (linear probe)")
-    reset_head: bool = flag(False, "re-initialise the head even if the weights contain one that fits", on_resume=FREE)
+    reset_head: bool = free(False, "re-initialise the head even if the weights contain one that fits")
     smoothing: float = flag(0.1, "label smoothing", "X", BELOW_1)
     model_ema: bool = flag(False, "keep a moving average of the weights and evaluate it too")
     model_ema_decay: float = flag(0.9999, "decay of the average per step", "X", PROBABILITY)
@@ -103,7 +95,7 @@ class AugmentationFlags(Config):
     reprob: float = flag(0.25, "probability of random erasing", "P", PROBABILITY)
     remode: str = flag("pixel", "what erased areas are filled with", choices=("const", "rand", "pixel"))
     recount: int = flag(1, "maximum number of areas erased per image", "N", AT_LEAST_1)
-    resplit: bool = flag(False, "no effect; accepted so that the authors' command lines work", on_resume=FREE)
+    resplit: bool = free(False, "no effect; accepted so that the authors' command lines work")
     mixup: float = flag(0.0, "mixup alpha (0: off)", "ALPHA")
     cutmix: float = flag(0.0, "cutmix alpha (0: off)", "ALPHA")
     cutmix_minmax: tuple[float, float] | None = flag(
@@ -123,9 +115,9 @@ class AugmentationFlags(Config):
 class ClassificationFlags(EvaluationFlags):
     TITLE: ClassVar[str] = "evaluation of classifiers"
 
-    dist_eval: bool = flag(False, "no effect: evaluation always uses all ranks and is always exact", on_resume=FREE)
-    per_class: bool = flag(False, "with --eval: print top-1 per class", on_resume=FREE)
-    predictions: str = flag("", "with --eval: write the top-5 of every image", "FILE.csv", on_resume=FREE)
+    dist_eval: bool = free(False, "no effect: evaluation always uses all ranks and is always exact")
+    per_class: bool = free(False, "with --eval: print top-1 per class")
+    predictions: str = free("", "with --eval: write the top-5 of every image", "FILE.csv")
 
 
 @dataclass(frozen=True)

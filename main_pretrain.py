@@ -46,7 +46,7 @@ from util.run.features import (
     rank_of_features,
     rank_of_images,
 )
-from util.run.flags import AT_LEAST_1, BELOW_1, FREE, NOT_NEGATIVE, Config, flag, get_parser
+from util.run.flags import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, Config, flag, free, get_parser
 from util.run.metrics import log_model, training_operations
 from util.run.optim import autocast
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
@@ -114,19 +114,15 @@ class PretrainConfig(VariantFlags, ImageTrainingConfig):
         0.0, "add a random amount from 0 to this to each step's mask ratio", "FRACTION", BELOW_1
     )
     norm_pix_loss: bool = flag(True, "predict pixels normalised by their cell's mean and variance")
-    vis_every: int = flag(
-        20, "draw a picture at the start, after the first epoch and every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE,
-        on_resume=FREE,
-    )  # fmt: skip
-    knn_every: int = flag(0, "test by kNN every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
-    probe_every: int = flag(0, "fit a linear probe every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE, on_resume=FREE)
-    rank_every: int = flag(
-        0,
-        "measure RankMe, of validation images if there are any, without labels, every N epochs (0: never)",
-        "EPOCHS",
-        NOT_NEGATIVE,
-        on_resume=FREE,
+    vis_every: int = free(
+        20, "draw a picture at the start, after the first epoch and every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE
     )
+    knn_every: int = free(0, "test by kNN every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE)
+    probe_every: int = free(0, "fit a linear probe every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE)
+    rank_every: int = free(
+        0, "measure RankMe, of validation images if there are any, without labels, every N epochs (0: never)", "EPOCHS",
+        NOT_NEGATIVE,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

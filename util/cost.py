@@ -18,7 +18,7 @@ import torch
 
 from util.errors import UserError
 from util.run.failures import user_errors
-from util.run.flags import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Check, Config, flag, get_parser, given_flags
+from util.run.flags import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, SHARE, Config, flag, get_parser, given_flags
 from util.run.metrics import count_work, training_operations
 from util.weights.settings import ENCODERS, resolve_model_name
 
@@ -28,7 +28,6 @@ FINETUNING_EPOCHS = {"mixmae_large": 50, "mixmae_huge": 50}  # of our recipes; f
 USUAL_FINETUNING_EPOCHS = 100
 # Photographs of about 110 KB that one core decodes and augments in a second, see tests/README.md.
 PRETRAINING_IMAGES_PER_CORE, FINETUNING_IMAGES_PER_CORE = 450, 300
-SHARE: Check = (lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from util.run.flags import (
     ROUNDING,
     Config,
     flag,
+    free,
     other_bits,
 )
 from util.run.launch import Launch
@@ -122,16 +123,15 @@ class DecodingFlags(Config):
 class ReadingFlags(DecodingFlags):
     TITLE: ClassVar[str] = "reading images"
 
-    allow_odd_statistics: bool = flag(False, "go on where --mean and --std do not fit the images", on_resume=FREE)
-    num_workers: int | None = flag(
+    allow_odd_statistics: bool = free(False, "go on where --mean and --std do not fit the images")
+    num_workers: int | None = free(
         None,
         "data-loading processes per rank; 0: none, the main one reads (default: one per core of the rank, less one for "
         f"the main process, {MOST_WORKERS} at most)",
         "N",
         NOT_NEGATIVE,
-        on_resume=FREE,
     )
-    pin_mem: bool = flag(True, "page-locked memory for copies to a GPU", aliases=("--no_pin_mem",), on_resume=FREE)
+    pin_mem: bool = free(True, "page-locked memory for copies to a GPU", aliases=("--no_pin_mem",))
 
 
 @dataclass(frozen=True)
@@ -155,13 +155,10 @@ class DataFlags(ReadingFlags):
         choices=("error", "skip"),
         on_resume=other_bits("other samples wherever an image cannot be read"),
     )
-    max_bad_images: float = flag(
-        0.01,
-        "with --bad_images skip: stop if more than this fraction of the images is unreadable",
-        "FRACTION",
+    max_bad_images: float = free(
+        0.01, "with --bad_images skip: stop if more than this fraction of the images is unreadable", "FRACTION",
         PROBABILITY,
-        on_resume=FREE,
-    )
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,35 +214,27 @@ class DeviceFlags(Config):
 class RunFlags(Config):
     TITLE: ClassVar[str] = "run"
 
-    output_dir: str = flag("./output_dir", "checkpoints, logs and pictures", "DIR", on_resume=FREE)
-    log_dir: str | None = flag(None, "TensorBoard files (default: output_dir)", "DIR", on_resume=FREE)
+    output_dir: str = free("./output_dir", "checkpoints, logs and pictures", "DIR")
+    log_dir: str | None = free(None, "TensorBoard files (default: output_dir)", "DIR")
     finetune: str = flag(
         "",
         "start from weights: a path, https URL#sha256=..., or a published name such as base_600ep",
         "WEIGHTS",
         on_resume=other_bits("a resumed run goes on from its own checkpoint, so these weights are not read"),
     )
-    resume: str = flag(
-        "", "continue a run: from the newest intact checkpoint in output_dir, or from a file", "auto|PATH",
-        on_resume=FREE,
-    )  # fmt: skip
-    resume_force: bool = flag(
-        False, "continue even though the model or recipe differs from the checkpoint's", on_resume=FREE
+    resume: str = free(
+        "", "continue a run: from the newest intact checkpoint in output_dir, or from a file", "auto|PATH"
     )
-    start_epoch: int = flag(0, "epoch to start from if no run is resumed", "N", NOT_NEGATIVE, on_resume=FREE)
-    print_freq: int = flag(20, "optimizer steps between log lines", "STEPS", AT_LEAST_1, on_resume=FREE)
-    save_every: int = flag(
-        1, "epochs between checkpoints; one more before an evaluation that may be long", "EPOCHS", AT_LEAST_1,
-        on_resume=FREE,
-    )  # fmt: skip
-    save_steps: int = flag(
-        0, "optimizer steps between checkpoints; 0: epochs only", "STEPS", NOT_NEGATIVE, on_resume=FREE
+    resume_force: bool = free(False, "continue even though the model or recipe differs from the checkpoint's")
+    start_epoch: int = free(0, "epoch to start from if no run is resumed", "N", NOT_NEGATIVE)
+    print_freq: int = free(20, "optimizer steps between log lines", "STEPS", AT_LEAST_1)
+    save_every: int = free(
+        1, "epochs between checkpoints; one more before an evaluation that may be long", "EPOCHS", AT_LEAST_1
     )
-    keep_checkpoints: int = flag(3, "how many of the last checkpoints to keep", "K", AT_LEAST_1, on_resume=FREE)
-    keep_every: int = flag(
-        100, "epochs between checkpoints kept permanently; 0: none", "EPOCHS", NOT_NEGATIVE, on_resume=FREE
-    )
-    nan_dump: bool = flag(False, "on a non-finite loss, write the batch and the state into output_dir", on_resume=FREE)
+    save_steps: int = free(0, "optimizer steps between checkpoints; 0: epochs only", "STEPS", NOT_NEGATIVE)
+    keep_checkpoints: int = free(3, "how many of the last checkpoints to keep", "K", AT_LEAST_1)
+    keep_every: int = free(100, "epochs between checkpoints kept permanently; 0: none", "EPOCHS", NOT_NEGATIVE)
+    nan_dump: bool = free(False, "on a non-finite loss, write the batch and the state into output_dir")
 
 
 @dataclass(frozen=True)
@@ -258,25 +247,14 @@ class ProcessFlags(Config):
     world_size: int | None = flag(
         None, "number of processes; must agree with the launcher (default: the launcher's)", "N", on_resume=BATCHES
     )
-    local_rank: int = flag(
-        -1,
-        "index of this process on its node; must agree with the launcher (default: the launcher's)",
-        "I",
-        on_resume=FREE,
+    local_rank: int = free(
+        -1, "index of this process on its node; must agree with the launcher (default: the launcher's)", "I",
         aliases=("--local-rank",),
-    )
-    dist_on_itp: bool = flag(False, "take rank and world size from Open MPI's variables", on_resume=FREE)
-    dist_url: str = flag(
-        "env://", "rendezvous address: env://, tcp://HOST:PORT or file:///SHARED/NEW_FILE", "URL", on_resume=FREE
-    )
-    port: int | None = flag(
-        None, "TCP port of rank 0 under srun and MPI (default: derived from the job id)", "P",
-        on_resume=FREE,
     )  # fmt: skip
-    dist_timeout: float = flag(
-        1800.0, "end the run if a rank keeps the others waiting longer than this", "SECONDS",
-        on_resume=FREE,
-    )  # fmt: skip
+    dist_on_itp: bool = free(False, "take rank and world size from Open MPI's variables")
+    dist_url: str = free("env://", "rendezvous address: env://, tcp://HOST:PORT or file:///SHARED/NEW_FILE", "URL")
+    port: int | None = free(None, "TCP port of rank 0 under srun and MPI (default: derived from the job id)", "P")
+    dist_timeout: float = free(1800.0, "end the run if a rank keeps the others waiting longer than this", "SECONDS")
 
 
 @dataclass(frozen=True)
@@ -333,12 +311,8 @@ def resolve(given: C, launch: Launch, settings: WeightSettings, others: Mapping[
     Raises:
         UserError: a precision that the device does not have, or settings that are not deterministic.
     """
-    names = {field.name for field in dataclasses.fields(given)}
-    values = {
-        name: value
-        for name, value in (others or {}).items()
-        if name in OPTIMISATION and name in names and getattr(given, name) is None
-    }
+    names, others = {field.name for field in dataclasses.fields(given)}, others or {}
+    values = {name: others[name] for name in OPTIMISATION if name in others and getattr(given, name) is None}
     if getattr(given, "blr", None) is not None:
         values["lr"] = given.lr  # derived from --blr, unless it is given too
     values |= {"world_size": launch.world_size, "device": launch.device.type}

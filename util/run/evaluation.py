@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from util.errors import UserError
-from util.run.flags import AT_LEAST_1, FREE, Config, flag
+from util.run.flags import AT_LEAST_1, Config, free
 from util.run.session import Run
 
 
@@ -14,8 +14,8 @@ from util.run.session import Run
 class EvaluationFlags(Config):
     TITLE: ClassVar[str] = "evaluation"
 
-    eval_every: int = flag(1, "evaluate every N epochs, and after the last one", "EPOCHS", AT_LEAST_1, on_resume=FREE)
-    eval: bool = flag(False, "only evaluate the weights of --finetune or --resume", on_resume=FREE)
+    eval_every: int = free(1, "evaluate every N epochs, and after the last one", "EPOCHS", AT_LEAST_1)
+    eval: bool = free(False, "only evaluate the weights of --finetune or --resume")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,11 +8,13 @@ check, and what a change of it means for a run that is resumed. `get_parser` mak
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from util.errors import UserError
@@ -32,13 +34,7 @@ class Change:
 
 RECIPE = Change(allowed=False)  # another experiment
 FREE = Change(allowed=True)  # where things are, how fast they go, what is reported and kept
-
-
-def other_bits(difference: str) -> Change:
-    """The same recipe, but not the same bits."""
-    return Change(allowed=True, difference=difference)
-
-
+other_bits = partial(Change, True)  # of a difference: the same recipe, but not the same bits
 BATCHES = other_bits("steps are made of other images, or averaged in another order")
 ROUNDING = other_bits("the same computation, but it rounds differently")
 
@@ -47,6 +43,7 @@ POSITIVE: Check = (lambda value: value > 0, "must be positive")
 AT_LEAST_1: Check = (lambda value: value >= 1, "must be at least 1")
 NOT_NEGATIVE: Check = (lambda value: value >= 0, "must not be negative")
 PROBABILITY: Check = (lambda value: 0 <= value <= 1, "must be between 0 and 1")
+SHARE: Check = (lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 BELOW_1: Check = (lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 
 
@@ -80,6 +77,9 @@ def flag(
     )
 
 
+free = partial(flag, on_resume=FREE)
+
+
 def with_default(flags: type["Config"], name: str, default: Any) -> Any:
     """The field of a flag that `flags` declares, with another default for one main."""
     return dataclasses.field(default=default, metadata=flags.__dataclass_fields__[name].metadata)
@@ -108,6 +108,8 @@ class Config:
 
 # --- The command line ---
 
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+
 
 class Parser(argparse.ArgumentParser):
     """Names the flag that an unknown one may have been meant to be, and ends a list of numbers where they end."""
@@ -118,18 +120,12 @@ class Parser(argparse.ArgumentParser):
         """With lists of numbers put last, where they cannot take the images that follow them for more numbers."""
         args = sys.argv[1:] if args is None else list(args)
         end = args.index("--") if "--" in args else len(args)
-        several = {
-            name: action.type
-            for name, action in self._option_string_actions.items()
-            if action.nargs == argparse.ONE_OR_MORE and action.type in (int, float)
-        }
-        others, lists, kind = [], [], None
-        for before, argument in zip([None, *args], args[:end]):
-            if argument in several:
-                kind = several[argument]
-            elif argument.startswith("--") or not (before in several or is_a(kind, argument)):
-                kind = None
-            (lists if kind else others).append(argument)
+        others, lists, in_list = [], [], False
+        for argument in args[:end]:
+            action = self._option_string_actions.get(argument)
+            begins = action and action.nargs == argparse.ONE_OR_MORE and action.type in (int, float)
+            in_list = begins or (in_list and NUMBER.fullmatch(argument))
+            (lists if in_list else others).append(argument)
         return super().parse_known_args([*others, *lists, *args[end:]], namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
@@ -144,14 +140,6 @@ class Parser(argparse.ArgumentParser):
             hints = [f"{name}: did you mean {match[0]}?" for name, match in zip(given, meant) if match]
             self.error("; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
         return parsed
-
-
-def is_a(kind: Callable[[str], Any] | None, text: str) -> bool:
-    """Whether `kind` understands `text`; None understands nothing."""
-    try:
-        return kind is not None and kind(text) is not None
-    except ValueError:
-        return False
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
