@@ -5,8 +5,9 @@ for them. util/README.md has the rules in a table; --num_workers, which every st
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,25 +71,23 @@ def choose_for_pretraining(known: Mapping[str, Any], survey: Survey, device: tor
     """Everything that is not among the `known` settings (of which None does not count), by the rules above."""
     choices = Choices(known)
     settings, side = choices.settings, survey.longest_side
+    small = side is not None and side <= SMALL_SIDE
     if survey.in_chans is not None:
         choices.choose("in_chans", survey.in_chans, "what the image files have")
-    if "model" not in settings:
-        reason = ""
-        if device.type == "cpu":
-            reason = "larger ones are slow on a CPU"
-        elif survey.images < FEW_IMAGES:
-            reason = f"{survey.images} images are few"
-        elif side is not None and side <= SMALL_SIDE:
-            reason = f"no image is larger than {side} pixels"
-        if reason:
-            choices.choose("model", SMALL_MODEL, reason)
-            if not {"input_size", "patch_size", "window_size"} & settings.keys() and not (side and side <= SMALL_SIDE):
-                choices.choose("input_size", (64, 64), "four times the pixels of the model's own")
-                choices.choose("patch_size", 2, "as many tokens as the model's own")
-        elif survey.images < MANY_IMAGES:
-            choices.choose("model", "mixmae_tiny", f"{survey.images} images are fewer than {MANY_IMAGES}")
-        else:
-            choices.choose("model", "mixmae_base", f"{survey.images} images")
+    if device.type == "cpu":
+        choices.choose("model", SMALL_MODEL, "larger ones are slow on a CPU")
+    elif survey.images < FEW_IMAGES:
+        choices.choose("model", SMALL_MODEL, f"{survey.images} images are few")
+    elif small:
+        choices.choose("model", SMALL_MODEL, f"no image is larger than {side} pixels")
+    elif survey.images < MANY_IMAGES:
+        choices.choose("model", "mixmae_tiny", f"{survey.images} images are fewer than {MANY_IMAGES}")
+    else:
+        choices.choose("model", "mixmae_base", f"{survey.images} images")
+    sizes = {"input_size", "patch_size", "window_size"}
+    if choices.chosen.get("model") == SMALL_MODEL and not small and not sizes & settings.keys():
+        choices.choose("input_size", (64, 64), "four times the pixels of the model's own")
+        choices.choose("patch_size", 2, "as many tokens as the model's own")
     choices.choose_batch(survey.images, device)
     if device.type == "cpu":
         steps_per_epoch = max(1, survey.images // choices.eff_batch_size)
@@ -119,16 +118,22 @@ def choose_for_finetuning(known: Mapping[str, Any], survey: Survey, device: torc
     return choices
 
 
-def _look_and_choose(
+def look_and_choose(
     rules: Callable[[Mapping[str, Any], Survey, torch.device], Choices],
-    names: Iterable[str],
     given: ImageTrainingConfig,
     launch: Launch,
     known: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What `rules` choose, on rank 0 for all; the images are looked at where one of `names` is not known."""
+    """What `rules` choose, on rank 0 for all ranks, which must call this together. The images are looked at where
+    anything is left to choose.
+
+    Raises:
+        UserError: the images of --data_path cannot be found.
+    """
     known = {**known, "world_size": launch.world_size}
-    if all(known.get(name) is not None for name in names):
+    rate = "lr" if known.get("blr") is None else "blr"
+    needed = ("in_chans", "model", "batch_size", "epochs", "warmup_epochs", rate)
+    if all(known.get(name) is not None for name in needed):
         return {}
 
     def look() -> Survey:
@@ -142,18 +147,5 @@ def _look_and_choose(
     return choices.chosen
 
 
-def pretraining_defaults(given: ImageTrainingConfig, launch: Launch, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for what main_pretrain.py needs and is not `known`; the same on all ranks, which must call this together.
-
-    Raises:
-        UserError: the images of --data_path cannot be found.
-    """
-    rate = "lr" if known.get("blr") is None else "blr"
-    names = ("in_chans", "model", "batch_size", "epochs", "warmup_epochs", rate)
-    return _look_and_choose(choose_for_pretraining, names, given, launch, known)
-
-
-def finetuning_defaults(given: ImageTrainingConfig, launch: Launch, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Likewise for main_finetune.py."""
-    names = ("in_chans", "model", "batch_size", "warmup_epochs")
-    return _look_and_choose(choose_for_finetuning, names, given, launch, known)
+pretraining_defaults = partial(look_and_choose, choose_for_pretraining)
+finetuning_defaults = partial(look_and_choose, choose_for_finetuning)
