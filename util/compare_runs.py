@@ -15,8 +15,9 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -121,9 +122,7 @@ def different_data(a: RunHistory, b: RunHistory) -> Iterator[str]:
 def earlier_starts(run: RunHistory) -> Iterator[str]:
     """A line for every start of a run that was resumed with something changed."""
     for start in run.earlier:
-        before = {
-            name: value for part in ("config", "data", "environment") for name, value in start.get(part, {}).items()
-        }
+        before = start.get("config", {}) | start.get("data", {}) | start.get("environment", {})
         before.pop("command", None)
         yield f"{run.name} had other values until step {start['until_step']}: {json.dumps(before)}"
 
@@ -137,6 +136,7 @@ class Comparison:
 
     Args:
         what: its name.
+        unit: 'step' or 'epoch'.
         at: steps, or epochs from 0 (n,).
         values: of both runs (n, 2); NaN where it was not finite.
         differences: relative to the larger magnitude (n,), 0 where the values are equal, infinite where only one is
@@ -144,26 +144,23 @@ class Comparison:
     """
 
     what: str
+    unit: str
     at: np.ndarray
     values: np.ndarray
     differences: np.ndarray
-
-    def first_above(self, tolerance: float) -> int | None:
-        """The position of the first larger difference."""
-        above = np.flatnonzero(self.differences > tolerance)
-        return int(above[0]) if len(above) else None
 
     def at_position(self, position: int) -> str:
         a, b = self.values[position]
         return f"{self.what} {a:.9g} | {b:.9g} (relative difference {self.differences[position]:.1e})"
 
 
-def compare(what: str, a: Mapping[int, Any], b: Mapping[int, Any]) -> Comparison:
-    """Values by step or epoch; None is one that was not finite."""
+def compare(what: str, unit: str, name: str, *records: list[dict[str, Any]]) -> Comparison:
+    """The value `name` in the records of two runs; None is one that was not finite."""
+    a, b = ({line[unit]: line[name] for line in lines if name in line} for lines in records)
     at = sorted(a.keys() & b.keys())
     values = np.array([[a[key], b[key]] for key in at], dtype=float).reshape(-1, 2)  # None becomes NaN
     differences = np.array([relative_difference(*pair) for pair in values.tolist()])
-    return Comparison(what, np.array(at, dtype=int), values, differences)
+    return Comparison(what, unit, np.array(at, dtype=int), values, differences)
 
 
 def relative_difference(a: float, b: float) -> float:
@@ -174,10 +171,7 @@ def relative_difference(a: float, b: float) -> float:
 
 def compare_steps(a: RunHistory, b: RunHistory) -> list[Comparison]:
     """Raises UserError where the runs have no optimizer step in common."""
-    found = [
-        compare(words, *({line["step"]: line[name] for line in run.steps if name in line} for run in (a, b)))
-        for name, words in PER_STEP.items()
-    ]
+    found = [compare(words, "step", name, a.steps, b.steps) for name, words in PER_STEP.items()]
     found = [comparison for comparison in found if len(comparison.at)]
     if not found:
         steps = [f"{run.name} has steps {run.steps[0]['step']} to {run.steps[-1]['step']}" for run in (a, b)]
@@ -185,29 +179,22 @@ def compare_steps(a: RunHistory, b: RunHistory) -> list[Comparison]:
     return found
 
 
-def compare_epochs(a: RunHistory, b: RunHistory) -> list[Comparison]:
-    names = [name for name in a.measured if name in b.measured]
-    return [
-        compare(name, *({line["epoch"]: line[name] for line in run.epochs if name in line} for run in (a, b)))
-        for name in names
-    ]
-
-
-def where_they_part(comparisons: list[Comparison], unit: str, tolerance: float) -> Iterator[str]:
+def where_they_part(comparisons: list[Comparison], tolerance: float) -> Iterator[str]:
     """A line for each quantity that differs by more than `tolerance` at the first step or epoch where one does."""
-    firsts = [(comparison, comparison.first_above(tolerance)) for comparison in comparisons]
-    start = min((comparison.at[first] for comparison, first in firsts if first is not None), default=None)
+    above = [(comparison, np.flatnonzero(comparison.differences > tolerance)) for comparison in comparisons]
+    firsts = [(comparison, positions[0]) for comparison, positions in above if len(positions)]
+    start = min((comparison.at[first] for comparison, first in firsts), default=None)
     for comparison, first in firsts:
-        if first is not None and comparison.at[first] == start:
-            yield f"first different {unit}: {start}, {comparison.at_position(first)}"
+        if comparison.at[first] == start:
+            yield f"first different {comparison.unit}: {start}, {comparison.at_position(first)}"
 
 
-def largest_differences(comparisons: list[Comparison], unit: str) -> Iterator[str]:
+def largest_differences(comparisons: list[Comparison]) -> Iterator[str]:
     """A line for each quantity that differs at all."""
-    for comparison in comparisons:
-        if comparison.differences.any():
-            largest = int(comparison.differences.argmax())
-            yield f"largest difference, at {unit} {comparison.at[largest]}: {comparison.at_position(largest)}"
+    for found in comparisons:
+        if found.differences.any():
+            largest = found.differences.argmax()
+            yield f"largest difference, at {found.unit} {found.at[largest]}: {found.at_position(largest)}"
 
 
 def draw(a: RunHistory, b: RunHistory, comparisons: list[Comparison], path: str) -> None:
@@ -252,25 +239,21 @@ def whole_decades(values: np.ndarray) -> tuple[float, float]:
 
 def report_differences(a: RunHistory, b: RunHistory, tolerance: float, out: str) -> bool:
     """Log all about it, draw it to `out` if that is given, and return whether the numbers are the same."""
-    for line in (
-        *different_settings(a, b),
-        *different_data(a, b),
-        *different_environments(a, b),
-        *earlier_starts(a),
-        *earlier_starts(b),
-    ):
+    made = (different_settings(a, b), different_data(a, b), different_environments(a, b))
+    for line in chain(*made, earlier_starts(a), earlier_starts(b)):
         logger.info("%s", line)
-    steps, epochs = compare_steps(a, b), compare_epochs(a, b)
-    parts = [*where_they_part(steps, "step", tolerance), *where_they_part(epochs, "epoch", tolerance)]
-    for line in (*parts, *largest_differences(steps, "step"), *largest_differences(epochs, "epoch")):
+    steps = compare_steps(a, b)
+    epochs = [compare(name, "epoch", name, a.epochs, b.epochs) for name in a.measured if name in b.measured]
+    parts = [*where_they_part(steps, tolerance), *where_they_part(epochs, tolerance)]
+    for line in (*parts, *largest_differences(steps + epochs)):
         logger.info("%s", line)
     if out:
         draw(a, b, steps, out)
         logger.info("wrote %s", out)
-    common, lengths = len(steps[0].at), (len(a.steps), len(b.steps))
-    compared = f"{common} steps" + (
-        f" that both have (of {lengths[0]} | {lengths[1]})" if set(lengths) != {common} else ""
-    )
+    common = len(steps[0].at)
+    compared = f"{common} steps"
+    if {len(a.steps), len(b.steps)} != {common}:
+        compared += f" that both have (of {len(a.steps)} | {len(b.steps)})"
     same = f"the same within {tolerance:g}" if tolerance else "the same to the bit"
     logger.info("%s and %s are %s in %s", a.name, b.name, "NOT the same" if parts else same, compared)
     return not parts

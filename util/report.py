@@ -11,20 +11,23 @@ import util.run.startup  # noqa: F401 - before PyTorch
 # isort: split
 import argparse
 import base64
-import html
 import io
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from jinja2 import Environment
+from markupsafe import Markup
+from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
+from util.data.display import COLOURS
 from util.errors import UserError, unreadable_is_user_error
 from util.run.failures import user_errors
 from util.run.flags import Config, flag, get_parser, given_flags
@@ -37,10 +40,16 @@ logger = logging.getLogger(__name__)
 REFERENCES = Path(__file__).resolve().parent.parent / "figures" / "reference"
 POINTS = 600  # of a curve; longer ones are drawn as the mean and the extremes of as many bins
 PICTURES, PICTURE_WIDTH = 4, 800  # reconstructions shown of each run, and their width in pixels, as in STYLE
-COLOURS = ("#2f7fe8", "#f0821e", "#3a9d5d", "#b04fc4", "#c23b4b", "#0f9aa8")
-GREY = "#7a7f87"
+GREY = "#7a7f87"  # which can be read on light and on dark
+LOOK = {
+    **dict.fromkeys(("axes.labelcolor", "axes.titlecolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
+    **{"axes.facecolor": "none", "figure.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False},
+    **{"axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6},
+    **{"legend.frameon": False, "legend.fontsize": 8, "legend.labelcolor": GREY},
+}
 USUAL_GOODPUT = 0.7
 SHORT_RUN = 60.0  # seconds, of which starting is much
+MADE_WITH = ("versions", "device", "commit", "command")
 NOT_COMPARED = ("output_dir", "log_dir", "resume", "resume_force")  # where things are, which all runs differ in
 
 
@@ -74,10 +83,8 @@ Verdict = Callable[[RunHistory], str]  # a sentence, or '' where there is nothin
 
 def data_wait(run: RunHistory) -> str:
     _, values = run.data_wait()
-    if len(values) and np.median(values) > MOST_DATA_WAIT:
-        advice = data_wait_advice(np.median(values))
-        return f"{advice[0].upper()}{advice[1:]}."
-    return ""
+    waited = np.median(values) if len(values) else 0
+    return f"{data_wait_advice(waited)}." if waited > MOST_DATA_WAIT else ""
 
 
 def little_goodput(run: RunHistory) -> str:
@@ -180,69 +187,49 @@ class Curve:
     colour: str
     x: np.ndarray
     y: np.ndarray
-    marks: tuple[np.ndarray, np.ndarray] | None = None
+    marks: Series = (np.empty(0), np.empty(0))
     lines: Sequence[float] = ()
 
 
-def plot(title: str, curves: list[Curve], smooth: bool = False, log: bool = False, share: bool = False) -> str:
-    """An SVG of curves; with `smooth`, the values (of many, their range) are drawn faintly behind a running mean."""
-    figure = Figure(figsize=(6.2, 3.4), layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.add_subplot(xlabel="epochs", title=title)
-    axes.patch.set_alpha(0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    for curve in curves:
-        x, y = curve.x, curve.y
-        for epoch in curve.lines:
-            axes.axvline(epoch, color=curve.colour, linestyle=":", linewidth=1)
-        if curve.marks is not None:
-            axes.plot(*curve.marks, color=curve.colour, linestyle="", marker="v", markersize=5)
-        if smooth:
-            if len(y) > POINTS:
-                low, high, middle = binned(x, y)
-                axes.fill_between(middle, low, high, color=curve.colour, alpha=0.2, linewidth=0)
-            else:
-                axes.plot(x, y, color=curve.colour, alpha=0.3, linewidth=0.8)
-            y = smoothed(y)
-        every = max(1, len(x) // POINTS)
-        shown = slice((len(x) - 1) % every, None, every)  # the last one included
-        marker = "o" if len(x) < 30 else None
-        axes.plot(
-            x[shown], y[shown], color=curve.colour, label=curve.label, linewidth=1.4, marker=marker, markersize=3
-        )  # fmt: skip
-    if log:
-        axes.set_yscale("log")
-    if share:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set_ylim(0, 1)
-    if len(curves) > 1:
-        axes.legend(frameon=False, fontsize=8, labelcolor=GREY)
-    axes.title.set_color(GREY)  # which can be read on light and on dark
-    axes.xaxis.label.set_color(GREY)
-    axes.tick_params(which="both", colors=GREY)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+def plot(title: str, curves: list[Curve], smooth: bool = False, **settings: Any) -> Markup:
+    """An SVG of curves; with `smooth`, the values (of many, their range) are drawn faintly behind a running mean.
+    Further settings are those of matplotlib's axes."""
+    with rc_context(LOOK):
+        figure = Figure(figsize=(6.2, 3.4), layout="constrained")
+        axes = figure.add_subplot(xlabel="epochs", title=title, **settings)
+        for curve in curves:
+            x, y, colour = curve.x, curve.y, curve.colour
+            for epoch in curve.lines:
+                axes.axvline(epoch, color=colour, linestyle=":", linewidth=1)
+            axes.plot(*curve.marks, "v", color=colour, markersize=5)
+            if smooth:
+                axes.fill_between(*binned(x, y), color=colour, alpha=0.25, linewidth=0.8)
+                y = smoothed(y)
+            every = max(1, len(x) // POINTS)
+            shown = slice((len(x) - 1) % every, None, every)  # the last one included
+            style = "o-" if len(x) < 30 else "-"
+            axes.plot(x[shown], y[shown], style, color=colour, label=curve.label, linewidth=1.4, markersize=3)
+        if len(curves) > 1:
+            axes.legend()
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return Markup(buffer.getvalue()[buffer.getvalue().index("<svg") :])
 
 
 def binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The lowest and highest value of each of at most POINTS bins, and where they lie."""
+    """Where at most POINTS bins begin, and the lowest and highest value of each."""
     starts = np.unique(np.linspace(0, len(y), min(POINTS, len(y)), endpoint=False).astype(int))
-    return np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts), x[starts]
+    return x[starts], np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
 
 
-def plots(runs: list[RunHistory], references: list[dict[str, Any]]) -> Iterator[str]:
-    colours = [COLOURS[number % len(COLOURS)] for number in range(len(runs))]
+def plots(runs: list[RunHistory], references: list[dict[str, Any]]) -> Iterator[Markup]:
+    coloured = list(zip(runs, cycle(COLOURS.values())))
 
     def curves(series: Callable[..., Series], *names: str) -> list[Curve]:
-        found = [Curve(run.name, colour, *series(run, *names)) for run, colour in zip(runs, colours)]
+        found = [Curve(run.name, colour, *series(run, *names)) for run, colour in coloured]
         return [curve for curve in found if len(curve.x)]
 
-    losses = [
-        Curve(run.name, colour, *run.per_step("loss"), run.spikes, run.resumed_at) for run, colour in zip(runs, colours)
-    ]
+    losses = [Curve(run.name, colour, *run.per_step("loss"), run.spikes, run.resumed_at) for run, colour in coloured]
     for reference in references:
         x = np.array(reference["epochs"]) / reference["config"]["epochs"] * max(run.config["epochs"] for run in runs)
         losses.append(Curve(f"{reference['name']} (reference, stretched)", GREY, x, np.array(reference["loss"])))
@@ -253,19 +240,22 @@ def plots(runs: list[RunHistory], references: list[dict[str, Any]]) -> Iterator[
             title = f"{measure.title} ({measure.unit})" if measure.unit else measure.title
             yield plot(title, curves(RunHistory.per_epoch, name))
     yield plot("learning rate", curves(RunHistory.per_step, "lr"))
-    yield plot("gradient norm", curves(RunHistory.per_step, "grad_norm"), smooth=True, log=True)
+    yield plot("gradient norm", curves(RunHistory.per_step, "grad_norm"), smooth=True, yscale="log")
     if speeds := curves(RunHistory.images_per_second):
         yield plot("images per second", speeds)
-        yield plot("share of the time spent waiting for images", curves(RunHistory.data_wait), share=True)
+        yield plot("share of the time spent waiting for images", curves(RunHistory.data_wait), ylim=(0, 1))
 
 
 # --- The page ---
 
-STYLE = """
+PAGE = Environment(autoescape=True).from_string("""\
+<!doctype html>
+<html lang=en>
+<meta charset=utf-8>
+<title>{{ runs | join(", ", attribute="name") }}</title>
+<style>
 :root { color-scheme: light dark; --muted: #7a7f87; --line: light-dark(#e3e6ea, #33373d); }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1320px; margin: 2em auto; padding: 0 1.5em; }
-h1 { font-size: 1.6em; }
-h2 { font-size: 1.15em; margin-top: 2em; }
 table { border-collapse: collapse; }
 td, th { text-align: left; padding: .25em 1.2em .25em 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 500; }
@@ -274,17 +264,47 @@ svg, img { width: 100%; height: auto; }
 img { max-width: 800px; }
 th, .rule, summary { color: var(--muted); }
 summary { cursor: pointer; }
-"""
+</style>
+{% macro table(header, rows) %}
+<table>
+<tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
+</table>
+{% endmacro %}
+<h1>mixmae: how it went</h1>
+{{ table(*overview) }}
+{% for run in runs if run.time_spent %}
+<p><b>{{ run.name }}</b>: {{ run.time_spent }}.</p>
+{% endfor %}
+<h2>Verdicts</h2>
+{% for run, rule, sentence in verdicts %}
+<p><b>{{ run.name }}</b>: {{ sentence }} <span class=rule>(rule: {{ rule }})</span></p>
+{% else %}
+<p>Nothing unusual.</p>
+{% endfor %}
+<details><summary>the rules</summary><ul>{% for rule in rules %}<li>{{ rule }}</li>{% endfor %}</ul></details>
+<h2>Curves</h2>
+<p class=rule>Loss and gradient norm: running means, and behind them the values of single steps, or their range. Dotted
+lines: the run was resumed. Triangles: loss spikes.</p>
+<div class=plots>{{ plots | join }}</div>
+{% if runs | length > 1 %}
+<h2>Where the runs differ</h2>
+{{ table(header, different) if different else "In no setting." }}
+{% endif %}
+{% for run, pictures in pictures %}
+<h2>Reconstructions of {{ run.name }}</h2>
+{% for name, data in pictures %}
+<details {{ "open" if loop.last }}><summary>{{ name }}</summary><img alt="{{ name }}" src="{{ data }}"></details>
+{% endfor %}
+{% endfor %}
+<h2>Configuration</h2>
+<details><summary>every setting</summary>{{ table(header, settings) }}</details>
+</html>
+""")
 
 
-def table(header: list[str], rows: list[list[object]]) -> str:
-    def row(cells: list[object], kind: str) -> str:
-        return "<tr>" + "".join(f"<{kind}>{html.escape(str(cell))}</{kind}>" for cell in cells) + "</tr>"
-
-    return f"<table>{row(header, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
-
-
-def summary(run: RunHistory) -> list[object]:
+def summary(run: RunHistory) -> dict[str, object]:
+    """A run in one row of a table, by the headings of its columns."""
     _, losses = run.per_step("loss")
     _, speed = run.images_per_second()
     spent, size = run.time_spent, "x".join(map(str, run.config.get("input_size") or ()))
@@ -293,73 +313,49 @@ def summary(run: RunHistory) -> list[object]:
         for name in run.measured
         if name not in ("train_loss", "rankme", "knn_acc1_k10") and not name.endswith(("acc5", "loss"))
     ]
-    return [
-        run.name, f"{run.config.get('model')} at {size}", f"{len(run.epochs)} of {run.config.get('epochs')}",
-        f"{len(run.steps):,}", f"{smoothed(losses)[-1]:.4f}", ", ".join(best) or "-",
-        f"{np.median(speed):.0f}" if len(speed) else "-", in_words(spent.total) if spent else "-",
-        f"{spent.goodput:.0%}" if spent else "-", len(run.resumed_at), len(run.spikes[0]), len(run.bad_images),
-    ]  # fmt: skip
+    return {
+        "run": run.name,
+        "model": f"{run.config.get('model')} at {size}",
+        "epochs": f"{len(run.epochs)} of {run.config.get('epochs')}",
+        "steps": f"{len(run.steps):,}",
+        "loss": f"{smoothed(losses)[-1]:.4f}",
+        "best": ", ".join(best) or "-",
+        "images/s": f"{np.median(speed):.0f}" if len(speed) else "-",
+        "time": in_words(spent.total) if spent else "-",
+        "goodput": f"{spent.goodput:.0%}" if spent else "-",
+        "resumed": len(run.resumed_at),
+        "spikes": len(run.spikes[0]),
+        "bad images": len(run.bad_images),
+    }
 
 
 def page(runs: list[RunHistory], references: list[dict[str, Any]]) -> str:
-    parts = ["<h1>mixmae: how it went</h1>"]
-    header = [
-        "run", "model", "epochs", "steps", "loss", "best", "images/s", "time", "goodput", "resumed", "spikes",
-        "bad images",
-    ]  # fmt: skip
-    parts.append(table(header, [summary(run) for run in runs]))
-    parts.append("<h2>Verdicts</h2>")
-    said = [(run, rule, sentence) for run in runs for rule, verdict in RULES.items() if (sentence := verdict(run))]
-    for run, rule, sentence in said:
-        run_name, words = html.escape(run.name), html.escape(sentence)
-        parts.append(f"<p><b>{run_name}</b>: {words} <span class=rule>(rule: {html.escape(rule)})</span></p>")
-    if not said:
-        parts.append("<p>Nothing unusual.</p>")
-    rules = "".join(f"<li>{html.escape(rule)}" for rule in RULES)
-    parts.append(f"<details><summary>the rules</summary><ul>{rules}</ul></details>")
-    explained = (
-        "Loss and gradient norm: running means, and behind them the values of single steps, or their range. Dotted "
-        "lines: the run was resumed. Triangles: loss spikes."
-    )
-    parts.append(f"<h2>Curves</h2><p class=rule>{explained}</p>")
-    parts.append(f"<div class=plots>{''.join(plots(runs, references))}</div>")
-    if any(run.time_spent for run in runs):
-        parts.append("<h2>Where the time went</h2>")
-        parts += [f"<p><b>{html.escape(run.name)}</b>: {run.time_spent}.</p>" for run in runs if run.time_spent]
+    rows = [summary(run) for run in runs]
     names = sorted({name for run in runs for name in run.config})
     values = {name: [json.dumps(run.config.get(name)) for run in runs] for name in names}
-    if len(runs) > 1:
-        different = [[name, *values[name]] for name in names if len(set(values[name])) > 1 and name not in NOT_COMPARED]
-        parts.append("<h2>Where the runs differ</h2>")
-        parts.append(
-            table(["setting", *(run.name for run in runs)], different) if different else "<p>In no setting.</p>"
-        )
-    for run in runs:
-        if pictures := sorted((run.folder / "reconstructions").glob("*.png")):
-            chosen = pictures[:: max(1, -(-len(pictures) // PICTURES))][: PICTURES - 1] + pictures[-1:]
-            parts.append(f"<h2>Reconstructions of {html.escape(run.name)}</h2>")
-            parts += [
-                f"<details{' open' * (path == chosen[-1])}><summary>{path.stem}</summary>{embedded(path)}</details>"
-                for path in dict.fromkeys(chosen)
-            ]
-    rows = [[name, *values[name]] for name in names]
-    rows += [
-        [name, *(run.environment.get(name) for run in runs)] for name in ("versions", "device", "commit", "command")
-    ]
-    everything = table(["setting", *(run.name for run in runs)], rows)
-    parts.append(f"<h2>Configuration</h2><details><summary>every setting</summary>{everything}</details>")
-    title = html.escape(", ".join(run.name for run in runs))
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
-    return f"{head}{''.join(parts)}</html>\n"
+    made_with = {name: [run.environment.get(name) for run in runs] for name in MADE_WITH}
+    return PAGE.render(
+        runs=runs,
+        overview=(rows[0], [row.values() for row in rows]),
+        verdicts=[(run, rule, said) for run in runs for rule, verdict in RULES.items() if (said := verdict(run))],
+        rules=RULES,
+        plots=plots(runs, references),
+        header=["setting", *(run.name for run in runs)],
+        different=[[name, *values[name]] for name in names if len(set(values[name])) > 1 and name not in NOT_COMPARED],
+        pictures=[(run, found) for run in runs if (found := list(reconstructions(run)))],
+        settings=[[name, *row] for name, row in (values | made_with).items()],
+    )
 
 
-def embedded(path: Path) -> str:
-    """A picture as part of the page."""
-    buffer = io.BytesIO()
-    with Image.open(path) as image:
-        image.thumbnail((PICTURE_WIDTH, PICTURE_WIDTH * 4))
-        image.convert("RGB").save(buffer, "JPEG", quality=80)
-    return f'<img alt="{path.stem}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+def reconstructions(run: RunHistory) -> Iterator[tuple[str, str]]:
+    """Names and data of a few pictures of a run, from its first to its last."""
+    paths = sorted((run.folder / "reconstructions").glob("*.png"))
+    for number in np.linspace(0, len(paths) - 1, min(PICTURES, len(paths)), dtype=int):
+        buffer = io.BytesIO()
+        with Image.open(paths[number]) as image:
+            image.thumbnail((PICTURE_WIDTH, PICTURE_WIDTH * 4))
+            image.convert("RGB").save(buffer, "JPEG", quality=80)
+        yield paths[number].stem, f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # --- Reference curves ---
@@ -370,14 +366,12 @@ def as_reference(run: RunHistory, name: str) -> dict[str, Any]:
     epochs, losses = run.per_step("loss")
     every = max(1, len(losses) // 100)
     chosen = slice(every - 1, None, every)
-    knn = {name: values[-1] for name in ("knn_acc1_k20",) if len(values := run.per_epoch(name)[1])}
     return {
         "name": name,
         "commit": run.environment.get("commit"),
         "config": {key: value for key, value in run.config.items() if key not in (*NOT_COMPARED, "data_path")},
         "epochs": [round(value, 4) for value in epochs[chosen].tolist()],
         "loss": [round(value, 5) for value in smoothed(losses)[chosen].tolist()],
-        **knn,
     }
 
 
@@ -402,7 +396,7 @@ def main(flags: argparse.Namespace) -> None:
         text = page(runs, references)
         with unreadable_is_user_error(f"--out {config.out} cannot be written"):
             Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-            Path(config.out).write_text(text, encoding="utf-8")
+            Path(config.out).write_text(text, encoding="utf-8", errors="backslashreplace")
         logger.info("wrote %s (%.1f MB)", config.out, len(text) / 1e6)
         if path := config.save_reference:
             with unreadable_is_user_error(f"--save_reference {path} cannot be written"):

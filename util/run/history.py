@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from util.errors import UserError, unreadable_is_user_error
-from util.run.logger import RESULTS, read_list
+from util.run.logger import RESULTS, read_list, read_records
 from util.run.metrics import SPIKE_HISTORY, find_spikes
 
 Series = tuple[np.ndarray, np.ndarray]  # fractional epochs (n,) and values (n,)
@@ -243,7 +243,9 @@ def read_history(folder: str | Path) -> RunHistory:
         raise UserError(f"{folder} is not the output folder of a run: there is no config.json in it")
     content = read_json(path / "config.json", ("config", "environment"))
     with unreadable_is_user_error(f"{folder} cannot be read"):
-        epochs, steps, times = (list(read_records(path / name, keys)) for name, keys in LINES.items())
+        epochs, steps, times = (
+            [line for line in read_records(path / name) if keys <= line.keys()] for name, keys in LINES.items()
+        )
         bad_images = read_list(path / "bad_images.txt")
     if not steps:
         raise UserError(f"{folder} holds a run that has made no step yet")
@@ -252,18 +254,6 @@ def read_history(folder: str | Path) -> RunHistory:
     return RunHistory(
         name, path, content["config"], content["environment"], epochs, steps, times, bad_images, **recorded
     )  # fmt: skip
-
-
-def read_records(path: Path, keys: set[str]) -> Iterator[dict[str, Any]]:
-    """The records of a file of JSON lines; what is no record (a line that is being written) is left out."""
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and keys <= record.keys():
-                yield record
 
 
 def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:

@@ -165,6 +165,15 @@ class RunLog:
         self.times_file.append([{"time": round(time.time() - ago, 3), **record}])
 
 
+def read_records(path: Path) -> Iterator[dict]:
+    """The records of a file of JSON lines, if there is one; what is no record (a line cut short) is left out."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                if isinstance(record := json.loads(line), dict):
+                    yield record
+
+
 def read_list(path: Path) -> list[str]:
     """The lines of a file; none where there is no file."""
     return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.exists() else []
@@ -198,20 +207,9 @@ class LinesFile:
         self.path = path
         self.waiting = b""  # what is not in the file yet
         if path.exists():
-            self._keep(wanted)
-
-    def _keep(self, wanted: Callable[[dict], bool]) -> None:
-        kept = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict) and wanted(record):
-                kept.append(line + "\n")
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in read_records(path) if wanted(record)))
+            os.replace(temporary, path)
 
     def append(self, records: list[dict]) -> None:
         """Write `records`, after those that could not be written before."""
@@ -246,11 +244,7 @@ class EventsFile:
         self.writer: SummaryWriter | None = SummaryWriter(folder, purge_step=purge)
 
     def scalars(self, values: dict[str, float], x: int) -> None:
-        def add(writer: SummaryWriter) -> None:
-            for tag, value in values.items():
-                writer.add_scalar(tag, value, x)
-
-        self._write(add)
+        self._write(lambda writer: [writer.add_scalar(tag, value, x) for tag, value in values.items()])
 
     def picture(self, tag: str, image: Image.Image, x: int) -> None:
         self._write(lambda writer: writer.add_image(tag, np.asarray(image), x, dataformats="HWC"))
@@ -258,7 +252,7 @@ class EventsFile:
     def close(self) -> None:
         self._write(SummaryWriter.close)
 
-    def _write(self, action: Callable[[SummaryWriter], None]) -> None:
+    def _write(self, action: Callable[[SummaryWriter], object]) -> None:
         """Do `action` and bring its values to the disk, so that they do not lag behind a checkpoint."""
         with going_on_without(f"TensorBoard's file in {self.folder} could not be written"):
             writer, self.writer = self.writer or SummaryWriter(self.folder), None
