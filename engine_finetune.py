@@ -105,9 +105,7 @@ def evaluate(
     nb_classes = model.num_classes
     top = min(TOP, nb_classes)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    top5_correct = torch.zeros((), dtype=torch.int64, device=device)
-    class_images = torch.zeros(nb_classes, dtype=torch.int64, device=device)
-    class_correct = torch.zeros(nb_classes, dtype=torch.int64, device=device)
+    counts = torch.zeros(3, nb_classes, dtype=torch.int64, device=device)  # images of each class; right; among top 5
     predictions = []
     batches = with_progress(loader, len(loader.dataset), "evaluation")
     for keys, (imgs, targets) in zip(loader.batch_sampler, batches):
@@ -118,25 +116,23 @@ def evaluate(
         loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum()
         scores, classes = logits.softmax(dim=1).topk(top, dim=1)
         hits = classes == targets[:, None]
-        top5_correct += hits.sum()
-        class_images += torch.bincount(targets, minlength=nb_classes)
-        class_correct += torch.bincount(targets[hits[:, 0]], minlength=nb_classes)
+        for count, counted in zip(counts, (targets, targets[hits[:, 0]], targets[hits.any(dim=1)])):
+            count += torch.bincount(counted, minlength=nb_classes)
         if keep_predictions:
             rows = zip(keys, targets.tolist(), classes.tolist(), scores.tolist())
             predictions += [(index, target, best, score) for (_, index), target, best, score in rows]
     model.train(was_training)
-    loss_sum, top5_correct = distributed.all_reduce_sum(loss_sum), distributed.all_reduce_sum(top5_correct)
-    class_images, class_correct = distributed.all_reduce_sum(class_images), distributed.all_reduce_sum(class_correct)
-    images = int(class_images.sum())
+    loss_sum, counts = distributed.all_reduce_sum(loss_sum), distributed.all_reduce_sum(counts)
+    images, right, among_top5 = counts.sum(dim=1).tolist()
     if images != len(loader.dataset):
         raise RuntimeError(f"evaluation saw {images} images of {len(loader.dataset)}: please report this as a bug")
     if keep_predictions:
         predictions = sorted(row for rows in distributed.gather_objects(predictions) for row in rows)
     return Evaluation(
         images=images,
-        acc1=100 * class_correct.sum().item() / images,
-        acc5=100 * top5_correct.item() / images,
+        acc1=100 * right / images,
+        acc5=100 * among_top5 / images,
         loss=loss_sum.item() / images,
-        class_acc1=(100 * class_correct.double() / class_images).tolist(),
+        class_acc1=(100 * counts[1].double() / counts[0]).tolist(),
         predictions=predictions,
     )

@@ -44,7 +44,7 @@ from util.run.features import (
     own_features,
     probe_accuracy,
     rank_of_features,
-    rank_of_images,
+    rank_sample,
 )
 from util.run.flags import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, Config, flag, free, get_parser
 from util.run.metrics import log_model, training_operations
@@ -228,19 +228,19 @@ def save_picture(run: Run, epochs: int) -> None:
 def measure(run: Run, evaluated: list[ImageDataset]) -> dict[str, float]:
     """The measures of the encoder that are due, by their names in log.txt."""
     config, model, found = run.config, run.state.model, {}
-    knn, probe = run.is_due(config.knn_every), run.is_due(config.probe_every)
+    knn, probe, rank = map(run.is_due, (config.knn_every, config.probe_every, config.rank_every))
+    images = [len(dataset) for dataset in evaluated]
     if knn or probe:
-        train, val = (own_features(model, dataset, run.normalize, config) for dataset in evaluated)
-        if knn:
-            accuracy = knn_accuracy(train, val, (len(evaluated[0]), len(evaluated[1])))
-            found |= {f"knn_acc1_k{k}": value for k, value in accuracy.items()}
-        if probe:
-            found["probe_acc1"] = probe_accuracy(train, val, len(evaluated[0].classes))
-    if run.is_due(config.rank_every):
-        if knn or probe:
-            found["rankme"] = rank_of_features(val[0], len(evaluated[-1]))
-        else:
-            found["rankme"] = rank_of_images(model, evaluated[-1], run.normalize, config)
+        features = [own_features(model, dataset, run.normalize, config) for dataset in evaluated]
+    else:
+        sample = rank_sample(images[-1], model.num_features)
+        features, images = [own_features(model, evaluated[-1], run.normalize, config, sample)], [len(sample)]
+    if knn:
+        found |= {f"knn_acc1_k{k}": accuracy for k, accuracy in knn_accuracy(*features, images).items()}
+    if probe:
+        found["probe_acc1"] = probe_accuracy(*features, len(evaluated[0].classes))
+    if rank:
+        found["rankme"] = rank_of_features(features[-1][0], images[-1])
     return found
 
 

@@ -77,7 +77,7 @@ Features = tuple[Tensor, Tensor]  # of this rank's images, and their labels: see
 def knn_accuracy(
     train: Features,
     val: Features,
-    totals: tuple[int, int],
+    totals: Sequence[int],
     neighbours: Sequence[int] = NEIGHBOURS,
     temperature: float = TEMPERATURE,
 ) -> dict[int, float]:

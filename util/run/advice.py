@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Container
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 from util.data.sources import find_validation
@@ -77,51 +77,46 @@ def report(folder: Path) -> tuple[str, str]:
     return "see how it went, in a browser", command("-m", "util.report", folder, "--out", folder / "report.html")
 
 
-def after_pretraining(config: ImageTrainingConfig, labelled: bool) -> list[tuple[str, str]]:
+def after_pretraining(config: ImageTrainingConfig, labelled: bool) -> Iterator[tuple[str, str]]:
     """What can be done with the checkpoint, and how.
 
     Args:
         labelled: whether the images have labels.
     """
     folder, data = Path(config.output_dir), data_flags(config)
-    checkpoint = ["--checkpoint", folder / "checkpoint.pth"]
-    steps = [report(folder)]
+    weights = folder / "checkpoint.pth"
+    yield report(folder)
     if not config.dataset:
         drawn = ["--images", images_of(config), "--out", folder / "reconstructions.png"]
-        drawing = command("-m", "util.visualize", *checkpoint, *drawn, *changed_flags(config, DECODING))
-        steps.append(("see reconstructions", drawing))
+        drawn += changed_flags(config, DECODING)
+        yield "see reconstructions", command("-m", "util.visualize", "--checkpoint", weights, *drawn)
     if labelled and can_validate(config):
-        steps.append(("measure the features", command("-m", "util.knn", *checkpoint, *data)))
-        finetuned = folder.with_name(f"{folder.name}_finetuned")
-        flags = ["--finetune", folder / "checkpoint.pth", *data, "--output_dir", finetuned]
-        steps.append(("fine-tune with labels", command("main_finetune.py", *flags)))
+        yield "measure the features", command("-m", "util.knn", "--checkpoint", weights, *data)
+        out = ["--output_dir", folder.with_name(f"{folder.name}_finetuned")]
+        yield "fine-tune with labels", command("main_finetune.py", "--finetune", weights, *data, *out)
     elif not config.dataset:
-        embedded = predict(config, folder / "checkpoint.pth", "--features", "--out", folder / "embeddings.npz")
-        steps.append(("embed the images", embedded))
+        yield "embed the images", predict(config, weights, "--features", "--out", folder / "embeddings.npz")
     exported = ["--part", "encoder", "--format", "safetensors", "--out", folder / "encoder.safetensors"]
-    steps.append(("use the encoder elsewhere", command("-m", "util.export", *checkpoint, *exported)))
-    more = folder.with_name(f"{folder.name}_continued")
-    flags = [*data_flags(config, False), "--finetune", folder / "checkpoint.pth", "--output_dir", more]
-    flags += changed_flags(config, METHOD)
-    steps.append(("pretrain further", command("main_pretrain.py", *flags)))
-    return steps
+    yield "use the encoder elsewhere", command("-m", "util.export", "--checkpoint", weights, *exported)
+    out = ["--output_dir", folder.with_name(f"{folder.name}_continued"), *changed_flags(config, METHOD)]
+    yield "pretrain further", command("main_pretrain.py", *data_flags(config, False), "--finetune", weights, *out)
 
 
-def after_fine_tuning(config: ImageTrainingConfig) -> list[tuple[str, str]]:
+def after_fine_tuning(config: ImageTrainingConfig) -> Iterator[tuple[str, str]]:
     """What can be done with the best checkpoint of a classifier, and how; the best by its averaged weights, where there
     are any."""
     folder, data = Path(config.output_dir), data_flags(config)
     best, averaged = folder / "checkpoint-best.pth", changed_flags(config, ("model_ema",))
+    yield report(folder)
     predictions = ["--per_class", "--predictions", folder / "predictions.csv"]
-    evaluation = command("main_finetune.py", "--eval", "--finetune", best, *averaged, *data, *predictions)
-    steps = [report(folder), ("evaluate again", evaluation)]
+    yield "evaluate again", command("main_finetune.py", "--eval", "--finetune", best, *averaged, *data, *predictions)
     if not config.dataset:
-        steps.append(("classify images", predict(config, best, *averaged, "--out", folder / "classes.csv")))
+        yield "classify images", predict(config, best, *averaged, "--out", folder / "classes.csv")
     exported = ["--checkpoint", best, *averaged, "--format", "safetensors", "--out", folder / "classifier.safetensors"]
-    return [*steps, ("use the classifier elsewhere", command("-m", "util.export", *exported))]
+    yield "use the classifier elsewhere", command("-m", "util.export", *exported)
 
 
-def at_the_end(what: str, output_dir: str, steps: list[tuple[str, str]]) -> str:
+def at_the_end(what: str, output_dir: str, steps: Iterable[tuple[str, str]]) -> str:
     """What a finished run has done, and the commands of `after_...`, one per line, each below what it does."""
     done = f"{what} is done: {Path(output_dir) / 'checkpoint.pth'}\n{summarise(output_dir)}"
     return "\n".join([done, "what can be done next:", *(f"  # {purpose}\n  {line}" for purpose, line in steps)])

@@ -116,15 +116,9 @@ def rank_sample(images: int, num_features: int) -> list[int]:
     return [position * images // count for position in range(count)]
 
 
-def rank_of_images(model: SwinTransformer, dataset: ImageDataset, normalize: Normalize, config: Config) -> float:
-    """RankMe of a sample of `dataset`; the same on all ranks, which call this together."""
-    chosen = rank_sample(len(dataset), model.num_features)
-    features, _ = own_features(model, dataset, normalize, config, chosen)
-    return rankme(gather_all(features, len(chosen)))
-
-
 def rank_of_features(own: Tensor, images: int) -> float:
-    """The same, of the features (n, D) of this rank's images where `images` of all ranks have theirs already."""
+    """RankMe of a sample of `images`, of which this rank has the features (n, D) of its own; the same on all ranks,
+    which call this together."""
     chosen = torch.tensor(rank_sample(images, own.shape[1]))
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     mine = chosen % ranks == rank
