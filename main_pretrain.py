@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import timm
@@ -74,11 +73,7 @@ class VariantFlags(Config):
     decoder_depth: int | None = variant(None, "blocks of the decoder (default: the model's)", "N", AT_LEAST_1)
     decoder_num_heads: int | None = variant(None, "heads of the decoder (default: the model's)", "N", AT_LEAST_1)
     mix_embed: bool = variant(False, "add a learned vector to tokens at each stage, one for each image of a mixture")
-    masked_attn: bool = variant(
-        True,
-        "tokens attend to those of their image alone; else to all of their window",
-        aliases=("--no_masked_attn",),
-    )
+    masked_attn: bool = variant(True, "tokens attend to those of their image alone; else to all of their window")
     mix_images: int = variant(
         2, "images in a mixture; of 3, --mask_ratio 0.67 shows as much of each", "K",
         (lambda value: value >= 2, "must be at least 2"),
@@ -251,15 +246,11 @@ def train(run: Run, evaluated: list[ImageDataset]) -> None:
         logger.info("all %d epochs were done already", config.epochs)
     if config.vis_every and progress.step == 0:
         save_picture(run, epochs=0)
-        first = Path(config.output_dir) / "reconstructions" / "epoch0000.png"
-        if first.exists():
-            logger.info("first picture, before training: %s", first)
     while progress.epoch < config.epochs:
         epoch_start = time.time()
-        lr = train_one_epoch(run)
+        record = {"train_lr": train_one_epoch(run)}
         if run.is_due(config.vis_every) or (config.vis_every and progress.epoch == 0):
             save_picture(run, progress.epoch + 1)
-        record = {"train_lr": lr}
         if any(map(run.is_due, (config.knn_every, config.probe_every, config.rank_every))):
             with run.measuring():
                 record |= measure(run, evaluated)

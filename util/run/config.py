@@ -95,9 +95,8 @@ class ModelFlags(Config):
         False, "recompute blocks in the backward pass: slower, less memory", on_resume=ROUNDING
     )
     compile: bool | None = flag(
-        None, "compile the model with torch.compile (default: on a GPU, where that works)", on_resume=ROUNDING,
-        aliases=("--no_compile",),
-    )  # fmt: skip
+        None, "compile the model with torch.compile (default: on a GPU, where that works)", on_resume=ROUNDING
+    )
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ class ReadingFlags(DecodingFlags):
         "N",
         NOT_NEGATIVE,
     )
-    pin_mem: bool = free(True, "page-locked memory for copies to a GPU", aliases=("--no_pin_mem",))
+    pin_mem: bool = free(True, "page-locked memory for copies to a GPU")
 
 
 @dataclass(frozen=True)

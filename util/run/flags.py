@@ -171,14 +171,9 @@ def _add_flag(group: Any, field: dataclasses.Field, kind: Any) -> None:
     if kind is bool:
         action = "store_true" if default is False else argparse.BooleanOptionalAction
         group.add_argument(name, action=action, default=default, help=metadata["help"])
-        for alias in metadata["aliases"]:  # of one that is not off by default
-            group.add_argument(
-                alias,
-                action="store_false",
-                dest=field.name,
-                default=argparse.SUPPRESS,
-                help=f"the same as --no-{field.name}",
-            )
+        if default is not False:
+            options = dict(action="store_false", dest=field.name, default=argparse.SUPPRESS)
+            group.add_argument(f"--no_{field.name}", help=f"the same as --no-{field.name}", **options)
         return
     options = {key: metadata[key] for key in ("help", "metavar", "choices") if metadata[key] is not None}
     if metadata["required"]:

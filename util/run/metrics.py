@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ FEW_STEPS = 10  # whose share of waiting is chance
 SECONDS_BETWEEN_LINES = 10.0  # at most, however slow the steps are
 
 
+@dataclass
 class StepMeter:
     """Collects one epoch's optimizer steps; `flush` reduces them over ranks and describes them.
 
@@ -40,25 +42,18 @@ class StepMeter:
         operations: of training on one image, for the utilisation of a GPU (MFU); 0 for none.
     """
 
-    def __init__(
-        self,
-        epoch: int,
-        epochs: int,
-        steps_per_epoch: int,
-        images_per_step: int,
-        device: torch.device,
-        usual_losses: deque[float],
-        operations: float = 0.0,
-    ):
-        self.epoch = epoch
-        self.epochs = epochs
-        self.steps_per_epoch = steps_per_epoch
-        self.images_per_step = images_per_step
-        self.device = device
+    epoch: int
+    epochs: int
+    steps_per_epoch: int
+    images_per_step: int
+    device: torch.device
+    usual_losses: deque[float]
+    operations: float = 0.0
+
+    def __post_init__(self) -> None:
         self.pending: list[tuple[int, float, Tensor, Tensor]] = []
-        self.usual_losses = usual_losses
-        peak = peak_operations(device) * distributed.get_world_size()
-        self.utilisation_per_speed = operations / peak if peak else 0.0
+        peak = peak_operations(self.device) * distributed.get_world_size()
+        self.utilisation_per_speed = self.operations / peak if peak else 0.0
         self.waited = 0.0
         self.first_wait: float | None = None  # of the epoch, which the workers' start makes long
         self.data_wait_said = False
