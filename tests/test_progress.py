@@ -117,7 +117,7 @@ def test_the_bar_starts_where_the_run_does():
     for step in range(1, 49):
         state = SimpleNamespace(progress=Progress(epoch=1, step_in_epoch=step))
         run = Run(SimpleNamespace(epochs=2), None, None, state, loader, *[None] * 5)
-        assert (run.bar.bar.n, run.bar.bar.total) == (49 + step, 98)
+        assert (run.bar.n, run.bar.total) == (49 + step, 98)
 
 
 @pytest.mark.parametrize("shown", ["stderr", "both", "neither"])
@@ -145,7 +145,7 @@ def test_other_ranks_are_silent(monkeypatch, capfd, caplog):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert list(with_progress([1, 2], 2, "evaluation")) == [1, 2]
     bar = progress.TrainingBar(0, 10)
-    bar.step()
+    bar.update()
     scalars = dict.fromkeys(
         "loss lr grad_norm images_per_second data_wait_share memory_mb seconds_per_step".split(), 1.0
     )

@@ -31,7 +31,7 @@ from util.data.display import COLOURS
 from util.errors import UserError, unreadable_is_user_error
 from util.run.failures import user_errors
 from util.run.flags import Config, flag, get_parser, given_flags
-from util.run.history import RunHistory, Series, in_words, measure_of, read_history, read_json
+from util.run.history import RunHistory, Series, in_words, read_history, read_json, title_of, unit_of
 from util.run.logger import setup_logging
 from util.run.metrics import MOST_DATA_WAIT, SPIKE_HISTORY, SPIKE_SIGMAS, data_wait_advice
 
@@ -236,8 +236,7 @@ def plots(runs: list[RunHistory], references: list[dict[str, Any]]) -> Iterator[
     yield plot("training loss", losses, smooth=True)
     for name in dict.fromkeys(name for run in runs for name in run.measured):
         if name != "train_loss":
-            measure = measure_of(name)
-            title = f"{measure.title} ({measure.unit})" if measure.unit else measure.title
+            title = title_of(name) + (f" ({unit_of(name)})" if unit_of(name) else "")
             yield plot(title, curves(RunHistory.per_epoch, name))
     yield plot("learning rate", curves(RunHistory.per_step, "lr"))
     yield plot("gradient norm", curves(RunHistory.per_step, "grad_norm"), smooth=True, yscale="log")
@@ -309,7 +308,7 @@ def summary(run: RunHistory) -> dict[str, object]:
     _, speed = run.images_per_second()
     spent, size = run.time_spent, "x".join(map(str, run.config.get("input_size") or ()))
     best = [
-        f"{run.best(name)[0]:.2f}{measure_of(name).unit} {measure_of(name).title}"
+        f"{run.best(name)[0]:.2f}{unit_of(name)} {title_of(name)}"
         for name in run.measured
         if name not in ("train_loss", "rankme", "knn_acc1_k10") and not name.endswith(("acc5", "loss"))
     ]

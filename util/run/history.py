@@ -17,33 +17,27 @@ from util.run.metrics import SPIKE_HISTORY, find_spikes
 Series = tuple[np.ndarray, np.ndarray]  # fractional epochs (n,) and values (n,)
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A value in log.txt that says how good a run is."""
-
-    title: str
-    unit: str = "%"
-    best: Callable[[np.ndarray], np.intp] = np.argmax  # where the best of some values is
-
-
-MEASURES = {
-    "train_loss": Measure("training loss", "", np.argmin),
-    "knn_acc1_k10": Measure("kNN top-1, k = 10"),
-    "knn_acc1_k20": Measure("kNN top-1, k = 20"),
-    "probe_acc1": Measure("linear probe top-1"),
-    "rankme": Measure("RankMe (effective rank of the features)", ""),
-    "test_loss": Measure("validation loss", "", np.argmin),
-    "test_acc1": Measure("validation top-1"),
-    "test_acc5": Measure("validation top-5"),
-    "test_ema_loss": Measure("validation loss, averaged weights", "", np.argmin),
-    "test_ema_acc1": Measure("validation top-1, averaged weights"),
-    "test_ema_acc5": Measure("validation top-5, averaged weights"),
+TITLES = {  # of what is measured, by its name in log.txt
+    "train_loss": "training loss",
+    "knn_acc1_k10": "kNN top-1, k = 10",
+    "knn_acc1_k20": "kNN top-1, k = 20",
+    "probe_acc1": "linear probe top-1",
+    "rankme": "RankMe (effective rank of the features)",
+    "test_loss": "validation loss",
+    "test_acc1": "validation top-1",
+    "test_acc5": "validation top-5",
+    "test_ema_loss": "validation loss, averaged weights",
+    "test_ema_acc1": "validation top-1, averaged weights",
+    "test_ema_acc5": "validation top-5, averaged weights",
 }
 
 
-def measure_of(name: str) -> Measure:
-    """One of `MEASURES`, or a guess: another task measures other things."""
-    return MEASURES.get(name) or Measure(name, "", np.argmin if name.endswith("loss") else np.argmax)
+def title_of(name: str) -> str:
+    return TITLES.get(name, name)  # another task measures other things
+
+
+def unit_of(name: str) -> str:
+    return "%" if "acc" in name else ""
 
 
 @dataclass(frozen=True)
@@ -121,15 +115,15 @@ class RunHistory:
 
     @property
     def measured(self) -> list[str]:
-        """The names in log.txt that have a measure (`measure_of`), those of `MEASURES` in its order first."""
+        """The names in log.txt of what says how good the run is, those of `TITLES` in its order first."""
         recorded = {name for line in self.epochs for name, value in line.items() if value is not None}
-        others = {name for name in recorded if name.startswith(RESULTS)} - MEASURES.keys()
-        return [name for name in MEASURES if name in recorded] + sorted(others)
+        others = {name for name in recorded if name.startswith(RESULTS)} - TITLES.keys()
+        return [name for name in TITLES if name in recorded] + sorted(others)
 
     def best(self, name: str) -> tuple[float, int]:
         """The best value of one of `measured`, and the number of its epoch, from 0."""
         epochs, values = self.per_epoch(name)
-        place = measure_of(name).best(values)
+        place = values.argmin() if name.endswith("loss") else values.argmax()
         return float(values[place]), int(epochs[place]) - 1
 
     @cached_property
@@ -193,28 +187,21 @@ class RunHistory:
         _, speed = self.images_per_second()
         if (spent := self.time_spent) is not None:
             lines += [f"{np.median(speed):.0f} images/s in steps (median); {spent}"]
-        if self.bad_images:
-            lines.append(
-                f"unreadable images, replaced by others: {len(self.bad_images)} ({self.folder}/bad_images.txt)"
-            )
+        if number := len(self.bad_images):
+            lines.append(f"unreadable images, replaced by others: {number} ({self.folder}/bad_images.txt)")
         for name in self.measured:
-            (value, epoch), last, measure = self.best(name), self.per_epoch(name)[1][-1], measure_of(name)
-            lines.append(
-                f"{measure.title}: best {value:.4g}{measure.unit} (epoch {epoch}), last {last:.4g}{measure.unit}"
-            )
+            (value, epoch), last, unit = self.best(name), self.per_epoch(name)[1][-1], unit_of(name)
+            lines.append(f"{title_of(name)}: best {value:.4g}{unit} (epoch {epoch}), last {last:.4g}{unit}")
         return "\n".join(lines)
 
 
 def in_words(seconds: float) -> str:
     """A duration, such as '4 min 7 s'."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
     large = next(i for i, (_, length) in enumerate(units) if seconds >= length)
-    unit, length = units[large]
-    if unit == "s":
-        return f"{seconds:.0f} s"
-    smaller, part = units[large + 1]
+    (unit, length), (smaller, part) = units[large : large + 2]
     whole, rest = divmod(round(seconds / part), length // part)
     return f"{whole} {unit} {rest} {smaller}" if rest else f"{whole} {unit}"
 

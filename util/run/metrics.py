@@ -166,17 +166,13 @@ def find_spikes(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 # Dense bf16 products, in TFLOP/s by the maker's data sheets; the first of these words in the GPU's own name counts.
-PEAK_TFLOPS = {
-    **{"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989},
-    **{"B200": 2250, "A100": 312},
-}
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989}
+PEAK_TFLOPS |= {"B200": 2250, "A100": 312}
 
 
 def peak_operations(device: torch.device) -> float:
     """What a GPU could do at most in bf16 or fp16, in operations per second; 0 where that is not known."""
-    if device.type != "cuda":
-        return 0.0
-    return peak_of_card(torch.cuda.get_device_name(device))
+    return peak_of_card(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
 
 
 def peak_of_card(name: str) -> float:

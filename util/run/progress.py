@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 
 class Bar(tqdm):
-    """A bar without a thread of its own, which data-loading processes forked from this one could not take along."""
+    """A bar without a thread of its own, which data-loading processes forked from this one could not take along; drawn
+    by rank 0 alone, where stderr is a terminal."""
 
     monitor_interval = 0
 
-
-def has_bars() -> bool:
-    """Whether this process draws bars."""
-    return distributed.is_main_process() and sys.stderr.isatty()
+    def __init__(self, **arguments: Any):
+        disable = not (distributed.is_main_process() and sys.stderr.isatty())
+        super().__init__(dynamic_ncols=True, disable=disable, **arguments)
 
 
 def needs_lines() -> bool:
@@ -57,7 +57,7 @@ def with_progress(batches: Iterable[T], total: int, what: str, count: Callable[[
         return
     done, first = 0, time.monotonic()
     spoken = first
-    with Bar(total=total, unit=" images", desc=what, leave=False, dynamic_ncols=True, disable=not has_bars()) as bar:
+    with Bar(total=total, unit=" images", desc=what, leave=False) as bar:
         for batch in batches:
             yield batch
             step = min(total - done, count(batch))
@@ -70,30 +70,20 @@ def with_progress(batches: Iterable[T], total: int, what: str, count: Callable[[
                 logger.info("%s: %d of %d images, %.0f images/s, %.0f s left", what, done, total, rate, left)
 
 
-class TrainingBar:
-    """The bar of a training run, for its whole length.
+class TrainingBar(Bar):
+    """The bar of a training run, for its whole length; updated after each optimizer step.
 
     Args:
         done, total: optimizer steps, so far and of the whole run.
     """
 
     def __init__(self, done: int, total: int):
-        self.bar = Bar(
-            total=total, initial=done, unit=" steps", desc="training", dynamic_ncols=True, disable=not has_bars()
-        )
-
-    def step(self) -> None:
-        """One more optimizer step is done."""
-        self.bar.update()
+        super().__init__(total=total, initial=done, unit=" steps", desc="training")
 
     def tell(self, meter: StepMeter, step_in_epoch: int, scalars: dict[str, float]) -> None:
         """Show the most important of a meter's scalars beside the bar; where no bar is seen, log its line."""
         line = meter.line(step_in_epoch, scalars)
-        self.bar.set_description_str(f"epoch {meter.epoch}", refresh=False)
-        self.bar.set_postfix_str(f"loss {scalars['loss']:.4f}, {scalars['images_per_second']:.0f} images/s")
+        self.set_description_str(f"epoch {meter.epoch}", refresh=False)
+        self.set_postfix_str(f"loss {scalars['loss']:.4f}, {scalars['images_per_second']:.0f} images/s")
         if needs_lines():
             logger.info("%s", line)
-
-    def close(self) -> None:
-        """Leave the bar as it is; what is printed next stands below it."""
-        self.bar.close()

@@ -222,7 +222,7 @@ class Run:
         this_step = f"epoch {progress.epoch} step {progress.step_in_epoch + 1} (optimizer step {progress.step + 1})"
         self.guard.watch(this_step, loss, grad_norm, batch if config.nan_dump else [])
         progress.next_step()
-        self.bar.step()
+        self.bar.update()
         meter.add(progress.step, lr, loss, grad_norm)
         stop = self.preemption.requested_on_any_rank()
         last = progress.step_in_epoch == self.steps_per_epoch
