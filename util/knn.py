@@ -33,7 +33,7 @@ from util.run import distributed
 from util.run.checks import check_overlap, check_statistics
 from util.run.config import CheckpointFlags, DataFlags, DeviceFlags, ProcessFlags, resolve
 from util.run.failures import user_errors
-from util.run.features import gather_all, own_features, rank_of_features
+from util.run.features import own_features, rank_of_features
 from util.run.flags import AT_LEAST_1, POSITIVE, Config, flag, get_parser, given_flags
 from util.run.launch import Launch
 from util.run.logger import setup_logging
@@ -72,6 +72,13 @@ def labelled_datasets(config: Config, neighbours: Sequence[int]) -> tuple[ImageD
 
 
 Features = tuple[Tensor, Tensor]  # of this rank's images, and their labels: see util.run.features.own_features
+
+
+def gather_all(own: Tensor, total: int) -> Tensor:
+    """(n, ...) of each rank's samples -> (total, ...) of all samples in their order, the same on all ranks."""
+    gathered = own.new_zeros(total, *own.shape[1:])
+    gathered[distributed.get_rank() :: distributed.get_world_size()] = own
+    return distributed.all_reduce_sum(gathered)  # every row is zero on all ranks but its own
 
 
 def knn_accuracy(
@@ -113,17 +120,16 @@ def nearest(query: Tensor, features: Tensor, labels: Tensor, k: int) -> tuple[Te
         query: (n, D), the same on all ranks.
         features, labels: (N, D) and (N,), this rank's training images.
     """
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     own_similarity, own_index = (query @ features.T).topk(min(k, len(features)), dim=1)
-    candidates = query.new_full((world_size, len(query), k), float("-inf"))
-    candidate_labels = labels.new_zeros(world_size, len(query), k)
-    candidates[:rank], candidates[rank + 1 :] = 0, 0
-    candidates[rank, :, : own_index.shape[1]] = own_similarity
-    candidate_labels[rank, :, : own_index.shape[1]] = labels[own_index]
-    candidates = distributed.all_reduce_sum(candidates).transpose(0, 1).flatten(1)  # (n, world_size * k)
-    candidate_labels = distributed.all_reduce_sum(candidate_labels).transpose(0, 1).flatten(1)
-    similarity, index = candidates.topk(k, dim=1)
-    return similarity, candidate_labels.gather(1, index)
+
+    def of_all_ranks(own: Tensor, where_too_few: float) -> Tensor:
+        """(n, up to k) of this rank -> (n, k * ranks)"""
+        everyone = own.new_zeros(distributed.get_world_size(), len(query), k)
+        everyone[distributed.get_rank()] = F.pad(own, (0, k - own.shape[1]), value=where_too_few)
+        return distributed.all_reduce_sum(everyone).transpose(0, 1).flatten(1)
+
+    similarity, index = of_all_ranks(own_similarity, float("-inf")).topk(k, dim=1)
+    return similarity, of_all_ranks(labels[own_index], 0).gather(1, index)
 
 
 # --- The command ----------------------------------------------------------------------------------------------------

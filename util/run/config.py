@@ -311,7 +311,7 @@ def resolve(given: C, launch: Launch, settings: WeightSettings, others: Mapping[
         UserError: a precision that the device does not have, or settings that are not deterministic.
     """
     names, others = {field.name for field in dataclasses.fields(given)}, others or {}
-    values = {name: others[name] for name in OPTIMISATION if name in others and getattr(given, name) is None}
+    values = {name: others[name] for name in OPTIMISATION if name in others and getattr(given, name, "") is None}
     if getattr(given, "blr", None) is not None:
         values["lr"] = given.lr  # derived from --blr, unless it is given too
     values |= {"world_size": launch.world_size, "device": launch.device.type}

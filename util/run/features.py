@@ -63,13 +63,6 @@ def own_features(
     return torch.cat(features), torch.cat(labels).to(device)
 
 
-def gather_all(own: Tensor, total: int) -> Tensor:
-    """(n, ...) of each rank's samples -> (total, ...) of all samples in their order, the same on all ranks."""
-    gathered = own.new_zeros(total, *own.shape[1:])
-    gathered[distributed.get_rank() :: distributed.get_world_size()] = own
-    return distributed.all_reduce_sum(gathered)  # every row is zero on all ranks but its own
-
-
 def rankme(features: Tensor) -> float:
     """The effective rank of features (N, D): exp of the entropy of their singular values (RankMe, Garrido et al.,
     ICML 2023, equation 1). 1 where all lie on a line, at most min(N, D); it falls when an encoder collapses.
