@@ -213,7 +213,7 @@ def prepare(config: FinetuneConfig, start: Start) -> tuple[Run, DataLoader]:
     check_statistics(config, validation.dataset, f"{config.data_path} (val)")
     config = replace(config, nb_classes=num_classes)
     model = build_classifier(config, num_classes).to(launch.device)
-    multiply_adds = log_model(config, model, batch_size=1)
+    multiply_adds = log_model(config, model)
     # With a frozen encoder there is no backward pass to speak of.
     operations = 2 * multiply_adds if config.freeze_encoder else training_operations(multiply_adds)
     groups = param_groups_layer_decay(model, config.weight_decay, config.layer_decay)

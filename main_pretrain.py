@@ -193,9 +193,7 @@ def prepare(config: PretrainConfig, start: Start) -> tuple[Run, list[ImageDatase
         evaluated = [held_out_images(config)]
     if config.rank_every:
         check_sample(evaluated[-1], model.num_features)
-    operations = training_operations(
-        log_model(config, model, batch_size=config.mix_images, mask_ratio=config.mask_ratio)
-    )
+    operations = training_operations(log_model(config, model, mask_ratio=config.mask_ratio))
     groups = param_groups_weight_decay(model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
     data = {"train": dataset.fingerprint()}

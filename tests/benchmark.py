@@ -262,7 +262,7 @@ def benchmark_gpu(args: argparse.Namespace) -> None:
     times = alternate([partial(turn, name) for name in versions], args.repeats, time.perf_counter)
     times = dict(zip(versions, ([seconds / args.steps for seconds in turns] for turns in times)))
     with torch.device("meta"):
-        operations = training_operations(count_work(timm.create_model(args.model), 2)[1])
+        operations = training_operations(count_work(timm.create_model(args.model))[1])
     peak = peak_operations(device)
     for name, seconds in times.items():
         speed = args.batch_size / statistics.median(seconds)

@@ -54,7 +54,7 @@ def test_a_killed_and_resumed_run_is_one_curve(runs):
     assert len(losses) == 18 and np.allclose(epochs, np.arange(1, 19) / 6)
     [resumed] = data.resumed_at
     assert 0 < resumed < 3 and read_history(runs[1]).resumed_at == []
-    x, speed = data.images_per_second()
+    x, speed = data.per_second("images")
     assert len(x) >= 18 and sorted(x) == list(x) and min(speed) > 0  # what was done twice counts once
     spent = data.time_spent
     assert 0 < spent.steps < spent.total and spent.starting > 0 and 0 < spent.goodput < 1
@@ -136,7 +136,7 @@ def test_time_is_divided_among_what_it_was_spent_on():
         "goodput 35%: 40 s of 1 min 55 s in steps "
         "(3.0 s evaluation, pictures and saving, 7.0 s starting, 5.0 s steps done again, 1 min stopped)"
     )
-    x, speed = data.images_per_second()
+    x, speed = data.per_second("images")
     assert x.tolist() == [1, 2, 3, 4] and speed.tolist() == [8] * 4 and data.resumed_at == [2]
     anew = replace(data, times=[*data.times[:5], clock(1093, 0, start=True), *data.times[6:]])  # nothing was saved
     assert anew.time_spent.again == 25

@@ -80,7 +80,7 @@ def refuse_other_kinds(a: RunHistory, b: RunHistory) -> None:
 def different_settings(a: RunHistory, b: RunHistory) -> Iterator[str]:
     """Lines: first the settings that make another experiment, then those that may change bits, then the others."""
     if a.free is None and b.free is None:  # older runs do not tell
-        free = {field.name for field in fields(TrainingConfig) if field.metadata["on_resume"] is FREE}
+        free = {field.name for field in fields(TrainingConfig) if field.metadata["on_resume"] == FREE}
     else:
         free = {*(a.free or ()), *(b.free or ())}
     free = free.difference(STARTS)

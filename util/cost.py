@@ -98,7 +98,7 @@ class Training:
 def operations_of(model_name: str) -> float:
     """Operations of training on one image."""
     with torch.device("meta"):
-        _, multiply_adds = count_work(timm.create_model(model_name), 2)
+        _, multiply_adds = count_work(timm.create_model(model_name))
     return training_operations(multiply_adds)
 
 

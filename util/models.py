@@ -30,7 +30,7 @@ def describe_model(name: str) -> dict:
     with torch.device("meta"):
         model = timm.create_model(name)
         # Both branches of a pretraining model's decoder are part of one image's work.
-        parameters, multiply_adds = count_work(model, 2)
+        parameters, multiply_adds = count_work(model)
     return {
         "model": name,
         "pretraining": name in PRETRAINING_MODELS,

@@ -82,7 +82,7 @@ Verdict = Callable[[RunHistory], str]  # a sentence, or '' where there is nothin
 
 
 def data_wait(run: RunHistory) -> str:
-    _, values = run.data_wait()
+    _, values = run.per_second("data_wait")
     waited = np.median(values) if len(values) else 0
     return f"{data_wait_advice(waited)}." if waited > MOST_DATA_WAIT else ""
 
@@ -225,8 +225,8 @@ def binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 def plots(runs: list[RunHistory], references: list[dict[str, Any]]) -> Iterator[Markup]:
     coloured = list(zip(runs, cycle(COLOURS.values())))
 
-    def curves(series: Callable[..., Series], *names: str) -> list[Curve]:
-        found = [Curve(run.name, colour, *series(run, *names)) for run, colour in coloured]
+    def curves(series: Callable[[RunHistory, str], Series], name: str) -> list[Curve]:
+        found = [Curve(run.name, colour, *series(run, name)) for run, colour in coloured]
         return [curve for curve in found if len(curve.x)]
 
     losses = [Curve(run.name, colour, *run.per_step("loss"), run.spikes, run.resumed_at) for run, colour in coloured]
@@ -240,9 +240,10 @@ def plots(runs: list[RunHistory], references: list[dict[str, Any]]) -> Iterator[
             yield plot(title, curves(RunHistory.per_epoch, name))
     yield plot("learning rate", curves(RunHistory.per_step, "lr"))
     yield plot("gradient norm", curves(RunHistory.per_step, "grad_norm"), smooth=True, yscale="log")
-    if speeds := curves(RunHistory.images_per_second):
+    if speeds := curves(RunHistory.per_second, "images"):
         yield plot("images per second", speeds)
-        yield plot("share of the time spent waiting for images", curves(RunHistory.data_wait), ylim=(0, 1))
+        waits = curves(RunHistory.per_second, "data_wait")
+        yield plot("share of the time spent waiting for images", waits, ylim=(0, 1))
 
 
 # --- The page ---
@@ -305,7 +306,7 @@ lines: the run was resumed. Triangles: loss spikes.</p>
 def summary(run: RunHistory) -> dict[str, object]:
     """A run in one row of a table, by the headings of its columns."""
     _, losses = run.per_step("loss")
-    _, speed = run.images_per_second()
+    _, speed = run.per_second("images")
     spent, size = run.time_spent, "x".join(map(str, run.config.get("input_size") or ()))
     best = [
         f"{run.best(name)[0]:.2f}{unit_of(name)} {title_of(name)}"

@@ -39,7 +39,7 @@ from util.run.checks import check_statistics
 from util.run.config import TrainingConfig
 from util.run.evaluation import train_and_evaluate
 from util.run.failures import user_errors
-from util.run.flags import AT_LEAST_1, FREE, flag, get_parser, other_bits, with_default
+from util.run.flags import AT_LEAST_1, FREE, flag, get_parser, with_default
 from util.run.launch import Launch
 from util.run.optim import param_groups_layer_decay
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
@@ -84,7 +84,7 @@ class DetectionConfig(DenseConfig):
     )
     train_json: str = flag(
         "", "annotations to train on (default: annotations/*train*.json of the data)", "FILE",
-        on_resume=other_bits("identical only if it says the same of the same images"),
+        on_resume="identical only if it says the same of the same images",
     )  # fmt: skip
     val_json: str = flag(
         "", "annotations to evaluate on (default: annotations/*val*.json of the data)", "FILE", on_resume=FREE
@@ -92,7 +92,7 @@ class DetectionConfig(DenseConfig):
     bad_boxes: str = flag(
         "error", "at boxes outside their image or of almost no area, stop (error), or clip them and leave out what "
         "then has almost no area (clip)", choices=("error", "clip"),
-        on_resume=other_bits("other boxes wherever one is outside its image"),
+        on_resume="other boxes wherever one is outside its image",
     )  # fmt: skip
     drop_path: float = with_default(TrainingConfig, "drop_path", 0.2)
 

@@ -22,11 +22,11 @@ from util.run.flags import (
     NOT_NEGATIVE,
     POSITIVE,
     PROBABILITY,
+    RECIPE,
     ROUNDING,
     Config,
     flag,
     free,
-    other_bits,
 )
 from util.run.launch import Launch
 from util.run.optim import resolve_precision, set_up_arithmetic
@@ -114,7 +114,7 @@ class DecodingFlags(Config):
         "an image with more is unreadable, since decoding it may take all memory",
         "N",
         AT_LEAST_1,
-        on_resume=other_bits("other samples wherever an image is too large"),
+        on_resume="other samples wherever an image is too large",
     )
 
 
@@ -142,7 +142,7 @@ class DataFlags(ReadingFlags):
         "",
         "folder with train/ (and val/), folder of images, list file, tar, or the root folder for --dataset",
         "PATH",
-        on_resume=other_bits("identical only if it holds the same images in the same order"),
+        on_resume="identical only if it holds the same images in the same order",
     )
     dataset: str = flag("", "a data set that timm.data.create_dataset knows, with --data_path as its root", "NAME")
     val_share: float = flag(
@@ -152,7 +152,7 @@ class DataFlags(ReadingFlags):
         "error",
         "at an unreadable image, stop (error) or use another one (skip)",
         choices=("error", "skip"),
-        on_resume=other_bits("other samples wherever an image cannot be read"),
+        on_resume="other samples wherever an image cannot be read",
     )
     max_bad_images: float = free(
         0.01, "with --bad_images skip: stop if more than this fraction of the images is unreadable", "FRACTION",
@@ -219,7 +219,7 @@ class RunFlags(Config):
         "",
         "start from weights: a path, https URL#sha256=..., or a published name such as base_600ep",
         "WEIGHTS",
-        on_resume=other_bits("a resumed run goes on from its own checkpoint, so these weights are not read"),
+        on_resume="a resumed run goes on from its own checkpoint, so these weights are not read",
     )
     resume: str = free(
         "", "continue a run: from the newest intact checkpoint in output_dir, or from a file", "auto|PATH"
@@ -353,20 +353,20 @@ def compare_recipes(
     changes = {field.name: field.metadata["on_resume"] for field in fields}
     before = {field.name: field.default for field in fields if field.metadata["default_before"] and field.name in now}
     saved = before | dict(saved)
-    free = {name for name, change in changes.items() if change is FREE} | OBSOLETE
+    ignored = {name for name, change in changes.items() if change == FREE} | OBSOLETE
     errors, warnings = [], []
-    for name in sorted((saved.keys() & now.keys()) - free):
+    for name in sorted((saved.keys() & now.keys()) - ignored):
         before, after, change = _comparable(name, saved[name]), _comparable(name, now[name]), changes[name]
         difference = f"{name}: {before} -> {after}"
         if before == after or (name == "model" and is_authors_name(before, after)):
             continue
-        if change.allowed:
-            warnings.append(f"{difference} ({change.difference})")
+        if change is not RECIPE:
+            warnings.append(f"{difference} ({change})")
         elif name == "lr" and _follows_batch_size(saved) and _follows_batch_size(now):
             warnings.append(f"{difference} (it follows the effective batch size)")
         else:
             errors.append(difference)
-    unknown = sorted((saved.keys() ^ now.keys()) - free)
+    unknown = sorted((saved.keys() ^ now.keys()) - ignored)
     if unknown:
         warnings.append(f"only in the checkpoint or only in this version, so not compared: {', '.join(unknown)}")
     return errors, warnings

@@ -24,19 +24,11 @@ C = TypeVar("C", bound="Config")
 # --- Declaring flags ---
 
 
-@dataclass(frozen=True)
-class Change:
-    """What changing a flag means for a run that is resumed: whether it may, and what is then no longer identical."""
-
-    allowed: bool
-    difference: str = ""
-
-
-RECIPE = Change(allowed=False)  # another experiment
-FREE = Change(allowed=True)  # where things are, how fast they go, what is reported and kept
-other_bits = partial(Change, True)  # of a difference: the same recipe, but not the same bits
-BATCHES = other_bits("steps are made of other images, or averaged in another order")
-ROUNDING = other_bits("the same computation, but it rounds differently")
+# What is no longer identical where a flag changes in a run that is resumed.
+RECIPE = None  # all of it, for this is another experiment: refused
+FREE = ""  # nothing: where things are, how fast they go, what is reported and kept
+BATCHES = "steps are made of other images, or averaged in another order"
+ROUNDING = "the same computation, but it rounds differently"
 
 Check = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and the rule in words
 POSITIVE: Check = (lambda value: value > 0, "must be positive")
@@ -52,7 +44,7 @@ def flag(
     help: str,
     metavar: str | None = None,
     check: Check | None = None,
-    on_resume: Change = RECIPE,
+    on_resume: str | None = RECIPE,
     choices: Sequence[str] | None = None,
     aliases: Sequence[str] = (),
     required: str = "",
@@ -65,7 +57,7 @@ def flag(
         help: what `--help` says.
         metavar: what `--help` calls the value.
         check: what values are allowed (None, where it is the default, always is).
-        on_resume: what changing it means for a run that is resumed.
+        on_resume: what is no longer identical where it changes in a run that is resumed: `RECIPE`, `FREE` or words.
         choices: the allowed words.
         aliases: other spellings, with their dashes.
         required: what to give, as the message says where the flag is missing (its value is empty).
@@ -114,10 +106,8 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 class Parser(argparse.ArgumentParser):
     """Names the flag that an unknown one may have been meant to be, and ends a list of numbers where they end."""
 
-    def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> tuple[argparse.Namespace, list[str]]:
-        """With lists of numbers put last, where they cannot take the images that follow them for more numbers."""
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        # Lists of numbers come last, where they cannot take the images that follow them for more numbers.
         args = sys.argv[1:] if args is None else list(args)
         end = args.index("--") if "--" in args else len(args)
         others, lists, in_list = [], [], False
@@ -126,10 +116,7 @@ class Parser(argparse.ArgumentParser):
             begins = action and action.nargs == argparse.ONE_OR_MORE and action.type in (int, float)
             in_list = begins or (in_list and NUMBER.fullmatch(argument))
             (lists if in_list else others).append(argument)
-        return super().parse_known_args([*others, *lists, *args[end:]], namespace)
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
-        parsed, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = self.parse_known_args([*others, *lists, *args[end:]], namespace)
         if unknown:
             given = [argument.partition("=")[0] for argument in unknown if argument.startswith("--")]
             known = list(self._option_string_actions)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -138,16 +138,12 @@ class RunHistory:
                 found.append((line, 1 - undone / line["steps"]))
         return found[::-1]
 
-    def _of_windows(self, value: Callable[[dict[str, Any]], float]) -> Series:
-        found = [(line["epoch"], value(line)) for line, kept in self.windows if kept and line["seconds"] > 0]
+    def per_second(self, name: str) -> Series:
+        """The 'images' of steps for each second, or the 'data_wait': the share of the time that went into waiting."""
+        found = [
+            (line["epoch"], line[name] / line["seconds"]) for line, kept in self.windows if kept and line["seconds"]
+        ]
         return tuple(np.array(found, dtype=float).reshape(-1, 2).T)
-
-    def images_per_second(self) -> Series:
-        return self._of_windows(lambda line: line["images"] / line["seconds"])
-
-    def data_wait(self) -> Series:
-        """The share of the time of steps that was spent waiting for images."""
-        return self._of_windows(lambda line: line["data_wait"] / line["seconds"])
 
     @property
     def resumed_at(self) -> list[float]:
@@ -184,7 +180,7 @@ class RunHistory:
         """What was done, how fast, and how well: a few lines."""
         starts = 1 + len(self.resumed_at)
         lines = [f"epochs {len(self.epochs)}, steps {len(self.steps):,}, starts {starts}"]
-        _, speed = self.images_per_second()
+        _, speed = self.per_second("images")
         if (spent := self.time_spent) is not None:
             lines += [f"{np.median(speed):.0f} images/s in steps (median); {spent}"]
         if number := len(self.bad_images):

@@ -92,7 +92,7 @@ class RunLog:
         self.times_file = LinesFile(self.output_dir / "times.jsonl", lambda line: resume_step > 0)
         if not resume_step:
             (self.output_dir / "bad_images.txt").unlink(missing_ok=True)
-        self._note_time({"start": True, "epoch": resume_x / 1000, "step": resume_step}, process_age())
+        self._note_time(process_age(), start=True, epoch=resume_x / 1000, step=resume_step)
         # +1: the values of the last finished step itself stay; without one, those of an earlier run go too.
         self.tensorboard = EventsFile(log_dir, resume_x + 1 if resume_step else 0)
 
@@ -103,14 +103,12 @@ class RunLog:
         self.steps_file.append(records)
         seconds = scalars["seconds_per_step"] * len(records)
         self._note_time(
-            {
-                "epoch": epoch_1000x / 1000,
-                "step": records[-1]["step"],
-                "steps": len(records),
-                "images": round(scalars["images_per_second"] * seconds),
-                "seconds": round(seconds, 3),
-                "data_wait": round(scalars["data_wait_share"] * seconds, 3),
-            }
+            epoch=epoch_1000x / 1000,
+            step=records[-1]["step"],
+            steps=len(records),
+            images=round(scalars["images_per_second"] * seconds),
+            seconds=round(seconds, 3),
+            data_wait=round(scalars["data_wait_share"] * seconds, 3),
         )
         tags = {f"train/{name}": scalars[name] for name in ("loss", "lr", "grad_norm")}
         speeds = ("images_per_second", "data_wait_share", "memory_mb", "mfu")
@@ -123,7 +121,7 @@ class RunLog:
         if not self.enabled:
             return
         self.epochs_file.append([record])
-        self._note_time({"epoch": record["epoch"] + 1, "step": record["step"]})
+        self._note_time(epoch=record["epoch"] + 1, step=record["step"])
         results = {f"perf/{tag}": value for tag, value in record.items() if tag.startswith(RESULTS)}
         if not self.epochs_file.waiting:
             self.tensorboard.scalars(results, epoch_1000x)
@@ -160,7 +158,7 @@ class RunLog:
                 file.append([])
             self.tensorboard.close()
 
-    def _note_time(self, record: dict, ago: float = 0.0) -> None:
+    def _note_time(self, ago: float = 0.0, **record: float) -> None:
         """Append to times.jsonl what happens now, or happened some seconds ago."""
         self.times_file.append([{"time": round(time.time() - ago, 3), **record}])
 

@@ -202,18 +202,18 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def count_work(model: nn.Module, batch_size: int, **forward: float) -> tuple[int, float]:
+def count_work(model: nn.Module, **forward: float) -> tuple[int, float]:
     """Parameters (frozen ones included) and multiply-adds of one image's forward pass.
 
     Counted are the products of matrices and convolutions, those of attention included, all pairs of a window.
 
     Args:
         model: a `SwinTransformer` or `MixMAE`.
-        batch_size: of the forward pass that is counted; even for a `MixMAE`.
         **forward: further arguments of the model's forward, as `mask_ratio`.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     device = next(model.parameters()).device
+    batch_size = getattr(model, "mix_images", 1)
     imgs = torch.zeros(batch_size, model.in_chans, *model.img_size, device=device)
     was_training = model.training
     model.eval()
@@ -226,17 +226,17 @@ def count_work(model: nn.Module, batch_size: int, **forward: float) -> tuple[int
     return parameters, counter.get_total_flops() / 2 / batch_size
 
 
-def log_model(config: TrainingConfig, model: nn.Module, batch_size: int, **forward: float) -> float:
+def log_model(config: TrainingConfig, model: nn.Module, **forward: float) -> float:
     """Log how large the model is (rank 0). Returns the multiply-adds of one image's forward pass; on other ranks 0.
 
     Args:
         config: of the run.
         model: a `SwinTransformer` or `MixMAE`.
-        batch_size, forward: see `count_work`.
+        **forward: see `count_work`.
     """
     if not distributed.is_main_process():
         return 0.0
-    parameters, multiply_adds = count_work(model, batch_size, **forward)
+    parameters, multiply_adds = count_work(model, **forward)
     name = f"{config.model} at {model.img_size[0]}x{model.img_size[1]}"
     if getattr(model, "num_classes", 0):
         name += f", {model.num_classes} classes"

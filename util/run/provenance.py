@@ -97,8 +97,8 @@ def write_provenance(config: TrainingConfig, state: TrainingState) -> None:
     content = {
         "program": state.program,
         "config": dict(state.settings),
-        "free": [name for name, change in meaning.items() if change is FREE],
-        "other_bits": {name: change.difference for name, change in meaning.items() if change.difference},
+        "free": [name for name, change in meaning.items() if change == FREE],
+        "other_bits": {name: change for name, change in meaning.items() if change},
         "data": state.data,
         "environment": describe_environment(torch.device(config.device)),
     }
