@@ -44,6 +44,7 @@ from util.run.evaluation import EvaluationFlags, train_and_evaluate
 from util.run.failures import user_errors
 from util.run.flags import (
     AT_LEAST_1,
+    AT_LEAST_2,
     BELOW_1,
     NOT_NEGATIVE,
     PROBABILITY,
@@ -73,9 +74,7 @@ class FinetuningFlags(Config):
     TITLE: ClassVar[str] = "fine-tuning"
 
     # Free, since weights of another number of classes do not fit the model: loading refuses them.
-    nb_classes: int | None = free(
-        None, "number of classes (default: as in the data)", "N", (lambda value: value >= 2, "must be at least 2")
-    )
+    nb_classes: int | None = free(None, "number of classes (default: as in the data)", "N", AT_LEAST_2)
     layer_decay: float = flag(0.7, "learning-rate factor from each layer to the one below it", "X", SHARE)
     freeze_encoder: bool = flag(False, "train only the head (linear probe)")
     reset_head: bool = free(False, "re-initialise the head even if the weights contain one that fits")

@@ -37,15 +37,8 @@ from util.run.checks import check_statistics
 from util.run.config import ImageTrainingConfig
 from util.run.defaults import pretraining_defaults
 from util.run.failures import user_errors
-from util.run.features import (
-    check_sample,
-    held_out_images,
-    own_features,
-    probe_accuracy,
-    rank_of_features,
-    rank_sample,
-)
-from util.run.flags import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, Config, flag, free, get_parser
+from util.run.features import check_sample, held_out_images, own_features, probe_accuracy, rank_of_features, rank_sample
+from util.run.flags import AT_LEAST_1, AT_LEAST_2, BELOW_1, FRACTION, NOT_NEGATIVE, Config, flag, free, get_parser
 from util.run.metrics import log_model, training_operations
 from util.run.optim import autocast
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
@@ -74,10 +67,7 @@ class VariantFlags(Config):
     decoder_num_heads: int | None = variant(None, "heads of the decoder (default: the model's)", "N", AT_LEAST_1)
     mix_embed: bool = variant(False, "add a learned vector to tokens at each stage, one for each image of a mixture")
     masked_attn: bool = variant(True, "tokens attend to those of their image alone; else to all of their window")
-    mix_images: int = variant(
-        2, "images in a mixture; of 3, --mask_ratio 0.67 shows as much of each", "K",
-        (lambda value: value >= 2, "must be at least 2"),
-    )  # fmt: skip
+    mix_images: int = variant(2, "images in a mixture; of 3, --mask_ratio 0.67 shows as much of each", "K", AT_LEAST_2)
     partners: str = variant(
         "pairs",
         "images are mixed in pairs (tuples), or, with --no_masked_attn, each with those that come after it",
@@ -99,12 +89,7 @@ class PretrainConfig(VariantFlags, ImageTrainingConfig):
     PROGRAM: ClassVar[str] = "main_pretrain.py"
     PRETRAINS: ClassVar[bool] = True
 
-    mask_ratio: float = flag(
-        0.5,
-        "fraction of the cells that is replaced by the partner's",
-        "FRACTION",
-        (lambda value: 0 < value < 1, "must be between 0 and 1"),
-    )
+    mask_ratio: float = flag(0.5, "fraction of the cells that is replaced by the partner's", "FRACTION", FRACTION)
     range_mask_ratio: float = flag(
         0.0, "add a random amount from 0 to this to each step's mask ratio", "FRACTION", BELOW_1
     )
@@ -240,8 +225,6 @@ def measure(run: Run, evaluated: list[ImageDataset]) -> dict[str, float]:
 def train(run: Run, evaluated: list[ImageDataset]) -> None:
     """All epochs, each followed by the pictures and measures that are due."""
     config, progress = run.config, run.state.progress
-    if progress.epoch >= config.epochs:
-        logger.info("all %d epochs were done already", config.epochs)
     if config.vis_every and progress.step == 0:
         save_picture(run, epochs=0)
     while progress.epoch < config.epochs:

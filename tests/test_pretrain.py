@@ -157,7 +157,7 @@ def test_two_processes_equal_one_of_twice_the_batch_under_a_fixed_mask(images, t
         (["--batch_size", "3"], r"--batch_size must be even, since images are mixed in pairs; got 3"),
         (["--batch_size", "0"], r"--batch_size must be at least 1, got 0"),
         (["--batch_size", "16"], r"12 training images do not fill one effective batch of 16"),
-        (["--mask_ratio", "1.0"], r"--mask_ratio must be between 0 and 1, got 1.0"),
+        (["--mask_ratio", "1.0"], r"--mask_ratio must be above 0 and below 1, got 1.0"),
         (["--mask_ratio", "0.01"], r"hides 0 of 16 cells"),
         (["--mask_ratio", "0.8", "--range_mask_ratio", "0.3"], r"mask_ratio \+ range_mask_ratio below 1"),
         (["--model", "resnet50"], r"--model resnet50 is not known: give --model one of .*mixmae_base"),

@@ -16,7 +16,7 @@ from util.data.sources import open_source
 from util.data.survey import Survey, survey_images
 from util.errors import unreadable_is_user_error
 from util.run import distributed
-from util.run.config import ImageTrainingConfig
+from util.run.config import ImageTrainingConfig, effective_batch
 from util.run.launch import Launch
 
 logger = logging.getLogger(__name__)
@@ -47,10 +47,6 @@ class Choices:
             self.settings[name] = self.chosen[name] = value
             words = " ".join(map(str, value)) if isinstance(value, tuple) else value
             self.reasons.append(f"--{name} {words}: {reason}")
-
-    @property
-    def eff_batch_size(self) -> int:
-        return self.settings["batch_size"] * self.settings["accum_iter"] * self.settings["world_size"]
 
     def choose_batch(self, images: int, device: torch.device) -> None:
         usual, reason = (CPU_BATCH, "usual on a CPU") if device.type == "cpu" else (GPU_BATCH, "as in the recipes")
@@ -89,8 +85,9 @@ def choose_for_pretraining(known: Mapping[str, Any], survey: Survey, device: tor
         choices.choose("input_size", (64, 64), "four times the pixels of the model's own")
         choices.choose("patch_size", 2, "as many tokens as the model's own")
     choices.choose_batch(survey.images, device)
+    batch = effective_batch(settings)
     if device.type == "cpu":
-        steps_per_epoch = max(1, survey.images // choices.eff_batch_size)
+        steps_per_epoch = max(1, survey.images // batch)
         epochs = min(GPU_EPOCHS, math.ceil(CPU_STEPS / steps_per_epoch))
         choices.choose("epochs", epochs, f"{epochs * steps_per_epoch} optimizer steps")
     else:
@@ -100,10 +97,8 @@ def choose_for_pretraining(known: Mapping[str, Any], survey: Survey, device: tor
         if settings["model"] == SMALL_MODEL:
             choices.choose("lr", SMALL_MODEL_LR, f"suits {SMALL_MODEL}")
         else:
-            lr = float(f"{RECIPE_LR * math.sqrt(choices.eff_batch_size / RECIPE_BATCH):.3g}")
-            choices.choose(
-                "lr", lr, f"{RECIPE_LR:g} x sqrt({choices.eff_batch_size} / {RECIPE_BATCH}), by the recipe's batch"
-            )
+            lr = float(f"{RECIPE_LR * math.sqrt(batch / RECIPE_BATCH):.3g}")
+            choices.choose("lr", lr, f"{RECIPE_LR:g} x sqrt({batch} / {RECIPE_BATCH}), by the recipe's batch")
     return choices
 
 

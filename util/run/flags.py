@@ -33,8 +33,10 @@ ROUNDING = "the same computation, but it rounds differently"
 Check = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and the rule in words
 POSITIVE: Check = (lambda value: value > 0, "must be positive")
 AT_LEAST_1: Check = (lambda value: value >= 1, "must be at least 1")
+AT_LEAST_2: Check = (lambda value: value >= 2, "must be at least 2")
 NOT_NEGATIVE: Check = (lambda value: value >= 0, "must not be negative")
 PROBABILITY: Check = (lambda value: 0 <= value <= 1, "must be between 0 and 1")
+FRACTION: Check = (lambda value: 0 < value < 1, "must be above 0 and below 1")
 SHARE: Check = (lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 BELOW_1: Check = (lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 

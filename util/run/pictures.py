@@ -19,7 +19,7 @@ from util.data.transforms import ResizeAndCentreCrop
 from util.errors import UserError, unreadable_is_user_error
 from util.layers.mixing import PARTNERS
 from util.run.config import CheckpointFlags, DecodingFlags, with_settings
-from util.run.flags import flag
+from util.run.flags import FRACTION, flag
 from util.seeding import keyed_generator
 from util.weights.file import CheckpointError
 from util.weights.layouts import load_pretraining
@@ -45,9 +45,8 @@ class PictureFlags(CheckpointFlags, DecodingFlags):
     )  # fmt: skip
     out: str = flag("", "the picture to write", "FILE.png", required="the name of the picture to write")
     mask_ratio: float | None = flag(
-        None, "share of the cells to hide (default: as in the run that made the weights, else 0.5)", "SHARE",
-        (lambda value: 0 < value < 1, "must be above 0 and below 1"),
-    )  # fmt: skip
+        None, "share of the cells to hide (default: as in the run that made the weights, else 0.5)", "SHARE", FRACTION
+    )
     channels: tuple[int, ...] | None = flag(None, "one or three channels to show, from 0 (default: the first)", "C")
     seed: int = flag(0, "draws the images and the mask", "N")
 
