@@ -70,20 +70,6 @@ HEAD_INIT_STD = 2e-5  # of a fresh head on a pretrained encoder: it starts at eq
 
 
 @dataclass(frozen=True)
-class FinetuningFlags(Config):
-    TITLE: ClassVar[str] = "fine-tuning"
-
-    # Free, since weights of another number of classes do not fit the model: loading refuses them.
-    nb_classes: int | None = free(None, "number of classes (default: as in the data)", "N", AT_LEAST_2)
-    layer_decay: float = flag(0.7, "learning-rate factor from each layer to the one below it", "X", SHARE)
-    freeze_encoder: bool = flag(False, "train only the head (linear probe)")
-    reset_head: bool = free(False, "re-initialise the head even if the weights contain one that fits")
-    smoothing: float = flag(0.1, "label smoothing", "X", BELOW_1)
-    model_ema: bool = flag(False, "keep a moving average of the weights and evaluate it too")
-    model_ema_decay: float = flag(0.9999, "decay of the average per step", "X", PROBABILITY)
-
-
-@dataclass(frozen=True)
 class AugmentationFlags(Config):
     TITLE: ClassVar[str] = "augmentation"
 
@@ -111,18 +97,21 @@ class AugmentationFlags(Config):
 
 
 @dataclass(frozen=True)
-class ClassificationFlags(EvaluationFlags):
-    TITLE: ClassVar[str] = "evaluation of classifiers"
+class FinetuneConfig(AugmentationFlags, EvaluationFlags, ImageTrainingConfig):
+    TITLE: ClassVar[str] = "fine-tuning"
+    PROGRAM: ClassVar[str] = "main_finetune.py"
 
+    # Free, since weights of another number of classes do not fit the model: loading refuses them.
+    nb_classes: int | None = free(None, "number of classes (default: as in the data)", "N", AT_LEAST_2)
+    layer_decay: float = flag(0.7, "learning-rate factor from each layer to the one below it", "X", SHARE)
+    freeze_encoder: bool = flag(False, "train only the head (linear probe)")
+    reset_head: bool = free(False, "re-initialise the head even if the weights contain one that fits")
+    smoothing: float = flag(0.1, "label smoothing", "X", BELOW_1)
+    model_ema: bool = flag(False, "keep a moving average of the weights and evaluate it too")
+    model_ema_decay: float = flag(0.9999, "decay of the average per step", "X", PROBABILITY)
     dist_eval: bool = free(False, "no effect: evaluation always uses all ranks and is always exact")
     per_class: bool = free(False, "with --eval: print top-1 per class")
     predictions: str = free("", "with --eval: write the top-5 of every image", "FILE.csv")
-
-
-@dataclass(frozen=True)
-class FinetuneConfig(FinetuningFlags, AugmentationFlags, ClassificationFlags, ImageTrainingConfig):
-    PROGRAM: ClassVar[str] = "main_finetune.py"
-
     drop_path: float = with_default(ImageTrainingConfig, "drop_path", 0.1)
     epochs: int = with_default(ImageTrainingConfig, "epochs", 100)
     blr: float = with_default(ImageTrainingConfig, "blr", 5e-4)

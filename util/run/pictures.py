@@ -77,33 +77,32 @@ def load_model(given: P) -> tuple[MixMAE, P, str]:
     variant = mixing_arguments(info.args) | {"range_mask_ratio": 0.0}  # --mask_ratio says how much to hide
     model = timm.create_model(settings.model, **variant, **model_arguments(settings))
     logger.info("%s", load_pretraining(model, weights, info))
-    config = replace(with_settings(given, settings), mask_ratio=choose_mask_ratio(given.mask_ratio, info))
-    check_mask_ratio(model, config.mask_ratio)
+    config = replace(with_settings(given, settings), mask_ratio=choose_mask_ratio(model, given.mask_ratio, info))
     origin = f"{info.args.get('model', config.model)}, {info.path.parent.name}/{info.path.name}"
     if info.epoch is not None:
         origin += f", after {info.epoch + 1} {'epochs' if info.epoch else 'epoch'}"
     return model.eval(), config, origin
 
 
-def choose_mask_ratio(given: float | None, info: WeightsInfo) -> float:
-    """What is given, else what is recorded with the weights, else 0.5; logs which."""
+def choose_mask_ratio(model: MixMAE, given: float | None, info: WeightsInfo) -> float:
+    """What is given, else what is recorded with the weights, else 0.5; logs which.
+
+    Raises:
+        UserError: it leaves some image of a mixture no cell.
+    """
     recorded, more = (info.args.get(name) for name in ("mask_ratio", "range_mask_ratio"))
     trained = "record no mask ratio" if recorded is None else f"were trained with {recorded:g}"
     trained += f" or up to {more:g} more" if more else ""
     ratio = given or recorded or 0.5
     logger.info("mask ratio %g, %s: the weights %s", ratio, "as given" if given else "not given", trained)
-    return ratio
-
-
-def check_mask_ratio(model: MixMAE, mask_ratio: float) -> None:
-    """Raise a UserError for a ratio that leaves some image of a mixture no cell."""
     cells, least = model.num_cells, model.mix_images - 1  # every partner takes the place of one
-    hidden = int(cells * mask_ratio)
+    hidden = int(cells * ratio)
     if hidden < least < cells:  # of images of too few cells the model says what to do
         raise UserError(
-            f"--mask_ratio {mask_ratio:g} hides {hidden} of the {cells} cells of an image, at least {least} must be "
+            f"--mask_ratio {ratio:g} hides {hidden} of the {cells} cells of an image, at least {least} must be "
             f"hidden for a picture of this model: give --mask_ratio {math.ceil(1000 * least / cells) / 1000:g} or more"
         )
+    return ratio
 
 
 def choose_images(config: PictureFlags, number: int) -> tuple[NumberedImages, list[int]]:
