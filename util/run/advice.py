@@ -45,14 +45,9 @@ def changed_flags(config: ImageTrainingConfig, names: Container[str]) -> list[ob
 def data_flags(config: ImageTrainingConfig, divided: bool = True) -> list[object]:
     """The flags that name the images and say how they are read; `divided`: hold some out for validation where the run
     did not, and there are no others."""
-    flags: list[object] = ["--data_path", config.data_path]
-    if config.dataset:
-        flags += ["--dataset", config.dataset]
-    elif config.val_share:
-        flags += ["--val_share", config.val_share]
-    elif divided:
-        flags += [] if find_validation(config.data_path) else ["--val_share", 0.1]
-    return flags + changed_flags(config, (*DECODING, "bad_images", "max_bad_images", "allow_odd_statistics"))
+    names = ("data_path", "dataset", "val_share", *DECODING, "bad_images", "max_bad_images", "allow_odd_statistics")
+    undivided = divided and not (config.dataset or config.val_share or find_validation(config.data_path))
+    return changed_flags(config, names) + (["--val_share", 0.1] if undivided else [])
 
 
 def can_validate(config: ImageTrainingConfig) -> bool:
