@@ -183,8 +183,7 @@ def prepare(config: PretrainConfig, start: Start) -> tuple[Run, list[ImageDatase
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
     data = {"train": dataset.fingerprint()}
     load_weights = partial(load_to_go_on, model, config)
-    run = open_run(config, start, model, optimizer, loader, data, load_weights, operations)
-    return run, evaluated
+    return open_run(config, start, model, optimizer, loader, data, load_weights, operations), evaluated
 
 
 def save_picture(run: Run, epochs: int) -> None:

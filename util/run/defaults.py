@@ -34,19 +34,18 @@ RECIPE_LR, RECIPE_BATCH = 1.2e-3, 2048
 
 
 class Choices:
-    """Settings: those that are known, and those that are chosen for want of them, each with its reason."""
+    """Settings: those that are known, and those that are chosen for want of them."""
 
     def __init__(self, known: Mapping[str, Any]):
         self.settings = {name: value for name, value in known.items() if value is not None}
         self.chosen: dict[str, Any] = {}
-        self.reasons: list[str] = []
 
     def choose(self, name: str, value: Any, reason: str) -> None:
-        """Take `value` for what is not known yet."""
+        """Take `value` for what is not known yet, and log it with the reason."""
         if name not in self.settings:
             self.settings[name] = self.chosen[name] = value
             words = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            self.reasons.append(f"--{name} {words}: {reason}")
+            logger.info("not given, so chosen: --%s %s: %s", name, words, reason)
 
     def choose_batch(self, images: int, device: torch.device) -> None:
         usual, reason = (CPU_BATCH, "usual on a CPU") if device.type == "cpu" else (GPU_BATCH, "as in the recipes")
@@ -136,10 +135,7 @@ def look_and_choose(
             source = open_source(replace(given, in_chans=known.get("in_chans") or 3), "train", require_labels=False)
         return survey_images(source, given.reader, known.get("in_chans"))
 
-    choices = rules(known, distributed.on_main_process(look), launch.device)
-    for reason in choices.reasons:
-        logger.info("not given, so chosen: %s", reason)
-    return choices.chosen
+    return rules(known, distributed.on_main_process(look), launch.device).chosen
 
 
 pretraining_defaults = partial(look_and_choose, choose_for_pretraining)
