@@ -301,6 +301,8 @@ def test_a_resumed_run_needs_nothing_of_the_weights_it_started_from(pretrained, 
     capfd.readouterr()
     run(main_pretrain, *flags, "--resume", "auto")
     assert "resumed at epoch 2 step 0" in capfd.readouterr().out
+    run(main_pretrain, *flags, "--resume", "auto")
+    assert "all 3 epochs are done" in capfd.readouterr().out
     recorded = read_checkpoint(out / "checkpoint.pth")["args"]
     assert recorded["mean"] == (0.3,) and recorded["std"] == (0.4,)
 

@@ -62,6 +62,7 @@ def test_a_run_trains_and_leaves_its_records(images, tmp_path, capfd):
     assert len(events.Images("reconstructions")) == 4
     pictures = sorted(path.stem for path in (out / "reconstructions").iterdir())
     assert pictures == ["epoch0000", "epoch0001", "epoch0006", "epoch0012"]  # before training and after its first epoch
+    assert f"picture: {out / 'reconstructions' / 'epoch0000.png'}" in said
     assert "  epochs 12, steps 36, starts 1\n" in said and "goodput" in said and "training loss: best" in said
 
     checkpoint = torch.load(out / "checkpoint.pth", weights_only=True)

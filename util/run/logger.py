@@ -134,6 +134,7 @@ class RunLog:
         with going_on_without(f"{path} could not be written"):
             path.parent.mkdir(exist_ok=True)
             image.save(path)
+            logger.info("picture: %s", path)
         self.tensorboard.picture(tag, image, epoch_1000x)
 
     def bad_images(self, dataset: Dataset) -> None:

@@ -350,7 +350,8 @@ def open_run(
         check_data(start.checkpoint, data)
         state.restore(start.checkpoint, steps_per_epoch)
         start.checkpoint = None  # its memory is wanted
-        logger.info("resumed at %s", progress)
+        ended = f": all {config.epochs} epochs are done" if progress.epoch >= config.epochs else ""
+        logger.info("resumed at %s%s", progress, ended)
     elif start.weights is not None:
         logger.info("%s", load_weights(*start.weights))
         start.weights = None
