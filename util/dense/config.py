@@ -13,7 +13,7 @@ from util.errors import UserError
 from util.run.config import DataFlags, TrainingConfig, resolve
 from util.run.distributed import once_per_node
 from util.run.evaluation import EvaluationFlags
-from util.run.flags import FREE, flag, other_bits, with_default
+from util.run.flags import SHARE, flag, free, with_default
 from util.run.launch import Launch
 from util.run.session import Start
 from util.run.state import program_of
@@ -33,20 +33,17 @@ class DenseConfig(EvaluationFlags, TrainingConfig):
     DEFAULTS: ClassVar[dict[str, Any]]  # the recipe's, of flags that every run has
     TASK_SETTINGS: ClassVar[dict[str, Any]]  # flags that belong to the weights of the task, with their defaults
 
-    compile: bool = flag(False, "not in this program: its images differ in size", on_resume=FREE)
+    compile: bool = free(False, "not in this program: its images differ in size")
     data_path: str = flag(
         "",
         "folder of images with annotations (COCO's format) or label maps (ADE20K's layout, or images/ and masks/)",
         "PATH",
-        on_resume=other_bits("identical only if it holds the same images in the same order"),
+        on_resume="identical only if it holds the same images in the same order",
     )
     bad_images: str = with_default(DataFlags, "bad_images", "error")
     max_bad_images: float = with_default(DataFlags, "max_bad_images", 0.01)
     layer_decay: float = flag(
-        0.8,
-        "learning-rate factor from each layer of the encoder to the one below it",
-        "X",
-        (lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
+        0.8, "learning-rate factor from each layer of the encoder to the one below it", "X", SHARE
     )
     freeze_stages: int = flag(
         -1,
@@ -58,12 +55,11 @@ class DenseConfig(EvaluationFlags, TrainingConfig):
         (), "divide the learning rate by 10 at these epochs (default: half a cosine down to --min_lr)", "EPOCH",
         (lambda value: all(step > 0 for step in value), "must be positive"),
     )  # fmt: skip
-    predictions: str = flag(
+    predictions: str = free(
         "",
         "with --eval: write what was found: detections to a file, in COCO's result format; label maps and pictures of "
         "segmentation to a folder",
         "PATH",
-        on_resume=FREE,
     )
 
     def __post_init__(self) -> None:
