@@ -107,6 +107,7 @@ matrix() {
         variant unmasked --no_masked_attn
         variant partners_cycle --partners cycle --no_masked_attn # with masked attention, partners cannot matter
         variant single --reconstruct single
+        variant single_unmasked --reconstruct single --no_masked_attn # beside the fillings, which see all tokens, too
         variant fill_mask_token --fill mask_token --no_masked_attn
         variant fill_zero --fill zero --no_masked_attn
         variant fill_noise --fill noise --no_masked_attn

@@ -33,6 +33,7 @@ VARIANTS = {  # by their folders, in the order of the table
     "unmasked": "Telling two images apart: neither mix embeddings nor masked attention",
     "partners_cycle": "Telling two images apart: no masked attention, partners in a cycle",
     "single": "Reconstruction: single instead of dual",
+    "single_unmasked": "Reconstruction: single instead of dual, without masked attention",
     "fill_mask_token": "What fills a hidden cell: a mask token, as in SimMIM",
     "fill_zero": "What fills a hidden cell: zero (the mean)",
     "fill_noise": "What fills a hidden cell: noise",
