@@ -34,7 +34,7 @@ from engine_finetune import Evaluation, evaluate, train_one_epoch
 from models_swin import SwinTransformer, classification_loss
 from util.data.datasets import ImageDataset, build_dataset, build_loader
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
-from util.data.transforms import BatchAugmentation, Normalize, eval_transform, train_transform, uses_mixup
+from util.data.transforms import BatchAugmentation, Normalize, eval_transform, finetune_transform, uses_mixup
 from util.errors import UserError, require_writable, unreadable_is_user_error
 from util.run import advice, classes, distributed
 from util.run.checks import check_overlap, check_statistics
@@ -183,7 +183,7 @@ def prepare(config: FinetuneConfig, start: Start) -> tuple[Run, DataLoader]:
     launch = start.launch
     if config.freeze_encoder and not (config.finetune or config.resume):
         logger.warning("--freeze_encoder without --finetune probes an encoder of random weights")
-    dataset = build_dataset(config, "train", train_transform(config), require_labels=True)
+    dataset = build_dataset(config, "train", finetune_transform(config), require_labels=True)
     check_statistics(config, dataset, config.data_path, training=True)
     if dataset.pixels.dtype != torch.uint8 and config.in_chans == 3 and (config.aa or config.color_jitter):
         logger.warning("auto-augment and colour jitter need 8-bit images; on these, of more bits, they are off")

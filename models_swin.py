@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from util.errors import UserError
 from util.layers.compilation import OPTIONS, compiled, prepare_compiling
 from util.layers.conversion import adapt_state_dict, checkpoint_filter_fn, update_model_input_size
-from util.layers.features import FeatureNet
+from util.layers.feature_net import FeatureNet
 from util.layers.initialization import init_linear_and_norm
 from util.layers.patch_embed import PaddedPatchEmbed
 from util.layers.pos_embed import get_2d_sincos_pos_embed, position_of, resize_pos_embed

@@ -53,7 +53,7 @@ from models_mixmae import MixMAE
 from util.data import jpeg
 from util.data.datasets import build_dataset, collate
 from util.data.image_index import ImageIndex, StringTable, load_index
-from util.data.transforms import Normalize, pretrain_transform, train_transform
+from util.data.transforms import Normalize, finetune_transform, pretrain_transform
 from util.run.allocator import keep_freed_memory
 from util.run.metrics import count_work, peak_memory_mb, peak_operations, training_operations
 from util.run.optim import autocast, set_up_arithmetic
@@ -403,7 +403,7 @@ def benchmark_data(args: argparse.Namespace) -> None:
                 photo = encode_jpeg(large_photo(width, height, enlarged=2 + i), quality=85)
                 (Path(folder) / f"{width}x{height}" / f"{i}.jpg").write_bytes(photo)
         recipe = data_args(folder, input_size=(224, 224))
-        pretrain, finetune = pretrain_transform(recipe), train_transform(recipe)
+        pretrain, finetune = pretrain_transform(recipe), finetune_transform(recipe)
         pipelines = [("500x375 pretraining", pretrain, pillow_pretrain, True)]
         pipelines += [("500x375 fine-tuning", finetune, pillow_finetune, True)]
         for width, height in LARGE_PHOTOS:

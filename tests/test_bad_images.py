@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from util.data import decoding
 from util.data.datasets import BadImageError, build_dataset, build_loader
 from util.data.decoding import MAX_PIXELS, PixelType
-from util.data.transforms import eval_transform, pretrain_transform, train_transform
+from util.data.transforms import eval_transform, finetune_transform, pretrain_transform
 from util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -214,11 +214,11 @@ def test_12_bits_in_files_of_16_keep_their_levels(tmp_path):
     args = data_args(tmp_path, in_chans=1, input_size=(64, 64))
     image, _ = build_dataset(args, "train", lambda image: image)[(0, 0)]
     assert len(image.unique()) == 4096 and 0 <= image.min() and image.max() == np.float32(4095 / 65535)
-    for transform in (pretrain_transform(args), train_transform(args), eval_transform(args)):
+    for transform in (pretrain_transform(args), finetune_transform(args), eval_transform(args)):
         image, _ = build_dataset(args, "train", transform)[(0, 0)]
         assert image.dtype == torch.float32 and len(image.unique()) > 1000
     colour = data_args(tmp_path, input_size=(64, 64))  # with RandAugment, which is defined for 8 bits
-    image, _ = build_dataset(colour, "train", train_transform(colour))[(0, 0)]
+    image, _ = build_dataset(colour, "train", finetune_transform(colour))[(0, 0)]
     assert image.shape == (3, 64, 64) and len(image.unique()) > 1000
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from running import fails, read_lines, run
 
 import main_finetune
-import util.data.sources
+import util.data.open_source
 from util.data.datasets import match_classes
 from util.errors import UserError
 from util.weights.file import CheckpointError, read_checkpoint, write_checkpoint
@@ -94,7 +94,7 @@ def test_evaluation_of_some_classes_alone_numbers_them_as_training_did(data, tra
     assert {row["top3"] for row in rows} | {row["top2"] for row in rows} >= {"blue"}
 
 
-class Reversed(util.data.sources.FileSource):
+class Reversed(util.data.open_source.FileSource):
     """The same images and names; classes are numbered backwards, as another data set's library may do."""
 
     def __init__(self, *args, **kwargs):
@@ -108,8 +108,8 @@ class Reversed(util.data.sources.FileSource):
 
 
 def test_the_same_names_in_another_order_are_mapped(data, trained, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(util.data.sources, "FileSource", Reversed)
-    monkeypatch.setattr(util.data.sources, "_train_classes", lambda *_: None)
+    monkeypatch.setattr(util.data.open_source, "FileSource", Reversed)
+    monkeypatch.setattr(util.data.open_source, "_train_classes", lambda *_: None)
     run(main_finetune, *SHARED, "--eval", "--finetune", trained, "--data_path", data, "--per_class")
     said = capfd.readouterr().out
     assert result(said) == "100.000"

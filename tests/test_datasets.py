@@ -17,7 +17,7 @@ from torchvision.datasets import ImageFolder
 
 from util.data import timm_source
 from util.data.datasets import BadImageError, build_dataset, build_loader
-from util.data.transforms import eval_transform, pretrain_transform, train_transform
+from util.data.transforms import eval_transform, finetune_transform, pretrain_transform
 from util.errors import UserError
 from util.run.checks import check_data
 
@@ -441,7 +441,7 @@ def test_arrays_of_many_channels(tmp_path, dtype):
     assert target == -1 and image.shape == (16, 32, 32)
     assert image.dtype == (torch.uint8 if dtype == np.uint8 else torch.float32)
     assert np.array_equal(image.permute(1, 2, 0).numpy(), values)
-    for transform in (pretrain_transform(args), train_transform(args), eval_transform(args)):
+    for transform in (pretrain_transform(args), finetune_transform(args), eval_transform(args)):
         out = build_dataset(args, "train", transform)[(0, 0)][0]
         assert out.shape == (16, 32, 32) and out.dtype == image.dtype
 

@@ -17,7 +17,7 @@ from trials import TINY, Trial, steps_of
 
 from util.data.datasets import ImageDataset, build_dataset, build_loader
 from util.data.samplers import TrainBatchSampler
-from util.data.transforms import train_transform
+from util.data.transforms import finetune_transform
 
 EFFECTIVE, SEED, WORKERS = 8, 5, (0, 1, 3)
 DIVISIONS = [  # ranks, micro-batches, images
@@ -35,7 +35,7 @@ def images(tmp_path_factory) -> ImageDataset:
     """28 photographs with fine-tuning's augmentation: 3 effective batches per epoch and 4 images left over."""
     folder = photo_folder(tmp_path_factory.mktemp("elastic"), copies=28)
     config = data_args(folder, seed=SEED)
-    dataset = build_dataset(config, "train", train_transform(config))
+    dataset = build_dataset(config, "train", finetune_transform(config))
     assert len(dataset) >= 28
     return dataset
 

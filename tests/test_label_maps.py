@@ -14,7 +14,7 @@ import models_mixmae  # noqa: F401 - registers the models
 from util.data import label_maps
 from util.data.decoding import BadImageError
 from util.data.label_maps import IGNORED, RandomScaleAndCrop, Whole, build_segmentation_dataset
-from util.dense.label_pictures import class_colors
+from util.dense.segmentation_pictures import class_colors
 from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

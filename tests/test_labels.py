@@ -15,7 +15,7 @@ import main_pretrain
 import util.knn
 from util.data.datasets import build_dataset
 from util.data.image_index import ImageIndex, StringTable
-from util.data.image_source import FileSource, shared_with_training
+from util.data.sources import FileSource, shared_with_training
 from util.errors import UserError
 from util.run.checks import check_overlap
 from util.weights.file import read_checkpoint

@@ -14,7 +14,7 @@ from util.data import jpeg
 from util.data.datasets import BadImageError, build_dataset, build_loader
 from util.data.decoding import EncodedJpeg, PixelType, open_image
 from util.data.jpeg import ORIENTATION, REDUCTIONS, read_header, reduction
-from util.data.transforms import crop, eval_transform, pretrain_transform, random_crop, train_transform
+from util.data.transforms import crop, eval_transform, finetune_transform, pretrain_transform, random_crop
 
 SIZE = data_args("", input_size=(64, 64))
 
@@ -59,7 +59,7 @@ def test_other_images_are_the_same_to_the_bit(path, orientation):
     assert isinstance(image, EncodedJpeg) and image.shape == tuple(expected.shape)
     assert torch.equal(decode(data, 3), expected)
     args = data_args("", input_size=(224, 224))
-    for transform in (pretrain_transform(args), train_transform(args)):
+    for transform in (pretrain_transform(args), finetune_transform(args)):
         for seed in range(3):
             results = []
             for img in (open_image(data, 3), expected):
@@ -266,7 +266,7 @@ def test_samples_are_the_same_in_all_workers(tmp_path, monkeypatch):
     batches, results = [[(0, 0), (1, 0)], [(2, 0)]], []
     for workers in (0, 1, 2):
         args = data_args(tmp_path, input_size=(64, 64), num_workers=workers)
-        dataset = build_dataset(args, "train", train_transform(args))
+        dataset = build_dataset(args, "train", finetune_transform(args))
         results.append([images for images, _ in build_loader(dataset, batches, args, torch.device("cpu"))])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -14,7 +14,7 @@ import torch
 from photos import data_args, photo_folder
 
 from util.data.datasets import BadImageError, ImageDataset, build_dataset, build_loader
-from util.data.transforms import pretrain_transform, train_transform
+from util.data.transforms import finetune_transform, pretrain_transform
 
 CPU = torch.device("cpu")
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MIXMAE_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("make_transform", [pretrain_transform, train_transform])
+@pytest.mark.parametrize("make_transform", [pretrain_transform, finetune_transform])
 def test_samples_depend_on_their_key_alone(tmp_path, make_transform):
     root = photo_folder(tmp_path / "data")
     batches = [[(0, 3), (0, 1)], [(0, 0), (0, 2), (0, 5)], [(1, 3), (1, 1)], [(0, 3)]]

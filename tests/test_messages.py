@@ -19,7 +19,7 @@ from trials import TINY, Trial, at_step, full_disk, mounted
 import main_finetune
 import main_pretrain
 from util import knn
-from util.data.sources import open_source
+from util.data.open_source import open_source
 from util.errors import RunError, UserError
 from util.run.failures import explained
 from util.weights.file import CheckpointError, read_checkpoint

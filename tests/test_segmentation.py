@@ -27,7 +27,6 @@ from exp.ade20k.upernet import SegmentationConfig, build_model, complete, get_ar
 from exp.garments import scenes
 from util import replay
 from util.data.label_maps import IGNORED
-from util.dense.label_pictures import class_colors, overlay, segmentation_table
 from util.dense.segmentation import (
     confusion_matrix,
     enlarged_classes,
@@ -35,6 +34,7 @@ from util.dense.segmentation import (
     sliding_logits,
     window_starts,
 )
+from util.dense.segmentation_pictures import class_colors, overlay, segmentation_table
 from util.dense.upernet import UPerNet, enlarge, segmentation_loss
 from util.run.checkpoint_folder import CheckpointFolder
 from util.run.flags import given_flags

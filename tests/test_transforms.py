@@ -24,10 +24,10 @@ from util.data.transforms import (
     BatchAugmentation,
     Normalize,
     eval_transform,
+    finetune_transform,
     pretrain_transform,
     random_crop,
     resize,
-    train_transform,
     uses_mixup,
 )
 from util.errors import UserError
@@ -103,7 +103,7 @@ def test_crops_are_distributed_like_torchvisions(height, width, scale):
 def test_extreme_images_give_crops_of_the_right_size(height, width):
     img = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     args = data_args("", input_size=(224, 224))
-    for transform in (pretrain_transform(args), train_transform(args), eval_transform(args)):
+    for transform in (pretrain_transform(args), finetune_transform(args), eval_transform(args)):
         assert transform(img).shape == (3, 224, 224)
     for _ in range(100):
         top, left, rows, columns = random_crop(height, width, (0.08, 1.0))
@@ -135,8 +135,8 @@ def test_evaluation_of_other_shapes_covers_the_image():
 def test_fine_tuning_augments_exactly_as_timm_does(photo):
     img, _ = photo
     args = data_args("", input_size=(224, 224))
-    plain = train_transform(data_args("", input_size=(224, 224), aa="", color_jitter=None))
-    ours = train_transform(args)
+    plain = finetune_transform(data_args("", input_size=(224, 224), aa="", color_jitter=None))
+    ours = finetune_transform(args)
     fill = tuple(round(255 * value) for value in args.mean)
     params = dict(translate_const=int(224 * 0.45), img_mean=fill, interpolation=Image.Resampling.BICUBIC)
     theirs = rand_augment_transform(args.aa, params)
@@ -157,8 +157,8 @@ def test_fine_tuning_augments_exactly_as_timm_does(photo):
 
 def test_colour_jitter_without_auto_augment(photo):
     img, _ = photo
-    plain = train_transform(data_args("", aa="", color_jitter=None))
-    jitter = train_transform(data_args("", aa="", color_jitter=0.4))
+    plain = finetune_transform(data_args("", aa="", color_jitter=None))
+    jitter = finetune_transform(data_args("", aa="", color_jitter=0.4))
     random.seed(0), torch.manual_seed(0)
     a = plain(img).float()
     random.seed(0), torch.manual_seed(0)
@@ -171,7 +171,7 @@ def test_colour_jitter_without_auto_augment(photo):
 
 def test_randaugment_never_fails_on_posterizing_to_nothing():
     img = decode(PHOTOS[0].read_bytes(), 3)[:, :64, :64]
-    transform = train_transform(data_args("", input_size=(32, 32)))
+    transform = finetune_transform(data_args("", input_size=(32, 32)))
     black = 0
     for seed in range(SAMPLES):
         random.seed(seed), np.random.seed(seed)
@@ -182,7 +182,7 @@ def test_randaugment_never_fails_on_posterizing_to_nothing():
 @pytest.mark.parametrize("name", ["rand-m10-inc1", "original", "v0r", "augmix-m9", "3a"])
 def test_all_of_timms_augmentations_can_be_named(name):
     img = decode(PHOTOS[0].read_bytes(), 3)
-    transform = train_transform(data_args("", aa=name))
+    transform = finetune_transform(data_args("", aa=name))
     for seed in range(40):
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
         assert transform(img).shape == (3, 32, 32)
@@ -190,13 +190,13 @@ def test_all_of_timms_augmentations_can_be_named(name):
 
 def test_unknown_augmentation_is_named_in_the_error():
     with pytest.raises(UserError, match=r"--aa .nonsense. .* rand-m9-mstd0.5-inc1"):
-        train_transform(data_args("", aa="nonsense"))
+        finetune_transform(data_args("", aa="nonsense"))
 
 
 @pytest.mark.parametrize("in_chans", [1, 4])
 def test_augmentation_is_off_with_a_warning_for_other_channels(in_chans, caplog):
     with caplog.at_level(logging.WARNING):
-        transform = train_transform(data_args("", in_chans=in_chans))
+        transform = finetune_transform(data_args("", in_chans=in_chans))
     assert f"--in_chans {in_chans}" in caplog.text
     assert transform(torch.rand(in_chans, 40, 50)).shape == (in_chans, 32, 32)
 

@@ -9,7 +9,7 @@ import models_mixmae
 from util import visualize
 from util.run.config import compare_recipes
 from util.run.flags import given_flags
-from util.run.pictures import load_model
+from util.run.reconstruction import load_model
 from util.seeding import keyed_generator
 from util.weights.file import write_checkpoint
 

@@ -13,7 +13,7 @@ from util.errors import UserError
 from util.layers import mixing
 from util.layers.mixing import PARTNERS, images_of_tuples
 from util.run.optim import autocast
-from util.run.pictures import reconstruct
+from util.run.reconstruction import reconstruct
 from util.seeding import keyed_generator
 from util.visualize import reconstruction_figure
 from util.weights.layouts import load_encoder, load_pretraining

@@ -36,9 +36,9 @@ from util.data.datasets import WORKERS, NumberedImages
 from util.data.decoding import PILLOW_FORMATS, BadImageError, PixelType, decoded
 from util.data.display import Display
 from util.data.image_index import abbreviate
-from util.data.image_source import FileSource
 from util.data.jpeg import ORIENTATION
-from util.data.sources import find_validation, open_source
+from util.data.open_source import find_validation, open_source
+from util.data.sources import FileSource
 from util.data.statistics import check_images, check_units
 from util.data.survey import survey_images
 from util.data.transforms import Normalize, eval_transform, pretrain_transform

@@ -31,7 +31,7 @@ from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
 
 from util.data.datasets import NumberedImages
-from util.data.sources import open_images
+from util.data.open_source import open_images
 from util.data.transforms import Normalize, crop_ratio, eval_transform
 from util.errors import UserError, unreadable_is_user_error
 from util.layers.conversion import MIX_EMBEDS

@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from util.data.datasets import NumberedImages, build_loader
+from util.data.open_source import open_images
 from util.data.samplers import EvalBatchSampler
-from util.data.sources import open_images
 from util.data.transforms import Normalize, eval_transform
 from util.errors import UserError, unreadable_is_user_error
 from util.run import distributed

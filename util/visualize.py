@@ -32,7 +32,7 @@ from util.layers.windows import upsample
 from util.run.failures import user_errors
 from util.run.flags import flag, get_parser, given_flags
 from util.run.logger import setup_logging
-from util.run.pictures import PREDICTED_UP_TO, PictureFlags, choose_images, load_model, reconstruct, write_picture
+from util.run.reconstruction import PREDICTED_UP_TO, PictureFlags, choose_images, load_model, reconstruct, write_picture
 from util.seeding import keyed_generator
 
 logger = logging.getLogger(__name__)

@@ -211,7 +211,7 @@ def show(run: Run, validation: DataLoader) -> None:
     """A picture of the first validation images with their label maps, and with what was found (rank 0)."""
     if not distributed.is_main_process():
         return
-    from util.dense.label_pictures import segmentation_picture  # with matplotlib, which no other rank needs
+    from util.dense.segmentation_pictures import segmentation_picture  # with matplotlib, which no other rank needs
 
     dataset, model, found = validation.dataset, run.state.model.eval(), []
     for index in range(min(PICTURE_IMAGES, len(dataset))):
@@ -240,7 +240,7 @@ def evaluate_only(given: SegmentationConfig, launch: Launch) -> None:
     model.load_state_dict(checkpoint["model"])
     keep = None
     if config.predictions:
-        from util.dense.label_pictures import PredictionFolder
+        from util.dense.segmentation_pictures import PredictionFolder
 
         keep = PredictionFolder(config.predictions, validation.dataset, config.mean, config.std)
     normalize = Normalize(config.mean, config.std).to(launch.device)

@@ -173,7 +173,7 @@ def train(run: Run, validation: DataLoader) -> None:
 def show(run: Run, validation: DataLoader, results: list[Result]) -> None:
     """A picture of the first validation images with their annotations, and with what was found (rank 0)."""
     if distributed.is_main_process():
-        from util.dense.drawing import detections_picture  # with matplotlib, which no other rank needs
+        from util.dense.detection_pictures import detections_picture  # with matplotlib, which no other rank needs
 
         picture = detections_picture(validation.dataset, results, run.config.mean, run.config.std)
         run.log.picture("detections", picture, f"epoch{run.state.progress.epoch + 1:04d}.png", run.epoch_1000x)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from util.data.label_maps import IGNORED, read_class_names, read_label_map
-from util.dense.label_pictures import segmentation_table
+from util.dense.segmentation_pictures import segmentation_table
 
 SHOWN = 6  # scenes, the first ones for validation
 

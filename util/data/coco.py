@@ -25,7 +25,7 @@ from util.data import Config
 from util.data.datasets import ImageDataset, dataset_of, read_sample
 from util.data.decoding import BadImageError, EncodedJpeg
 from util.data.image_index import ImageIndex, StringTable, abbreviate, digest
-from util.data.image_source import FileSource
+from util.data.sources import FileSource
 from util.errors import UserError, unreadable_is_user_error
 
 logger = logging.getLogger(__name__)

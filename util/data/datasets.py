@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from util.data import Config
 from util.data.decoding import BadImageError, EncodedJpeg, PixelType, decoded
 from util.data.image_index import abbreviate, digest
-from util.data.image_source import Source, spread
-from util.data.sources import open_source
+from util.data.open_source import open_source
+from util.data.sources import Source, spread
 from util.data.statistics import magnitude
 from util.errors import UserError, unreadable_is_user_error
 from util.seeding import derive_seed, keyed_generator, seed_all
@@ -315,7 +315,7 @@ def check_targets(targets: torch.Tensor, nb_classes: int) -> None:
 
 
 def build_dataset(config: Config, split: str, transform: Callable, require_labels: bool | None = None) -> ImageDataset:
-    """The data set of `split` ('train' or 'val') that `config` names (see util.data.sources).
+    """The data set of `split` ('train' or 'val') that `config` names (see util.data.open_source).
 
     `require_labels`: unlabelled images and empty class folders are errors (default: of 'val'). 'val' has the classes of
     the training folder. Evaluation never skips an image: a bad one in 'val' is an error. Raises UserError (a missing

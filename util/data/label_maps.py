@@ -27,11 +27,11 @@ from torch.utils.data import default_collate
 from torchvision.transforms import ColorJitter
 
 from util.data import Config
+from util.data.custom_reader import extensions_of
 from util.data.datasets import ImageDataset, collate, dataset_of, read_sample
 from util.data.decoding import BadImageError, EncodedJpeg
 from util.data.image_index import abbreviate, load_index
-from util.data.image_source import FileSource, digest_of_sizes
-from util.data.reader import extensions_of
+from util.data.sources import FileSource, digest_of_sizes
 from util.data.transforms import crop, resize
 from util.errors import UserError, unreadable_is_user_error
 

@@ -1,235 +1,215 @@
-"""Where images come from: what `--data_path` and `--dataset` name, opened.
+"""Images by number: what a data set is made from."""
 
-`--data_path DIR` holds `train/` (and `val/`) with one folder per class, as torchvision's ImageFolder; for pretraining
-also a folder of images without classes, however nested, directly in DIR or in DIR/train.
-`--data_path LIST` is a text file with one image per line, relative to the list's folder, optionally followed by a space
-or tab and an integer label: `photos/cat 2.jpg 17`. A number is a label only behind a known image extension, so names
-may contain spaces. Validation reads `val.txt` beside it. `--data_path DIR` with `DIR/train.txt` and `DIR/val.txt` does
-the same, where there are no folders of these names.
-`--data_path FILE.tar` is a tar of images (for validation too: `DIR/train.tar` and `DIR/val.tar`).
-With `--val_share`, a folder or list without validation images is divided into two parts (`ImageIndex.set_aside`).
-`--dataset NAME` is any name that `timm.data.create_dataset` knows (`torch/cifar10`, `hfds/...`, `wds/...`, ...), with
-`--data_path` as its root.
-"""
-
+import bisect
+import filecmp
+import functools
 import itertools
-import logging
 import os
-import re
-from collections.abc import Sequence
-from dataclasses import replace
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from timm.utils import natural_key
 
 from util.data import Config
-from util.data.decoding import IMAGE_EXTENSIONS
-from util.data.image_index import ImageIndex, StringTable, abbreviate, class_folders, load_index
-from util.data.image_source import FileSource, JoinedSource, Source, TarSource
-from util.data.reader import extensions_of
-from util.data.timm_source import open_timm_source
-from util.errors import UserError, unreadable_is_user_error
+from util.data.custom_reader import read_by
+from util.data.decoding import IMAGE_EXTENSIONS, BadImageError, EncodedJpeg, open_image
+from util.data.image_index import ImageIndex, StringTable, digest, ending, report_left_out
+from util.errors import UserError
 
-logger = logging.getLogger(__name__)
-
-FOLDER_DATASETS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
-ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
-MAX_CLASSES = 100_000  # a larger number behind a file name in a list is no label
+SIZED_FILES = 200  # whose sizes are looked at when a run starts; on a network each takes a millisecond
+COMPARED_FILES = 200  # of validation images in a folder, with those of training; the names in lists are all compared
 
 
-def open_images(paths: Sequence[str], config: Config) -> JoinedSource:
-    """The images in `paths`, in the given order: image files, folders (however nested), lists of images, tars.
+class Source:
+    """Images by number.
 
-    A folder's images come in the order of their folders, then of their names. Raises UserError.
+    classes: names of the classes; None without labels.
+    numbered: the data tell numbers of classes, not names: `classes` are '0', '1', ... as far as labels occur.
+    streamed: images cannot be read by number; such a source has a method `rewind`.
+    targets: labels (number of images,) where they are known without reading the images, else None.
+    fingerprint: changes when images are added, removed or renamed, as far as that is seen at once; else ''.
+    sizes: changes when files of a sample have other sizes; '' where there are no files.
+    labels: changes when targets that are no classes do; else ''.
     """
-    sources, extensions = [], extensions_of(config.reader)
-    for are_images, group in itertools.groupby(
-        paths, lambda path: path.lower().endswith(extensions) and not os.path.isdir(path)
-    ):
-        group = list(group)
-        if are_images:
-            if missing := [path for path in group if not os.path.exists(path)]:
-                raise UserError(f"images that do not exist: {abbreviate(missing)}")
-            names = StringTable.of([os.fsencode(path) for path in group])
-            unlabelled = np.full(len(group), -1, dtype=np.int32)
-            sources.append(FileSource(ImageIndex("", names, unlabelled, None), config))
-            continue
-        for path in group:
-            if path.lower().endswith(".tar"):
-                sources.append(TarSource(Path(path), config))
-            elif os.path.isdir(path):
-                index = replace(load_index(path, extensions), root=path)  # named as it was given
-                sources.append(FileSource(index, config))
-            elif os.path.isfile(path):
-                _refuse_what_is_no_list(Path(path))
-                sources.append(FileSource(_read_list(Path(path), extensions), config))
+
+    classes: list[str] | None = None
+    numbered = streamed = False
+    targets: np.ndarray | None = None
+    fingerprint = sizes = labels = ""
+
+    def __init__(self, config: Config):
+        self.in_chans, self.ignore_exif, self.max_pixels = config.in_chans, config.ignore_exif, config.max_pixels
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def path(self, i: int) -> str:
+        """What to call image `i` in a message: its path, where it has one."""
+
+    def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, Any]:
+        """Image of shape (in_chans, h, w) and its target: a label, -1 without. Raises BadImageError or OSError."""
+
+
+class FileSource(Source):
+    """Images in files."""
+
+    def __init__(self, index: ImageIndex, config: Config, numbered: bool = False):
+        super().__init__(config)
+        self.index, self.reader = index, config.reader
+        self.classes, self.numbered = index.classes, numbered
+        self.targets = None if index.classes is None else index.targets
+
+    @property
+    def fingerprint(self) -> str:
+        return self.index.fingerprint()
+
+    @functools.cached_property
+    def sizes(self) -> str:
+        return digest_of_sizes(len(self), self.path)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def path(self, i: int) -> str:
+        return self.index.path(i)
+
+    def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, Any]:
+        if self.reader:
+            image = read_by(self.reader, self.path(i), self.in_chans, self.max_pixels)
+        else:
+            with open(self.path(i), "rb", buffering=0) as file:
+                data = file.readall()
+            image = open_image(data, self.in_chans, self.ignore_exif, self.max_pixels)
+        return image, int(self.index.targets[i])
+
+
+class TarSource(Source):
+    """Images in a tar that is not compressed. Its innermost folders are the classes, in alphabetical order as those of
+    a folder; a tar in it counts as a folder. Without classes when an image lies outside any folder.
+
+    Hidden images and those that this program does not read are left out and counted, as in folders.
+    Raises UserError when none is left.
+    """
+
+    def __init__(self, path: Path, config: Config):
+        super().__init__(config)
+        images, left_out, hidden = [], Counter(), 0
+        if not path.exists():
+            raise UserError(f"--data_path {path} does not exist: give a tar of images")
+        try:
+            with tarfile.open(path, "r:") as tar:
+                files = sorted(_files_in(tar), key=lambda file: natural_key(file[1]))
+        except (OSError, tarfile.TarError) as error:
+            raise UserError(f"{path} is damaged, or no tar: {error}") from error
+        for folder, name, position, size in files:
+            parts, is_image = Path(folder, name).parts, name.lower().endswith(IMAGE_EXTENSIONS)
+            if any(part[0] == "." for part in parts if part != ".."):
+                hidden += is_image
+            elif is_image:
+                images.append((name, parts[-2] if len(parts) > 1 else "", position, size))
             else:
-                raise UserError(f"{path} does not exist; give images, folders of images, lists of images or tars")
-    return JoinedSource(sources, config)
+                left_out[ending(name)] += 1
+        report_left_out(str(path), left_out, hidden)
+        if not images:
+            raise UserError(f"no images found in {path} (looked for {', '.join(IMAGE_EXTENSIONS)})")
+        names, folders, positions, sizes = zip(*images)
+        if "" not in folders:
+            classes, targets = np.unique(folders, return_inverse=True)
+            self.classes, self.targets = classes.tolist(), targets.astype(np.int32)
+        encoded = [os.fsencode(name) for name in names]
+        self.names, self.positions, self.bytes = StringTable.of(encoded), np.array(positions), np.array(sizes, "<i8")
+        self.fingerprint = digest(b"\n".join(encoded))
+        self.sizes = f"{path.stat().st_size} bytes, {digest(self.bytes)}"
+        self.tar, self._file = path, None  # opened once in each process: on a network this takes time
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, i: int) -> str:
+        return self.names[i]
+
+    def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, int]:
+        self._file = self._file or open(self.tar, "rb", buffering=0)
+        # Without moving the position in the file, which forked workers share.
+        data = os.pread(self._file.fileno(), self.bytes[i], self.positions[i])
+        if len(data) < self.bytes[i]:
+            raise BadImageError(f"{self.tar} is truncated")
+        label = -1 if self.targets is None else int(self.targets[i])
+        return open_image(data, self.in_chans, self.ignore_exif, self.max_pixels), label
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_file": None}
 
 
-def open_source(config: Config, split: str, require_labels: bool) -> Source:
-    """The images of `split` ('train' or 'val') that `config` names (see the module's docstring).
+def _files_in(tar: tarfile.TarFile, folder: str = "", start: int = 0) -> Iterator[tuple[str, str, int, int]]:
+    """Folder ('' but in a tar in the tar), name, position and size of every file in a tar that begins at `start`."""
+    for member in tar:
+        if member.isfile() and member.name.lower().endswith(".tar"):
+            with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                yield from _files_in(inner, os.path.join(folder, member.name[:-4]), start + member.offset_data)
+        elif member.isfile():
+            yield folder, member.name, start + member.offset_data, member.size
 
-    `require_labels`: unlabelled images and empty class folders are errors. The classes of 'val' are those of the
-    training images, where there are any. Raises UserError.
+
+class JoinedSource(Source):
+    """Several sources, one after another, without labels."""
+
+    def __init__(self, sources: Sequence[Source], config: Config):
+        super().__init__(config)
+        self.sources, self.ends = sources, list(itertools.accumulate(map(len, sources)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def path(self, i: int) -> str:
+        source, i = self._find(i)
+        return source.path(i)
+
+    def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, Any]:
+        source, i = self._find(i)
+        return source.read(i)[0], -1
+
+    def _find(self, i: int) -> tuple[Source, int]:
+        number = bisect.bisect_right(self.ends, i)
+        return self.sources[number], i - (self.ends[number - 1] if number else 0)
+
+
+def digest_of_sizes(count: int, path: Callable[[int], str]) -> str:
+    """Changes when files have other sizes: those of a sample of the `count` files at `path(i)`."""
+    # A file that is gone is found out when it is read.
+    sizes = [os.stat(file).st_size if os.path.exists(file := path(i)) else -1 for i in spread(count, SIZED_FILES)]
+    return digest(np.array(sizes, "<i8"))
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers below `count`, from the first to the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, most), dtype=int)).tolist()
+
+
+def shared_with_training(train: Source, val: Source) -> tuple[int, int]:
+    """How many images of `val` are in `train` too, and how many were looked at; (0, 0) where they are no files.
+
+    Found are the same files, and in folders files of the same name and content; not copies under other names, for
+    which all files would have to be read (`python -m util.check_data` does).
     """
-    path = Path(config.data_path)
-    if config.val_share:
-        _refuse_to_divide(path, config)
-    if config.dataset not in FOLDER_DATASETS:
-        source = open_timm_source(split, config)
-    elif (place := _place(path, "train" if config.val_share else split)).suffix == ".tar":
-        source = TarSource(place, config)
-        train_classes = _train_classes(path, config) if split == "val" else None
-        if train_classes is not None and source.classes != train_classes:
-            different = sorted(set(source.classes or ()) ^ set(train_classes))
-            raise UserError(f"{place} and the training images differ in their classes: {abbreviate(different)}")
-    else:
-        index = _index(place, path / split, require_labels, config)
-        if config.val_share:
-            aside = index.set_aside(config.val_share)
-            index = index.select(aside if split == "val" else ~aside)
-        elif split == "val" and index.classes and (train_classes := _train_classes(path, config)) is not None:
-            index = index.with_classes(train_classes)
-        source = FileSource(index, config, numbered=place.is_file())
-    if require_labels and source.classes is None:
-        raise UserError(f"the images of {config.data_path} ({split}) have no labels: put them in one folder per class")
-    return source
+    if not isinstance(train, FileSource) or not isinstance(val, FileSource):
+        return 0, 0
+    if not train.numbered and train.index.root == val.index.root:  # one folder: given twice, or divided by --val_share
+        return (len(val) if train.fingerprint == val.fingerprint else 0), len(val)
+    if train.numbered:
+        paths = {os.path.normpath(train.path(i)) for i in range(len(train))}
+        return sum(os.path.normpath(val.path(i)) in paths for i in range(len(val))), len(val)
+    chosen = spread(len(val), COMPARED_FILES)
+    return sum(_is_copy(val.path(i), os.path.join(train.index.root, val.index.names[i])) for i in chosen), len(chosen)
 
 
-def _place(path: Path, split: str) -> Path:
-    """The tar, list or folder of the images of `split` in a --data_path; a folder without such a part is one itself."""
-    if path.suffix == ".tar":
-        if split == "val":
-            raise UserError(
-                f"--data_path {path} is a tar of training images; evaluation needs a folder with train.tar and val.tar "
-                "in it"
-            )
-        return path
-    if not path.exists():
-        raise UserError(f"--data_path {path} does not exist; give a folder of images, or a list of them")
-    if path.is_file():
-        _refuse_what_is_no_list(path)
-        place = path if split == "train" else path.with_name("val.txt")
-        if not place.is_file():
-            raise UserError(
-                f"--data_path {path} is a list of training images; evaluation needs a folder with 'val' in it, or "
-                "val.txt beside the list, or --val_share"
-            )
-        return place
-    tar, file, folder = (path / f"{split}{ending}" for ending in (".tar", ".txt", ""))
-    if not folder.is_dir():
-        return tar if tar.is_file() else file if file.is_file() else path
-    if tar.is_file():
-        raise UserError(f"both {tar} and {folder} are there: which holds the {split} images? Move the other elsewhere")
-    if file.is_file():  # a usual arrangement, where the list names files in the folder
-        logger.info("%s is read, and not %s: to train on lists, give --data_path %s/train.txt", folder, file, path)
-    return folder
-
-
-def _refuse_to_divide(path: Path, config: Config) -> None:
-    """Raise a UserError where --val_share cannot divide the images, or there are validation images already."""
-    if config.dataset not in FOLDER_DATASETS:
-        raise UserError(f"--val_share divides folders and lists of images, not --dataset {config.dataset}")
-    if _place(path, "train").suffix == ".tar":
-        raise UserError(
-            f"--val_share divides folders and lists of images, not the tar of --data_path {path}: unpack it, or make a "
-            "val.tar beside a train.tar and give their folder without --val_share"
-        )
-    if (found := find_validation(path)) is not None:
-        raise UserError(f"--val_share {config.val_share:g} divides the images, but {found} is there: use one of both")
-
-
-def find_validation(data_path: str | Path) -> Path | None:
-    """The folder, list or tar of validation images that comes with the folder or list `data_path`; None without."""
-    path = Path(data_path)
-    if path.suffix == ".tar":
-        return None
-    places = [path / name for name in ("val", "val.txt", "val.tar")] if path.is_dir() else [path.with_name("val.txt")]
-    return next((place for place in places if place.exists()), None)
-
-
-def _index(place: Path, expected: Path, require_labels: bool, config: Config) -> ImageIndex:
-    """The images of a list or folder, which with labels must be the `expected` one, unless --val_share divides it."""
-    extensions = extensions_of(config.reader)
-    if place.is_file():
-        return _read_list(place, extensions)
-    if require_labels and place != expected and not config.val_share:
-        raise UserError(
-            f"{expected} does not exist; it must hold the {expected.name} images, one folder per class; or let "
-            f"--val_share 0.1 set a part of the training images aside, whose class folders may lie in {place} itself"
-        )
-    index = load_index(place, extensions)
-    if require_labels and index.classes is None:
-        raise UserError(f"{index.path(0)!r} lies outside any class folder; labels need one folder per class in {place}")
-    if require_labels and (empty := index.empty_classes()):
-        raise UserError(f"class folders without any image in {place}: {abbreviate(empty)}")
-    return index
-
-
-def _train_classes(data_path: Path, config: Config) -> list[str] | None:
-    """The classes of the training images below `data_path`; None where there are none."""
-    place = _place(data_path, "train")
-    if place.suffix == ".tar":
-        return TarSource(place, config).classes
-    if place.is_file():
-        return _read_list(place, extensions_of(config.reader)).classes
-    return class_folders(place) if place != data_path else None
-
-
-def _refuse_what_is_no_list(path: Path) -> None:
-    """Raise a UserError for a file that is given as images but lists none, with what to give instead."""
-    name = path.name.lower()
-    with open(path, "rb") as file:
-        is_text = b"\0" not in file.read(1024)
-    if name.endswith(ARCHIVES):
-        why = (
-            "is a compressed archive: unpack it and give the folder, or make an uncompressed .tar of its images (they "
-            "do not become smaller by compression)"
-        )
-    elif name.endswith(IMAGE_EXTENSIONS):
-        why = f"is one image: give the folder that holds the images ({path.parent}), or a text file that lists them"
-    elif not is_text:
-        why = "is neither a folder of images, nor a text file that lists them, nor a .tar of them"
-    else:
-        return
-    raise UserError(f"{path} {why}")
-
-
-def _read_list(path: Path, extensions: Sequence[str]) -> ImageIndex:
-    """The index of a text file that lists images (see the module's docstring)."""
-    pattern = rf"(.*(?:{'|'.join(map(re.escape, extensions))}))(?:[ \t]+(\d{{1,18}}))?"
-    list_line = re.compile(pattern, re.IGNORECASE)
-    with unreadable_is_user_error(f"cannot read the image list {path}"):
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    names, labels, known = [], [], {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        match = list_line.fullmatch(line.rstrip())
-        if match is None:
-            raise UserError(
-                f"{path}, line {number}: expected an image file ({', '.join(extensions)}), optionally "
-                f"followed by a space and an integer label, got {line[:200]!r}"
-            )
-        names.append(os.fsencode(match[1]))
-        labels.append(-1 if match[2] is None else int(match[2]))
-        if labels[-1] >= MAX_CLASSES:
-            raise UserError(f"{path}, line {number}: a label is a class from 0 to {MAX_CLASSES - 1}, got {match[2]}")
-        if known.setdefault(names[-1], labels[-1]) != labels[-1]:
-            before = known[names[-1]]
-            raise UserError(f"{path}, line {number}: {match[1]} has another label, {before}, in a line before")
-    if not names:
-        raise UserError(f"the image list {path} is empty; write one image file per line")
-    if len(known) < len(names):
-        logger.warning(
-            "%s: %d lines repeat images of other lines, which count as often as they are listed",
-            path, len(names) - len(known),
-        )  # fmt: skip
-    if min(labels) < 0 <= max(labels):
-        raise UserError(
-            f"{path}: line {labels.index(-1) + 1} has no label, but others have; give all lines one, or none"
-        )
-    classes = [str(i) for i in range(max(labels) + 1)] if max(labels) >= 0 else None
-    return ImageIndex(str(path.resolve().parent), StringTable.of(names), np.array(labels, dtype=np.int32), classes)
+def _is_copy(path: str, other: str) -> bool:
+    try:
+        return os.path.samefile(path, other) or filecmp.cmp(path, other, shallow=False)
+    except OSError:  # there is no other
+        return False

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from util.data.custom_reader import find_reader
 from util.data.decoding import DEEP_MODES, PILLOW_FORMATS, tifffile
-from util.data.image_source import Source
-from util.data.reader import find_reader
+from util.data.sources import Source
 from util.errors import UserError
 
 logger = logging.getLogger(__name__)

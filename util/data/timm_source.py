@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 
 from util.data import Config
 from util.data.decoding import BadImageError, EncodedJpeg, from_pillow, open_image
-from util.data.image_source import Source
+from util.data.sources import Source
 from util.errors import UserError
 
 logger = logging.getLogger(__name__)

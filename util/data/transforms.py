@@ -161,7 +161,7 @@ def pretrain_transform(config: Config) -> Callable[[torch.Tensor], torch.Tensor]
     return RandomCropAndFlip(config.input_size, scale=(0.2, 1.0))
 
 
-def train_transform(config: Config) -> Callable[[torch.Tensor], torch.Tensor]:
+def finetune_transform(config: Config) -> Callable[[torch.Tensor], torch.Tensor]:
     """Fine-tuning: a random crop of 8% to 100% of the area, mirroring, timm's augmentation named `config.aa`.
 
     Without `config.aa`, colour jitter (`config.color_jitter`) instead. Both are defined for photos of 8 bits: with

@@ -1,1 +1,1 @@
-"""One training run: configuration, processes, steps, checkpoints, logs. Knows nothing of the method."""
+"""One training run: configuration, processes, steps, checkpoints, logs. The method is known to `reconstruction` alone."""

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
-from util.data.sources import find_validation
+from util.data.open_source import find_validation
 from util.run.config import DecodingFlags, ImageTrainingConfig
 from util.run.history import summarise
 from util.run.startup import ROOT, program

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from util.data.datasets import ImageDataset
-from util.data.image_source import shared_with_training
+from util.data.sources import shared_with_training
 from util.data.statistics import check_images, check_units
 from util.errors import UserError
 from util.run import distributed

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from util.data.sources import open_source
+from util.data.open_source import open_source
 from util.data.survey import Survey, survey_images
 from util.errors import unreadable_is_user_error
 from util.run import distributed

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from models_swin import SwinTransformer
 from util.data.datasets import ImageDataset, build_loader
+from util.data.open_source import find_validation, open_source
 from util.data.samplers import Key
-from util.data.sources import find_validation, open_source
 from util.data.transforms import Normalize, eval_transform
 from util.errors import UserError
 from util.run import distributed

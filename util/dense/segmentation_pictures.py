@@ -12,7 +12,7 @@ from util.data.datasets import ImageDataset
 from util.data.decoding import decoded
 from util.data.display import render
 from util.data.label_maps import IGNORED, LabelMapSource
-from util.dense.drawing import as_picture, image_table
+from util.dense.detection_pictures import as_picture, image_table
 from util.errors import unreadable_is_user_error
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from models_mixmae import MixMAE
+from util.data.custom_reader import extensions_of
 from util.data.datasets import NumberedImages
-from util.data.reader import extensions_of
-from util.data.sources import open_images
+from util.data.open_source import open_images
 from util.data.transforms import ResizeAndCentreCrop
 from util.errors import UserError, unreadable_is_user_error
 from util.layers.mixing import PARTNERS
