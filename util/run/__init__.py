@@ -1,1 +1,1 @@
-"""One training run: configuration, processes, steps, checkpoints, logs. The method is known to `reconstruction` alone."""
+"""One training run: configuration, processes, steps, checkpoints, logs. Only `reconstruction` knows the method."""
