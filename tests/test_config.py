@@ -92,8 +92,27 @@ def test_every_flag_is_declared_once_with_its_help_and_its_meaning_on_resuming(c
         action.dest for action in get_parser(config_class, "test")._actions if action.help and action.dest != "help"
     }
     assert known == set(declared)
-    for field in dataclasses.fields(config_class):
-        assert field.metadata["on_resume"] is None or isinstance(field.metadata["on_resume"], str)
+
+
+FREE_OF_ALL = """allow_odd_statistics dist_on_itp dist_timeout dist_url keep_checkpoints keep_every local_rank log_dir
+    max_bad_images nan_dump num_workers output_dir pin_mem port print_freq resume resume_force save_every save_steps
+    start_epoch"""
+OTHER_BITS = """accum_iter bad_images batch_size compile data_path deterministic device finetune grad_checkpointing
+    max_pixels precision world_size"""
+
+
+@pytest.mark.parametrize(
+    "config_class, free",
+    [
+        (PretrainConfig, "knn_every probe_every rank_every vis_every"),
+        (FinetuneConfig, "dist_eval eval eval_every nb_classes per_class predictions reset_head resplit"),
+    ],
+)
+def test_what_may_change_in_a_run_that_is_resumed(config_class, free):
+    """Everything else is the recipe."""
+    changes = {field.name: field.metadata["on_resume"] for field in dataclasses.fields(config_class)}
+    assert {name for name, change in changes.items() if change == FREE} == {*FREE_OF_ALL.split(), *free.split()}
+    assert {name for name, change in changes.items() if change} == set(OTHER_BITS.split())
 
 
 def test_checks_name_the_flag_the_value_and_the_rule():

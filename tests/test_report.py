@@ -159,12 +159,12 @@ def test_durations(seconds, words):
 def test_a_summary_names_the_best_and_never_fails(tmp_path):
     assert "no summary: " in summarise(str(tmp_path))
     data = made_up(FALLING, accuracies=[*range(30), *range(49, 29, -1)])
-    data.epochs[7] |= {"test_miou": 0.25}
+    data.epochs[7] |= {"test_rmse": 0.25}
     said = str(data)
     assert said.startswith("epochs 50, steps 500, starts 1\n") and "images/s in steps (median); goodput" in said
     assert "validation top-1: best 49% (epoch 30), last 30%" in said
     assert f"training loss: best {np.mean(FALLING[-10:]):.4g} (epoch 49)" in said
-    assert "test_miou: best 0.25 (epoch 7), last 0.25" in said  # of a task that measures something else
+    assert "test_rmse: best 0.25 (epoch 7), last 0.25" in said  # of a task that measures something else
 
 
 def test_bad_images_are_listed_once(tmp_path):

@@ -182,9 +182,15 @@ def test_pool_size_is_that_of_the_cells():
 def test_timms_layer_decay_has_our_layers(name):
     model = timm.create_model(name, device="meta")
     theirs = group_parameters(model, model.group_matcher(), reverse=True)
-    blocks = sum(len(stage.blocks) for stage in model.layers)
-    assert max(theirs.values()) == theirs["norm.bias"] == theirs["head.weight"] == blocks
-    assert set(layer_ids(model)) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    blocks = [(i, j) for i, stage in enumerate(model.layers) for j in range(len(stage.blocks))]
+    layers = {f"layers.{i}.blocks.{j}.": number for number, (i, j) in enumerate(blocks, 1)}
+    layers |= {f"layers.{i}.downsample.": layers[f"layers.{i + 1}.blocks.0."] for i in range(3)}
+    layers |= {"patch_embed.": 0, "norm.": len(blocks), "head.": len(blocks)}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert layer_ids(model) == {
+        name: next(layer for start, layer in layers.items() if name.startswith(start)) for name in trained
+    }
+    assert max(theirs.values()) == theirs["norm.bias"] == theirs["head.weight"] == len(blocks)
     assert theirs["absolute_pos_embed"] == 0
     coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     assert coarse["layers.1.downsample.norm.weight"] == coarse["layers.2.blocks.0.norm1.weight"] == 3

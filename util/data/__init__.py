@@ -2,4 +2,6 @@
 
 from typing import Any
 
-Config = Any  # the flags of `util.run.config`, of which attributes are read and none is written
+# What this room is given of the flags: an object with the attributes of `DataFlags` and `WeightFlags` in
+# `util.run.config`, and for augmentation those of `AugmentationFlags` in main_finetune.py. They are only read.
+Config = Any

@@ -134,10 +134,11 @@ class ImageIndex:
 
 
 def digest(*parts: bytes | np.ndarray) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    """32 hexadecimal digits that differ where the parts, put together, do."""
+    hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+        hasher.update(part)
+    return hasher.hexdigest()
 
 
 def ending(name: str) -> str:

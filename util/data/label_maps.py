@@ -149,7 +149,7 @@ class LabelNumbers:
 
 
 def read_label_map(path: str) -> np.ndarray:
-    """The values of a label map, (h, w). Raises BadImageError or OSError."""
+    """The values of a label map, (h, w). Raises BadImageError."""
     try:
         with open(path, "rb") as file, Image.open(file) as image:
             if image.mode not in LABEL_MODES:

@@ -75,11 +75,12 @@ def open_source(config: Config, split: str, require_labels: bool) -> Source:
     training images, where there are any. Raises UserError.
     """
     path = Path(config.data_path)
+    place = path if config.dataset not in FOLDER_DATASETS else _place(path, "train" if config.val_share else split)
     if config.val_share:
-        _refuse_to_divide(path, config)
+        _refuse_to_divide(path, place, config)
     if config.dataset not in FOLDER_DATASETS:
         source = open_timm_source(split, config)
-    elif (place := _place(path, "train" if config.val_share else split)).suffix == ".tar":
+    elif place.suffix == ".tar":
         source = TarSource(place, config)
         train_classes = _train_classes(path, config) if split == "val" else None
         if train_classes is not None and source.classes != train_classes:
@@ -128,11 +129,11 @@ def _place(path: Path, split: str) -> Path:
     return folder
 
 
-def _refuse_to_divide(path: Path, config: Config) -> None:
-    """Raise a UserError where --val_share cannot divide the images, or there are validation images already."""
+def _refuse_to_divide(path: Path, place: Path, config: Config) -> None:
+    """Raise a UserError where --val_share cannot divide the images at `place`, or --data_path holds others for it."""
     if config.dataset not in FOLDER_DATASETS:
         raise UserError(f"--val_share divides folders and lists of images, not --dataset {config.dataset}")
-    if _place(path, "train").suffix == ".tar":
+    if place.suffix == ".tar":
         raise UserError(
             f"--val_share divides folders and lists of images, not the tar of --data_path {path}: unpack it, or make a "
             "val.tar beside a train.tar and give their folder without --val_share"

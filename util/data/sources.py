@@ -50,9 +50,11 @@ class Source:
 
     def path(self, i: int) -> str:
         """What to call image `i` in a message: its path, where it has one."""
+        raise NotImplementedError
 
     def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, Any]:
         """Image of shape (in_chans, h, w) and its target: a label, -1 without. Raises BadImageError or OSError."""
+        raise NotImplementedError
 
 
 class FileSource(Source):

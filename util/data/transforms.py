@@ -242,7 +242,7 @@ def uses_mixup(config: Config) -> bool:
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
     """timm's, but 0 bits, for which timm asks at the highest magnitude, are a black image: Pillow 13 raises ValueError,
-    where it was black before."""
+    where it was black before. (Put into timm's table, for all that use it in this process.)"""
     return posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
 

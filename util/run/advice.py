@@ -46,8 +46,8 @@ def data_flags(config: ImageTrainingConfig, divided: bool = True) -> list[object
     """The flags that name the images and say how they are read; `divided`: hold some out for validation where the run
     did not, and there are no others."""
     names = ("data_path", "dataset", "val_share", *DECODING, "bad_images", "max_bad_images", "allow_odd_statistics")
-    undivided = divided and not (config.dataset or config.val_share or find_validation(config.data_path))
-    return changed_flags(config, names) + (["--val_share", 0.1] if undivided else [])
+    to_divide = divided and not (config.dataset or config.val_share or find_validation(config.data_path))
+    return changed_flags(config, names) + (["--val_share", 0.1] if to_divide else [])
 
 
 def can_validate(config: ImageTrainingConfig) -> bool:

@@ -29,7 +29,12 @@ TITLES = {  # of what is measured, by its name in log.txt
     "test_ema_loss": "validation loss, averaged weights",
     "test_ema_acc1": "validation top-1, averaged weights",
     "test_ema_acc5": "validation top-5, averaged weights",
+    "test_miou": "validation mIoU",
+    "test_pixel_acc": "validation pixel accuracy",
+    "test_box_AP": "validation AP of boxes",
+    "test_mask_AP": "validation AP of masks",
 }
+PERCENTAGES = ("acc", "miou", "AP")  # parts of the names of measures in percent
 
 
 def title_of(name: str) -> str:
@@ -37,7 +42,7 @@ def title_of(name: str) -> str:
 
 
 def unit_of(name: str) -> str:
-    return "%" if "acc" in name else ""
+    return "%" if any(part in name for part in PERCENTAGES) else ""
 
 
 @dataclass(frozen=True)

@@ -168,9 +168,12 @@ def read_records(path: Path) -> Iterator[dict]:
     """The records of a file of JSON lines, if there is one; what is no record (a line cut short) is left out."""
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                if isinstance(record := json.loads(line), dict):
-                    yield record
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                yield record
 
 
 def read_list(path: Path) -> list[str]:
