@@ -106,6 +106,24 @@ def test_onnx(onnx_file, checkpoint, model, imgs, tmp_path, part):
 
 
 @pytest.mark.slow
+def test_a_large_onnx_model_keeps_its_weights_beside_it(checkpoint, model, imgs, tmp_path, capfd, monkeypatch):
+    """PyTorch writes weights above a size into a second file; here, all of them."""
+    for package in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    out, weights = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    weights.write_text("of another model")
+    flags = ["--checkpoint", checkpoint, "--format", "onnx", "--out", out]
+    fails(export, capfd, "model.onnx.data exists already", *flags)
+    assert weights.read_text() == "of another model" and not out.exists()
+    weights.unlink()
+    exported(checkpoint, out, "onnx")
+    assert sorted(tmp_path.iterdir()) == [out, weights] and weights.stat().st_size > out.stat().st_size
+    [computed] = open_onnx(out)[0](imgs)
+    torch.testing.assert_close(computed, outputs_of("classifier", model, imgs)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["classifier", "encoder", "pyramid"])
 def test_torch_export(checkpoint, model, imgs, tmp_path, part):
     path = exported(checkpoint, tmp_path / "model.pt2", "torch_export", "--part", part)

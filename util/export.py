@@ -119,6 +119,7 @@ def open_timm(export: Export, path: Path) -> Runner:
 
 
 def write_onnx(export: Export, path: Path) -> None:
+    """An ONNX file; PyTorch puts weights of more than 1.5 GiB beside it, under its name and `.data`."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--format onnx needs packages that are not installed: pip install {' '.join(missing)}")
@@ -276,8 +277,9 @@ def export_model(config: ExportConfig) -> None:
     fixed = [name for name in ("part", "input_size", "mean", "std") if getattr(config, name) is not None]
     if fixed and config.format == "authors":
         raise UserError(f"--format authors keeps the checkpoint as it is: leave out --{fixed[0]}")
-    if os.path.lexists(out):
-        raise UserError(f"--out {out} exists already: give another name, or remove it first")
+    for path in (out, Path(f"{out}.data")) if config.format == "onnx" else (out,):
+        if os.path.lexists(path):
+            raise UserError(f"--out: {path} exists already: give another name, or remove it first")
     weights, info = read_weights(config.checkpoint, ema=config.model_ema)
     part, settings, report = load_part(weights, info, config.as_dict(), config.part)
     logger.info("%s", report)
@@ -291,7 +293,8 @@ def export_model(config: ExportConfig) -> None:
             written = Path(folder) / out.name
             write(export, written)
             difference = largest_difference(load_back(export, written), part, export.imgs)
-            os.replace(written, out)
+            for path in sorted(Path(folder).iterdir(), reverse=True):  # NAME.onnx.data before NAME.onnx
+                os.replace(path, out.parent / path.name)
         sync_folder(out.parent)
     logger.info(
         "wrote %s: %s of %s as %s; loaded back, its outputs differ by at most %.2g (%s images)",
