@@ -60,6 +60,12 @@ def test_a_killed_and_resumed_run_is_the_same(runs, capfd, tmp_path):
         assert picture.width > 800
 
 
+def test_names_of_runs_are_no_formulas(runs, capfd, tmp_path):
+    formula = changed(runs / "whole", tmp_path / "$x^$", lambda config, steps: None)
+    code, said = compare(capfd, runs / "whole", formula, "--out", tmp_path / "losses.png")
+    assert code == 0 and "whole and $x^$ are the same" in said and (tmp_path / "losses.png").exists()
+
+
 def test_other_runs_part_where_they_do(runs, capfd):
     code, said = compare(capfd, runs / "whole", runs / "other")
     assert code == 1 and "whole and other are NOT the same in 18 steps" in said

@@ -272,6 +272,12 @@ def test_a_long_run_stays_small(tmp_path):
     assert len(util.report.page([data], [])) < 300_000
 
 
+def test_names_of_runs_are_no_formulas(tmp_path):
+    steps = [{"step": i, "epoch": 0, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0} for i in range(1, 9)]
+    one, other = (RunHistory(name, tmp_path, {"epochs": 1}, {}, [], steps) for name in ("$x^$", "other"))
+    assert "<td>$x^$</td>" in util.report.page([one, other], [])
+
+
 def test_the_best_epoch_is_named_where_some_were_not_evaluated():
     accuracies = [None] * 50
     accuracies[6::7] = [60, 70, 80, 75, 70, 65, 60]

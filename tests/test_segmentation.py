@@ -136,7 +136,9 @@ def test_pictures_show_classes_in_colours_over_grey_with_a_legend():
     assert picture[0, 1].tolist() == [100, 100, 100]
     assert np.abs(picture[0, 0] - (100.0 + colors[1]) / 2).max() <= 1
     classes = np.array([[0, 1], [1, 2]], np.uint8)
-    table = segmentation_table([(np.zeros((2, 2, 3), np.uint8), [classes, classes])], "abc", ["x", "y" * 90, "z" * 90])
+    table = segmentation_table(
+        [(np.zeros((2, 2, 3), np.uint8), [classes, classes])], "abc", ["$x^$", "y" * 90, "z" * 90]
+    )
     assert {tuple(color) for color in colors[:3].tolist()} <= {color for _, color in table.getcolors(1 << 20)}
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from util.data.display import COLOURS
+from util.data.display import COLOURS, without_formulas
 from util.errors import UserError, unreadable_is_user_error
 from util.run.config import TrainingConfig
 from util.run.failures import user_errors
@@ -205,7 +205,7 @@ def draw(a: RunHistory, b: RunHistory, comparisons: list[Comparison], path: str)
         line = [(step["step"], step.get("loss")) for step in run.steps]
         above.plot(*np.array(line, dtype=float).T, style, color=colour, label=run.name, linewidth=1.2)
     above.set_ylabel("loss")
-    above.legend(frameon=False)
+    without_formulas(above.legend(frameon=False))
     for comparison in comparisons:
         shown = (comparison.differences > 0) & np.isfinite(comparison.differences)
         if shown.any():

@@ -27,7 +27,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from util.data.display import COLOURS
+from util.data.display import COLOURS, without_formulas
 from util.errors import UserError, unreadable_is_user_error
 from util.run.failures import user_errors
 from util.run.flags import Config, flag, get_parser, given_flags
@@ -210,7 +210,7 @@ def plot(title: str, curves: list[Curve], smooth: bool = False, **settings: Any)
             style = "o-" if len(x) < 30 else "-"
             axes.plot(x[shown], y[shown], style, color=colour, label=curve.label, linewidth=1.4, markersize=3)
         if len(curves) > 1:
-            axes.legend()
+            without_formulas(axes.legend())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return Markup(buffer.getvalue()[buffer.getvalue().index("<svg") :])

@@ -72,6 +72,12 @@ class Display:
         return sentences
 
 
+def without_formulas(legend) -> None:
+    """Show the texts of a matplotlib legend as they are: between two `$` in a name it would read a formula."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
 def render(figure) -> Image.Image:
     """A matplotlib figure as a picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # of all ranks of a run, one draws

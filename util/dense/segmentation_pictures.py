@@ -10,7 +10,7 @@ from torch import Tensor
 
 from util.data.datasets import ImageDataset
 from util.data.decoding import decoded
-from util.data.display import render
+from util.data.display import render, without_formulas
 from util.data.label_maps import IGNORED, LabelMapSource
 from util.dense.detection_pictures import as_picture, image_table
 from util.errors import unreadable_is_user_error
@@ -50,7 +50,7 @@ def segmentation_table(
     widest = 6 * max((len(patch.get_label()) for patch in patches), default=0) + 50  # of an entry, in points
     columns = max(1, int(72 * figure.get_figwidth() / widest))
     figure.set_figheight(figure.get_figheight() + 0.3 * len(patches) / columns)
-    figure.legend(handles=patches, loc="outside lower left", ncols=columns, frameon=False)
+    without_formulas(figure.legend(handles=patches, loc="outside lower left", ncols=columns, frameon=False))
     return render(figure)
 
 
