@@ -245,10 +245,23 @@ def test_a_clock_set_back_does_not_hide_the_newest(tmp_path, monkeypatch):
 def test_leftovers_of_dead_runs_are_removed_and_nothing_else(tmp_path):
     here, elsewhere = temporary_path(tmp_path / "checkpoint-00000001.pth"), tmp_path / ".checkpoint.pth.a.node.7.tmp"
     other = tmp_path / ".checkpoint-notes.tmp"
+    exporting = tmp_path / ".checkpoint-authors.pth.ab_cd123.tmp"  # of `util.export`
     for path in (here, elsewhere, other):
         path.write_text("")
+    exporting.mkdir()
     CheckpointFolder(tmp_path)
-    assert names(tmp_path) == [other.name]
+    assert names(tmp_path) == sorted([other.name, exporting.name])
+
+
+def test_leftovers_that_cannot_be_removed_are_an_error_for_the_user(tmp_path, monkeypatch):
+    temporary_path(tmp_path / "checkpoint.pth").write_text("")
+
+    def refuse(path, missing_ok=False):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be written to \(Permission denied\): give --output_dir"):
+        CheckpointFolder(tmp_path)
 
 
 KILLED_WHILE_SAVING = """

@@ -40,6 +40,7 @@ class SaveError(RunError):
 
 STEP_NAME = re.compile(r"checkpoint-\d+\.pth")
 LASTING_NAME = re.compile(r"checkpoint-(best|epoch\d+)\.pth")
+TEMPORARY_NAME = re.compile(r"\.checkpoint.*\.pth\..+\.\d+\.tmp")  # see temporary_path
 
 
 class CheckpointFolder:
@@ -54,6 +55,9 @@ class CheckpointFolder:
     Args:
         output_dir: the folder, made if need be. (Whether it can be written to, `take_folders` has found out.)
         keep: how many step checkpoints to keep, at least 1.
+
+    Raises:
+        CheckpointError: the folder cannot be made, or what a run left in it not be removed.
     """
 
     def __init__(self, output_dir: str | os.PathLike, keep: int = 3):
@@ -64,10 +68,16 @@ class CheckpointFolder:
         self._error: Exception | None = None
         self._copied: dict[str, Any] | None = None  # what was saved last; its memory serves again
         self._unwritten: list[tuple[dict[str, Any], list[str]]] = []  # with the names that no later checkpoint gets
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob(".checkpoint*.pth.*.tmp"):  # see temporary_path; the folder is ours
-            path.unlink()
-            logger.info("removed %s, left by a run that ended while saving", path)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob(".checkpoint*.tmp"):  # the folder is ours, so nobody is writing them
+                if TEMPORARY_NAME.fullmatch(path.name) and path.is_file():
+                    path.unlink(missing_ok=True)
+                    logger.info("removed %s, left by a run that ended while saving", path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder} cannot be written to ({error.strerror}): give --output_dir a folder that can"
+            ) from error
 
     # -- Saving ------------------------------------------------------------------------------------------------
 
