@@ -194,7 +194,7 @@ def in_order(folder: Path, name: str, kept: list[int], files: int) -> np.ndarray
 
 def write_csv(file: Path, paths: list[str], results: dict[str, np.ndarray], names: list[str] | None) -> None:
     """A line for each path: its best classes by their names and their scores, or its features."""
-    [columns] = {array.shape[1] for array in results.values()}
+    columns = next(iter(results.values())).shape[1]
     with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as table:  # names as on the disk
         writer = csv.writer(table)
         if "classes" in results:

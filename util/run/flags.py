@@ -112,11 +112,15 @@ class Parser(argparse.ArgumentParser):
         # Lists of numbers come last, where they cannot take the images that follow them for more numbers.
         args = sys.argv[1:] if args is None else list(args)
         end = args.index("--") if "--" in args else len(args)
+        several = [
+            name
+            for name, action in self._option_string_actions.items()
+            if action.nargs == argparse.ONE_OR_MORE and action.type in (int, float)
+        ]
         others, lists, in_list = [], [], False
-        for argument in args[:end]:
-            action = self._option_string_actions.get(argument)
-            begins = action and action.nargs == argparse.ONE_OR_MORE and action.type in (int, float)
-            in_list = begins or (in_list and NUMBER.fullmatch(argument))
+        for before, argument in zip(["", *args], args[:end]):
+            first = before in several and not argument.startswith("--")  # if it is no number, argparse says so
+            in_list = argument in several or first or (in_list and NUMBER.fullmatch(argument))
             (lists if in_list else others).append(argument)
         parsed, unknown = self.parse_known_args([*others, *lists, *args[end:]], namespace)
         if unknown:
