@@ -201,6 +201,17 @@ def test_the_orientation_is_that_of_pillow_whatever_precedes_it():
     assert read_header(data).orientation == 6
 
 
+@pytest.mark.parametrize("before", [b"\xff", b"\xff\xff\xff", b"\xff\xd0", b"\xff\xd7\xff"])
+def test_padding_and_markers_without_content_are_stepped_over(before):
+    data = encoded(orientation=6)
+    end = data.index(b"\xff\xdb")  # of the metadata
+    for place in (2, end):
+        padded = data[:place] + before + data[place:]
+        assert read_header(padded) == read_header(data)
+        assert isinstance(open_image(padded, 3), EncodedJpeg)
+        assert torch.equal(decode(padded, 3), decode(data, 3))
+
+
 @pytest.mark.parametrize("exif", [b"", b"II", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0"])
 def test_damaged_metadata_turn_nothing(exif):
     data = encode_jpeg(large_photo(30, 20))

@@ -40,14 +40,17 @@ class JpegHeader:
 
 
 def read_header(data: bytes) -> JpegHeader | None:
-    """The frame header of a JPEG and its EXIF orientation; None where `data` has none, or in a rare place."""
+    """The frame header of a JPEG and its EXIF orientation; None if `data` has no such header."""
     if data[:2] != b"\xff\xd8":
         return None
     position, orientation = 2, None
     while position + 10 <= len(data) and data[position] == 0xFF:
         marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
         content = data[position + 4 : position + 2 + length]
-        if marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == 0xFF:  # without content, or padding
+        if marker in (0xFF, 0x01) or 0xD0 <= marker <= 0xD7:  # padding; markers without content
+            position += 1 if marker == 0xFF else 2
+            continue
+        if marker < 0xC0 or marker in (0xD8, 0xD9):  # no marker, or an image that begins or ends here
             return None
         if marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
             height, width = int.from_bytes(content[1:3], "big"), int.from_bytes(content[3:5], "big")
