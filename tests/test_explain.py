@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image, ImageColor
 
 from models_mixmae import MixMAE
 from util import explain
 from util.data.display import COLOURS, Display
+from util.errors import UserError
 from util.explain import explanation_figure, find_window, run_steps
 from util.layers.windows import upsample
 from util.run.flags import given_flags
@@ -153,6 +155,34 @@ def test_mix_embeddings_are_spoken_of_where_there_are_some(monkeypatch):
 def test_shapes_of_large_images_end_at_the_edge(monkeypatch):
     said = drawn_texts(monkeypatch, small_model(img_size=96), random_images(size=(96, 96)))
     assert said["(2, 12, 12, 128)"] <= explain.WIDTH - explain.MARGIN
+
+
+def test_captions_fit_the_page(monkeypatch):
+    figures, display = [], Display(random_images(13), (0.5,) * 13, (0.5,) * 13, (10, 11, 12))
+    monkeypatch.setattr(explain, "render", figures.append)
+    captions = [" ".join([explain.PREDICTED_UP_TO] * 3), " ".join(display.caption(13))]  # full lines
+    model, imgs = small_model(13), random_images(13)
+    explanation_figure(run_steps(model, imgs, MASK), display, captions)
+    [figure] = figures
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    edges = {text.get_text(): text.get_window_extent(renderer).x1 for text in figure.axes[0].texts}
+    assert any(text.startswith(explain.PREDICTED_UP_TO[:80]) for text in edges)
+    margin = figure.bbox.width * explain.MARGIN / explain.WIDTH
+    assert max(edges.values()) <= figure.bbox.width - margin, max(edges, key=edges.get)
+
+
+@pytest.mark.parametrize(
+    "variant, trained_with",
+    [
+        (dict(mix_images=3), "mixtures of 3 images, 3 reconstructed"),
+        (dict(reconstruct="single"), "mixtures of 2 images, 1 reconstructed"),
+        (dict(masked_attn=False), "mixtures of 2 images, 2 reconstructed, without masked attention"),
+        (dict(masked_attn=False, fill="zero"), "--fill zero, without masked attention"),
+    ],
+)
+def test_of_another_variant_it_is_said_what_it_is(variant, trained_with):
+    with pytest.raises(UserError, match=f"this checkpoint was trained with {trained_with}: util.visualize"):
+        run_steps(small_model(**variant), random_images(), MASK)
 
 
 # --- The command --------------------------------------------------------------------------------------------

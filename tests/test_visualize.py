@@ -343,6 +343,9 @@ def test_wrong_inputs_are_explained(tmp_path, checkpoint, images):
     with pytest.raises(ValueError, match=r"array\.npy': the array has shape \(32, 32, 4\), \(H, W, 1\) is needed"):
         run(checkpoint, [str(tmp_path / "array.npy"), images[0]], out)
     (tmp_path / "file").write_text("")
+    unread = [str(tmp_path / "absent")]  # the rest is looked at first
     with pytest.raises(ValueError, match=r"--out .*file.*picture\.png cannot be written"):
-        run(checkpoint, images, tmp_path / "file" / "picture.png")
+        run(checkpoint, unread, tmp_path / "file" / "picture.png")
+    with pytest.raises(ValueError, match="numbered from 0 to 0; got 1"):
+        run(checkpoint, unread, out, "--channels", "1")
     assert not out.exists()

@@ -36,7 +36,15 @@ from util.layers.windows import upsample
 from util.run.failures import user_errors
 from util.run.flags import flag, get_parser, given_flags
 from util.run.logger import setup_logging
-from util.run.reconstruction import PREDICTED_UP_TO, PictureFlags, assemble, choose_images, load_model, write_picture
+from util.run.reconstruction import (
+    PREDICTED_UP_TO,
+    PictureFlags,
+    assemble,
+    check_output,
+    choose_images,
+    load_model,
+    write_picture,
+)
 from util.seeding import keyed_generator
 
 logger = logging.getLogger(__name__)
@@ -84,9 +92,12 @@ def run_steps(model: MixMAE, imgs: Tensor, mask: Tensor, stage: int | None = Non
         UserError: for a mask that hides no or all cells, and a variant of the method that the picture does not show.
     """
     if model.num_branches != 2 or not model.masked_attn:
+        mixtures = f"mixtures of {model.mix_images} images, {model.num_branches} reconstructed"
+        trained_with = mixtures if model.fill == "partner" else f"--fill {model.fill}"
+        trained_with += "" if model.masked_attn else ", without masked attention"
         raise UserError(
-            "the picture is of mixtures of two images, masked attention and the reconstruction of both images; this "
-            "checkpoint is of another variant: util.visualize shows what it reconstructs"
+            "the picture shows mixtures of two images, masked attention and the reconstruction of both images; this "
+            f"checkpoint was trained with {trained_with}: util.visualize shows what it reconstructs"
         )
     mask = model.check_mask(mask)
     hidden = mask.bool().view(model.grid_size)
@@ -379,6 +390,7 @@ def explain(given: ExplainConfig) -> None:
         UserError: for what the user can put right.
     """
     model, config, origin = load_model(given)
+    check_output(config)
     mask = model.random_masking(config.mask_ratio, keyed_generator(config.seed, "mask"))
     dataset, chosen = choose_images(config, 2)
     if len(chosen) > 2:

@@ -32,7 +32,15 @@ from util.layers.windows import upsample
 from util.run.failures import user_errors
 from util.run.flags import flag, get_parser, given_flags
 from util.run.logger import setup_logging
-from util.run.reconstruction import PREDICTED_UP_TO, PictureFlags, choose_images, load_model, reconstruct, write_picture
+from util.run.reconstruction import (
+    PREDICTED_UP_TO,
+    PictureFlags,
+    check_output,
+    choose_images,
+    load_model,
+    reconstruct,
+    write_picture,
+)
 from util.seeding import keyed_generator
 
 logger = logging.getLogger(__name__)
@@ -56,7 +64,7 @@ def introduction(model: MixMAE) -> str:
     if model.fill != "partner":
         return "Of every image, cells are hidden from the encoder; the decoder predicts them from the others."
     attends = "within each image only" if model.masked_attn else "to all images"
-    of_whom = "each" if model.num_branches > 1 else "the row's image"
+    of_whom = "each image" if model.num_branches > 1 else "the row's image"
     return (
         f"Images are mixed {at_a_time(model)}, cell by cell. The encoder attends {attends}; "
         f"the decoder predicts what was hidden of {of_whom}."
@@ -220,6 +228,7 @@ def visualize(given: VisualizeConfig) -> None:
         UserError: for what the user can put right.
     """
     model, config, origin = load_model(given)
+    check_output(config)
     mask = model.random_masking(config.mask_ratio, keyed_generator(config.seed, "mask"))
     dataset, chosen = choose_images(config, config.num_images)
     if len(chosen) < model.mix_images:

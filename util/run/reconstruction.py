@@ -14,6 +14,7 @@ from torch import Tensor
 from models_mixmae import MixMAE
 from util.data.custom_reader import extensions_of
 from util.data.datasets import NumberedImages
+from util.data.display import shown_channels
 from util.data.open_source import open_images
 from util.data.transforms import ResizeAndCentreCrop
 from util.errors import UserError, unreadable_is_user_error
@@ -105,6 +106,17 @@ def choose_mask_ratio(model: MixMAE, given: float | None, info: WeightsInfo) -> 
     return ratio
 
 
+def check_output(config: PictureFlags) -> None:
+    """Make the folder of `--out`, before images are read.
+
+    Raises:
+        UserError: it cannot be made; channels that the model does not have.
+    """
+    shown_channels(config.in_chans, config.channels)
+    with unreadable_is_user_error(f"--out {config.out} cannot be written"):
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+
+
 def choose_images(config: PictureFlags, number: int) -> tuple[NumberedImages, list[int]]:
     """The images that are given, and the numbers of those to show: all if files are named, else `number` at random.
 
@@ -123,9 +135,8 @@ def choose_images(config: PictureFlags, number: int) -> tuple[NumberedImages, li
 
 
 def write_picture(picture: Image.Image, out: str) -> None:
-    """Raises UserError where it cannot be written."""
+    """Write it into a folder that exists (`check_output`); raises UserError where it cannot be written."""
     with unreadable_is_user_error(f"--out {out} cannot be written"):
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
         picture.save(out)
     logger.info("wrote %s", out)
 
