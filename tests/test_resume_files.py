@@ -15,10 +15,10 @@ import torch
 import util.run.checkpoint_folder
 from main_pretrain import PretrainConfig
 from util.errors import UserError
-from util.run.checkpoint_folder import TOLERATED_FAILURES, CheckpointFolder, SaveError
+from util.run.checkpoint_folder import TOLERATED_FAILURES, CheckpointFolder, SaveError, read_run_checkpoint
 from util.run.config import compare_recipes
 from util.run.folder_lock import FolderLock
-from util.weights.file import CheckpointError, read_checkpoint, saved_at, temporary_path
+from util.weights.file import CheckpointError, read_checkpoint, saved_at, temporary_path, write_checkpoint
 
 
 def run_state(step: int, epoch: int = 0) -> dict:
@@ -245,23 +245,43 @@ def test_a_clock_set_back_does_not_hide_the_newest(tmp_path, monkeypatch):
 def test_leftovers_of_dead_runs_are_removed_and_nothing_else(tmp_path):
     here, elsewhere = temporary_path(tmp_path / "checkpoint-00000001.pth"), tmp_path / ".checkpoint.pth.a.node.7.tmp"
     other = tmp_path / ".checkpoint-notes.tmp"
-    exporting = tmp_path / ".checkpoint-authors.pth.ab_cd123.tmp"  # of `util.export`
     for path in (here, elsewhere, other):
         path.write_text("")
-    exporting.mkdir()
+    export, folder = tmp_path / ".checkpoint-authors.pth.k3_9wz0a.tmp", tmp_path / ".checkpoint.pth.a.node.8.tmp"
+    for path in (export, folder):  # util.export's, which may be at work; and one that nobody here has made
+        path.mkdir()
     CheckpointFolder(tmp_path)
-    assert names(tmp_path) == sorted([other.name, exporting.name])
+    assert names(tmp_path) == sorted([other.name, export.name, folder.name])
 
 
-def test_leftovers_that_cannot_be_removed_are_an_error_for_the_user(tmp_path, monkeypatch):
-    temporary_path(tmp_path / "checkpoint.pth").write_text("")
+def test_leftovers_that_vanish_or_stay_end_no_run_with_a_traceback(tmp_path, monkeypatch):
+    leftover = tmp_path / ".checkpoint.pth.a.node.7.tmp"
+    leftover.write_text("")
 
-    def refuse(path, missing_ok=False):
-        raise PermissionError(13, "Permission denied")
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(Path, "unlink", refuse)
-    with pytest.raises(CheckpointError, match=r"cannot be written to \(Permission denied\): give --output_dir"):
-        CheckpointFolder(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", unlink)
+        with pytest.raises(UserError, match=f"--output_dir {tmp_path} cannot be written to: Operation not permitted"):
+            CheckpointFolder(tmp_path)
+    is_file = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: is_file(path) and not path.unlink())  # by somebody else
+    CheckpointFolder(tmp_path)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("epoch", True), ("step", -1), ("step_in_epoch", 1.0), ("epoch_loss", "abc"), ("best", {"a": 1}),
+     ("best_acc1", [70.0]), ("best", float("nan"))],
+)  # fmt: skip
+def test_a_position_that_is_none_is_refused_before_training(tmp_path, key, value):
+    write_checkpoint(tmp_path / "run.pth", {"model": {}, "optimizer": {}, "epoch": 3, "best": None})
+    assert read_run_checkpoint(tmp_path / "run.pth")["epoch"] == 3
+    write_checkpoint(tmp_path / "run.pth", {"model": {}, "optimizer": {}, "epoch": 3, key: value})
+    with pytest.raises(CheckpointError, match=f"run.pth holds no run to resume: its {key} is "):
+        read_run_checkpoint(tmp_path / "run.pth")
 
 
 KILLED_WHILE_SAVING = """

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from util.errors import RunError
+from util.errors import RunError, unreadable_is_user_error
 from util.weights.file import (
     CheckpointError,
     read_checkpoint,
@@ -38,6 +38,16 @@ class SaveError(RunError):
     """Checkpoints could not be saved too often in a row."""
 
 
+# What says where a run stood: its key, types and lowest value. The last epoch before the first complete one is -1.
+POSITION = (
+    ("epoch", (int,), -1),
+    ("step", (int,), 0),
+    ("step_in_epoch", (int,), 0),
+    ("epoch_loss", (int, float), float("-inf")),
+    ("best", (int, float, type(None)), float("-inf")),
+    ("best_acc1", (int, float, type(None)), float("-inf")),
+)
+
 STEP_NAME = re.compile(r"checkpoint-\d+\.pth")
 LASTING_NAME = re.compile(r"checkpoint-(best|epoch\d+)\.pth")
 TEMPORARY_NAME = re.compile(r"\.checkpoint.*\.pth\..+\.\d+\.tmp")  # see temporary_path
@@ -53,11 +63,11 @@ class CheckpointFolder:
     each name appears by an atomic rename after its content is on the disk, and older files go last.
 
     Args:
-        output_dir: the folder, made if need be. (Whether it can be written to, `take_folders` has found out.)
+        output_dir: the folder, made if need be.
         keep: how many step checkpoints to keep, at least 1.
 
     Raises:
-        CheckpointError: the folder cannot be made, or what a run left in it not be removed.
+        UserError: the folder cannot be made or tidied. (Whether it can be written to, `take_folders` has found out.)
     """
 
     def __init__(self, output_dir: str | os.PathLike, keep: int = 3):
@@ -68,16 +78,9 @@ class CheckpointFolder:
         self._error: Exception | None = None
         self._copied: dict[str, Any] | None = None  # what was saved last; its memory serves again
         self._unwritten: list[tuple[dict[str, Any], list[str]]] = []  # with the names that no later checkpoint gets
-        try:
+        with unreadable_is_user_error(f"--output_dir {output_dir} cannot be written to"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.glob(".checkpoint*.tmp"):  # the folder is ours, so nobody is writing them
-                if TEMPORARY_NAME.fullmatch(path.name) and path.is_file():
-                    path.unlink(missing_ok=True)
-                    logger.info("removed %s, left by a run that ended while saving", path)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.folder} cannot be written to ({error.strerror}): give --output_dir a folder that can"
-            ) from error
+            self._remove_leftovers()
 
     # -- Saving ------------------------------------------------------------------------------------------------
 
@@ -165,6 +168,13 @@ class CheckpointFolder:
         found = [(saved_at(path), path) for path in self.folder.glob("checkpoint*.pth")]
         return sorted(found, key=lambda entry: (entry[0], STEP_NAME.fullmatch(entry[1].name) is not None))
 
+    def _remove_leftovers(self) -> None:
+        """Remove the temporary files of runs that died while saving: the folder is ours, so nobody is writing them."""
+        for path in self.folder.glob(".checkpoint*.tmp"):
+            if TEMPORARY_NAME.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
+                logger.info("removed %s, left by a run that ended while saving", path)
+
     # -- Resuming ----------------------------------------------------------------------------------------------
 
     def resume(self, spec: str) -> tuple[Path, dict[str, Any]] | None:
@@ -224,9 +234,9 @@ def read_run_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} holds no run to resume (no {', '.join(absent)} in it): to start from its weights, use --finetune"
         )
-    for key, lowest in (("epoch", -1), ("step", 0), ("step_in_epoch", 0)):
+    for key, kinds, lowest in POSITION:
         value = checkpoint.get(key, 0)
-        if type(value) is not int or value < lowest:
+        if type(value) not in kinds or not (value is None or value >= lowest):
             raise CheckpointError(f"{path} holds no run to resume: its {key} is {str(value)[:100]!r}")
     if not isinstance(checkpoint.get("args", {}), dict):
         raise CheckpointError(f"{path} holds no run to resume: its args are a {type(checkpoint['args']).__name__}")
