@@ -1,7 +1,9 @@
 """One run per folder: of two starts one runs, a killed run leaves nothing to clean, other machines are waited for."""
 
+import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -71,8 +73,8 @@ def test_of_twenty_pairs_one_of_each_gets_the_folder(tmp_path):
                     FolderLock(out)
                     os.read(finished, 1)
                     code = 0
-                except UserError:
-                    code = 2
+                except UserError as error:
+                    code = 2 if "is in use by another run" in str(error) else 3
                 finally:
                     os._exit(code)  # as if killed: nothing is tidied up
             pair.append(process)
@@ -232,6 +234,56 @@ def test_without_locks_in_the_file_system_claims_decide(tmp_path, quick, monkeyp
     start = time.monotonic()
     FolderLock(tmp_path).release()
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("links_work", [True, False])
+def test_a_full_disk_leaves_no_claim_that_the_next_start_would_wait_for(tmp_path, monkeypatch, caplog, links_work):
+    def no_links(*paths: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not links_work:
+        monkeypatch.setattr(os, "link", no_links)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as on a full disk, files can be made but not written
+    try:
+        with pytest.raises(UserError, match=r"--output_dir .* cannot be written to: File too large"):
+            FolderLock(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    FolderLock(tmp_path).release()
+    assert "waiting" not in caplog.text and os.listdir(tmp_path) == []
+
+
+def test_a_claim_appears_with_its_content(tmp_path, monkeypatch):
+    """Whatever ends the process between the steps of writing it."""
+    link, seen = os.link, []
+
+    def observed(source: Path, target: Path) -> None:
+        seen.append((json.loads(Path(source).read_text())["process"], target.exists()))
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", observed)
+    FolderLock(tmp_path).release()
+    assert seen == [(os.getpid(), False)]
+
+
+@pytest.mark.parametrize(
+    "number, message",
+    [
+        (errno.EAGAIN, "is in use by another run"),
+        (errno.EACCES, "is in use by another run"),  # what some file systems answer instead
+        (errno.EIO, "cannot be written to: Input/output error"),
+        (errno.ESTALE, "cannot be written to: Stale file handle"),
+    ],
+)
+def test_only_a_file_system_without_locks_is_taken_for_one(tmp_path, monkeypatch, number, message):
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(folder_lock.fcntl, "flock", flock)
+    with pytest.raises(UserError, match=message):
+        FolderLock(tmp_path)
+    assert not (tmp_path / ".claim.json").exists()
 
 
 def test_a_run_whose_claim_was_taken_over_ends(images, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ ends. Network file systems may keep such locks for each machine apart, or not at
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 RENEW_EVERY = 30.0  # seconds
 STALE_AFTER = 180.0  # seconds
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # what file systems without locks answer
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class FolderLock:
         self.folder, self.flag = Path(folder), flag
         self.own = Owner.this_process(os.environ)
         self.lock, self.claim = self.folder / ".lock", self.folder / ".claim.json"
+        self.temporary = self.folder / f".claim.json.{self.own.host}.tmp"  # used under the lock: one per machine
         self.locks_work = True
         self.released = threading.Event()
         with unreadable_is_user_error(f"{flag} {folder} cannot be written to"):
@@ -118,10 +121,12 @@ class FolderLock:
             descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                raise self._in_use(self._locking_owner()) from None
-            except OSError:  # the file system has no locks
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    os.close(descriptor)
+                    if error.errno not in (errno.EAGAIN, errno.EACCES):
+                        raise
+                    raise self._in_use(self._locking_owner()) from None
                 self.locks_work = False
             if os.fstat(descriptor).st_nlink:
                 return descriptor
@@ -170,12 +175,21 @@ class FolderLock:
         return bool(owner.job) and owner.job == self.own.job and owner.restart < self.own.restart
 
     def _place_claim(self) -> bool:
-        """Write our claim unless there is one; whether it was written."""
+        """Write our claim unless there is one; whether it was written. It appears with its content, or not at all."""
+        content = json.dumps(asdict(self.own))
         try:
-            with open(self.claim, "x", encoding="utf-8") as file:
-                json.dump(asdict(self.own), file)
+            self.temporary.write_text(content, encoding="utf-8")
+            try:
+                os.link(self.temporary, self.claim)
+            except FileExistsError:
+                raise
+            except OSError:  # no hard links here
+                with open(self.claim, "x", encoding="utf-8") as file:
+                    file.write(content)
         except FileExistsError:
             return False
+        finally:
+            self.temporary.unlink(missing_ok=True)
         return True
 
     def _read_claim(self, path: Path | None = None) -> tuple[Owner, float]:
@@ -189,13 +203,12 @@ class FolderLock:
 
     def _remove_claim(self, judged: Owner) -> None:
         """Remove the claim of `judged`, but not that of another run which did so first."""
-        aside = self.folder / f".claim.json.{self.own.host}.tmp"  # used under the lock: one per machine
         with contextlib.suppress(FileNotFoundError):
-            os.rename(self.claim, aside)
-            if self._read_claim(aside)[0] != judged:
+            os.rename(self.claim, self.temporary)
+            if self._read_claim(self.temporary)[0] != judged:
                 with contextlib.suppress(FileExistsError):
-                    os.link(aside, self.claim)
-            aside.unlink()
+                    os.link(self.temporary, self.claim)
+            self.temporary.unlink()
 
     def _renew(self) -> None:
         while not self.released.wait(RENEW_EVERY):
