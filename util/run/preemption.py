@@ -10,6 +10,7 @@ Exit codes: 75 (EX_TEMPFAIL: saved, start me again), 143 and 130 (second SIGTERM
 import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -126,10 +127,23 @@ class Preemption:
         job = os.environ.get("SLURM_JOB_ID")
         if job is None:
             logger.warning("saved; start the same command again to continue")
-            return
-        try:
-            subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
+        elif reason := _requeue_in_slurm(job):
+            logger.warning("saved, but job %s is not queued again (%s): submit it again to continue", job, reason)
+        else:
             logger.warning("saved; job %s is queued again", job)
-        except (OSError, subprocess.CalledProcessError) as error:  # no batch job, or one that may not be requeued
-            why = str(getattr(error, "stderr", None) or error).strip()
-            logger.warning("saved, but job %s is not queued again (%s): submit it again to continue", job, why)
+
+
+def _requeue_in_slurm(job: str) -> str:
+    """Have Slurm queue our `job` again; why it does not, or ''."""
+
+    def scontrol(*arguments: str) -> str:
+        return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        # Slurm would queue a job again that is being cancelled, too. (Of an array it may show all tasks.)
+        if not re.search(rf"^JobId={job} .*\bJobState=RUNNING\b", scontrol("show", "job", "-o", job), re.MULTILINE):
+            return "it is being ended already"
+        scontrol("requeue", job)
+    except (OSError, subprocess.CalledProcessError) as error:  # no batch job, or one that may not be requeued
+        return str(getattr(error, "stderr", None) or error).strip()
+    return ""
