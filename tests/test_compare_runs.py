@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from running import fails, make_images, read_lines, run
 from trials import TINY, Trial
 
 import util.compare_runs
+from main_pretrain import PretrainConfig
 from util.compare_runs import relative_difference, whole_decades
 from util.run import provenance
 
@@ -227,3 +229,23 @@ def test_uncommitted_changes_are_recorded(tmp_path, monkeypatch):
         assert text.encode() in provenance.uncommitted_changes()
     assert described[0] != described[1]
     provenance.ask_git.cache_clear()
+
+
+def test_uncommitted_changes_are_written_where_config_json_tells_of_some(tmp_path, monkeypatch):
+    """Not those that somebody makes between the two questions to git; the file is replaced as a whole."""
+    config = PretrainConfig(data_path=str(tmp_path), output_dir=str(tmp_path), device="cpu")
+    state = SimpleNamespace(program="a", settings={}, data={}, progress=SimpleNamespace(step=0))
+
+    def write(commit: str, changes: bytes) -> bytes | None:
+        monkeypatch.setattr(provenance, "describe_commit", lambda: commit)
+        monkeypatch.setattr(provenance, "uncommitted_changes", lambda: changes)
+        provenance.write_provenance(config, state)
+        found = tmp_path / "uncommitted.diff"
+        return found.read_bytes() if found.exists() else None
+
+    assert write("0123-dirty (uncommitted changes 45)", b"first") == b"first"
+    with open(tmp_path / "uncommitted.diff", "rb") as earlier:
+        assert write("0123-dirty (uncommitted changes 67)", b"second") == b"second"
+        assert earlier.read() == b"first"
+    assert write("0123", b"of another moment") is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]

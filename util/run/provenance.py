@@ -104,13 +104,13 @@ def write_provenance(config: TrainingConfig, state: TrainingState) -> None:
     }
     if state.progress.step:
         content["earlier"] = earlier_starts(folder / CONFIGURATION, content, state.progress.step)
-    temporary = folder / f".{CONFIGURATION}.tmp"
-    temporary.write_bytes(json.dumps(content, indent=2).encode("utf-8", "surrogateescape") + b"\n")
-    os.replace(temporary, folder / CONFIGURATION)
-    (folder / CHANGES).unlink(missing_ok=True)
+    replace_file(folder / CONFIGURATION, json.dumps(content, indent=2).encode("utf-8", "surrogateescape") + b"\n")
+    differs = "-dirty" in content["environment"]["commit"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        if changes := uncommitted_changes():
-            (folder / CHANGES).write_bytes(changes)
+        if changes := uncommitted_changes() if differs else b"":
+            replace_file(folder / CHANGES, changes)
+        else:
+            (folder / CHANGES).unlink(missing_ok=True)
 
 
 def earlier_starts(path: Path, now: dict[str, Any], step: int) -> list[dict[str, Any]]:
@@ -129,3 +129,9 @@ def earlier_starts(path: Path, now: dict[str, Any], step: int) -> list[dict[str,
         return [*before.get("earlier", []), *([{"until_step": step, **found}] if found else [])]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # nothing there, or another program's
         return []
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
