@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,12 +55,17 @@ def test_flags_are_checked_before_submitting(tmp_path, capsys):
     assert "--epochs: invalid int value: 'many'" in capsys.readouterr().err
 
 
+def install_slurm(folder: Path, sbatch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put stand-ins of Slurm's commands, `sbatch` among them, into `folder` and this at the head of PATH."""
+    folder.mkdir()
+    for name, script in (("sbatch", sbatch), ("srun", "exit 0")):
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
 def test_what_slurm_refuses_is_said_in_one_line(tmp_path, capsys, monkeypatch):
-    for name, script in (("sbatch", "echo 'invalid partition specified: gpux' >&2; exit 1"), ("srun", "exit 0")):
-        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    install_slurm(tmp_path / "bin", "echo 'invalid partition specified: gpux' >&2; exit 1", monkeypatch)
     flags = ["--partition", "gpux", "--data_path", str(tmp_path), "--job_dir", str(tmp_path / "jobs")]
     with pytest.raises(SystemExit) as ended:
         submit.main(["pretrain", *flags])
@@ -67,6 +73,15 @@ def test_what_slurm_refuses_is_said_in_one_line(tmp_path, capsys, monkeypatch):
     assert re.search(
         "Slurm did not take the job: .*invalid partition specified: gpux", capsys.readouterr().err, re.DOTALL
     )
+
+
+def test_options_of_sbatch_may_have_an_empty_value_or_none(tmp_path, monkeypatch):
+    install_slurm(tmp_path / "bin", "echo Submitted batch job 7", monkeypatch)
+    flags = ["--partition", "gpu", "--data_path", str(tmp_path), "--job_dir", str(tmp_path / "jobs")]
+    submit.main(["pretrain", *flags, "--slurm", "comment=", "--slurm", "qos=long", "--slurm", "contiguous"])
+    script = (tmp_path / "jobs" / "7_submission.sh").read_text()
+    options = [line.removeprefix("#SBATCH --") for line in script.splitlines()]
+    assert {"comment=''", "qos=long", "contiguous"} <= set(options)
 
 
 @pytest.fixture

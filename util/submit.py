@@ -119,7 +119,8 @@ def submit(given: SubmitConfig, task: str, options: list[str], flags: list[str])
     parsed = runpy.run_path(str(ROOT / main))["get_args_parser"]().parse_args(flags)
     if not getattr(parsed, "dataset", "") and not Path(parsed.data_path).exists():
         raise UserError(f"the data folder (or list of images) '{parsed.data_path}' does not exist")
-    further = {key: value or True for key, _, value in (option.partition("=") for option in options)}
+    parts = (option.partition("=") for option in options)
+    further = {key: value if separator else True for key, separator, value in parts}
 
     folder = str(Path(given.job_dir).absolute())
     try:
