@@ -14,7 +14,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -158,7 +158,7 @@ def test_the_normal_end_does_not_fail_when_a_rank_is_gone(monkeypatch):
 # ---------------------------------------------------------------------------------------------------
 
 PROLOGUE = """
-import argparse, logging, os, signal, sys, time
+import argparse, logging, os, re, signal, sys, time
 import torch
 from util.errors import UserError
 from util.run import distributed, failures
@@ -220,6 +220,7 @@ def finish(processes, timeout=60):
 
 def test_reductions_and_gathering_across_ranks(tmp_path):
     body = """
+    os.environ["SLURMD_NODENAME"] = "b" if os.environ["RANK"] == "2" else "a"
     launch = distributed.init_distributed(args)
     rank = distributed.get_rank()
     assert (launch.rank, launch.world_size, launch.device) == (rank, 3, torch.device("cpu"))
@@ -252,7 +253,54 @@ def test_reductions_and_gathering_across_ranks(tmp_path):
     entered = float(re.search(r"entered at (.*)", outputs[0])[1])
     for output in outputs:  # srun may kill those that are left when the first leaves
         assert float(re.search(r"left at (.*)", output)[1]) >= entered
-    assert re.search(r"started by torchrun: 3 processes \(3 on \S+\), meeting at file:", outputs[0])
+    assert re.search(r"started by torchrun: 3 processes \(2 on a, 1 on b\), meeting at file:", outputs[0])
+
+
+def test_errors_of_one_rank_are_those_of_all_and_name_the_node_unless_they_are_everywhere(tmp_path):
+    body = r"""
+    from functools import partial
+    from util.weights.file import CheckpointError
+
+    launch = distributed.init_distributed(args)
+    rank = distributed.get_rank()
+
+    def outcome(act):
+        try:
+            return distributed.together(act)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    def fail(ranks, error):
+        if rank in ranks:
+            raise error
+        return "fine"
+
+    assert outcome(partial(fail, (), None)) == "fine"
+    assert outcome(partial(fail, (), None) if rank else None) == ("fine" if rank else None)
+    for ranks, acting, where in (
+        ((0, 1, 2), (0, 1, 2), ""),
+        ((0,), (0,), ""),
+        ((1, 2), (1, 2), ""),
+        ((0,), (0, 1, 2), r"on \S+ \(rank 0\): "),
+        ((1, 2), (0, 1, 2), r"on \S+ \(rank 1\): "),
+        ((1,), (1, 2), r"on \S+ \(rank 1\): "),
+    ):
+        for error, expected in (
+            (CheckpointError("a"), f"CheckpointError: {where}a"),
+            (failures.RunError("b"), f"RunError: {where}b"),
+            (KeyError("c"), f"RuntimeError: {where}KeyError: 'c'"),
+        ):
+            found = outcome(partial(fail, ranks, error) if rank in acting else None)
+            assert re.fullmatch(expected, found), (ranks, acting, expected, found)
+    try:
+        distributed.once_per_node(lambda verify: fail((1, 2), CheckpointError("of the others")))
+    except CheckpointError as error:
+        assert str(error) == "of the others"
+    else:
+        raise AssertionError("all but the first of the node have failed")
+    """
+    codes, outputs = finish(start_ranks(tmp_path, body, 3))
+    assert codes == [0, 0, 0], outputs
 
 
 def start_as_ranks(args: argparse.Namespace) -> None:
@@ -352,6 +400,25 @@ def test_survivors_say_which_rank_is_gone(tmp_path, signal_name, victim):
         assert f"RunError: rank {processes.index(survivors[outputs.index(output)])} of 3" in output
         assert f"rank(s) {victim} no longer answer" in output
         assert "--dist_timeout 4 s" in output
+
+
+@pytest.mark.parametrize(
+    "rank_1_gave_up, said",
+    [
+        (60.0, "rank 1 gave up 60 s ago, so it is this rank that was stopped or too slow"),  # woken from SIGSTOP
+        (0.5, "all ranks still answer, so one of them was too slow"),
+        (None, "rank(s) 1 no longer answer"),
+    ],
+)
+def test_who_was_too_slow_is_told_by_when_the_others_gave_up(monkeypatch, rank_1_gave_up, said):
+    monkeypatch.setattr(failures, "SURVIVOR_WAIT", 1.0)
+    store = distributed.dist.HashStore()
+    if rank_1_gave_up is not None:
+        store.set("failed/1", str(time.time() - rank_1_gave_up))
+    launch = replace(detect_launch(TORCHRUN), rank=0, world_size=2, master_addr="")
+    findings = []
+    failures._find_suspect(distributed.World(launch, 5.0, store, None), findings)
+    assert findings[-1] == said
 
 
 @pytest.mark.slow
@@ -456,3 +523,31 @@ def test_a_cancelled_job_is_not_brought_back(monkeypatch, while_saving):
             preemption.exit_for_requeue()
     finally:
         preemption.close()
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "CANCELLED"])
+def test_only_a_job_that_still_runs_is_queued_again(tmp_path, monkeypatch, caplog, state):
+    """`scontrol requeue` takes others, too, and would bring a cancelled job back."""
+    script = f"""#!/bin/sh
+        echo "$@" >> {tmp_path}/calls
+        if [ "$1" = show ]; then
+            echo "JobId=17 ArrayJobId=17 JobName=a UserId=b JobState={state} Reason=None"
+            echo "JobId=16 ArrayJobId=17 JobName=a UserId=b JobState={"CANCELLED" if state == "RUNNING" else "RUNNING"}"
+        fi"""
+    (tmp_path / "scontrol").write_text(script)
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    preemption = Preemption()
+    preemption.install()
+    preemption._previous[signal.SIGUSR1] = preemption._previous[signal.SIGUSR2] = signal.SIG_DFL  # not submitit's
+    try:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert preemption.requested_on_any_rank()
+        with caplog.at_level("WARNING"), pytest.raises(SystemExit):
+            preemption.exit_for_requeue()
+    finally:
+        preemption.close()
+    asked = (tmp_path / "calls").read_text().splitlines()
+    assert ("requeue 17" in asked) == (state == "RUNNING")
+    assert ("job 17 is queued again" in caplog.text) == (state == "RUNNING")

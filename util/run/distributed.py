@@ -14,6 +14,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -165,33 +166,36 @@ def gather_objects(obj: Any) -> list[Any]:
     return gathered
 
 
-def together(act: Callable[[], T]) -> T:
-    """What `act()` gives on this rank, once it has been done on all.
+def together(act: Callable[[], T] | None) -> T | None:
+    """What `act()` gives on this rank, once it has been done on all that are given one; None on the others.
 
     Raises:
-        UserError: on all ranks, where `act` raises one on any; names the node unless rank 0 has raised it, too.
-        RuntimeError: on all ranks, where it raises something else on any.
+        UserError, RunError: on all ranks, where `act` raises one on any, of the first's class; names the node unless
+            `act` has failed everywhere.
+        RuntimeError: on all ranks, where the first has raised something else.
     """
     if not world:
-        return act()
+        return act() if act else None
     found, error, failure = None, None, None
     try:
-        found = act()
-    except UserError as caught:
-        error, failure = caught, (UserError, str(caught))
+        found = act() if act else None
+    except (UserError, RunError) as caught:
+        error, failure = caught, (type(caught), str(caught))
     except Exception as caught:  # the others must not wait for this rank
         error, failure = caught, (RuntimeError, f"{type(caught).__name__}: {caught}")
-    of_ranks = gather_objects(failure and (*failure, f"on {socket.gethostname()} (rank {get_rank()}): "))
-    if failed := next(filter(None, of_ranks), None):
-        kind, message, where = failed
-        raise kind(message if of_ranks[0] else where + message) from error
+    answers = gather_objects((act is not None, failure, f"on {socket.gethostname()} (rank {get_rank()}): "))
+    failed = [(*failure, where) for _, failure, where in answers if failure]
+    if failed:
+        kind, message, where = failed[0]
+        everywhere = len(failed) == sum(acted for acted, *_ in answers)
+        raise kind(message if everywhere else where + message) from error
     return found
 
 
 def on_main_process(answer: Callable[[], T]) -> T:
     """What `answer()` gives on rank 0, on every rank. It is pickled, so keep it small and our own; raises as
     `together`."""
-    return gather_objects(together(answer if is_main_process() else lambda: None))[0]
+    return gather_objects(together(answer if is_main_process() else None))[0]
 
 
 def once_per_node(read: Callable[..., T]) -> T:
@@ -201,8 +205,9 @@ def once_per_node(read: Callable[..., T]) -> T:
     So a file is read from end to end once per node, and the other ranks find in memory what they need of it.
     """
     first = not world or world.launch.local_rank == 0
-    found = together(lambda: read(verify=True) if first else None)
-    return together(lambda: found if first else read(verify=False))
+    of_first = together(partial(read, verify=True) if first else None)
+    of_others = together(None if first else partial(read, verify=False))
+    return of_first if first else of_others
 
 
 def gather_on_main(obj: Any) -> list[Any] | None:

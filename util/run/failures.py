@@ -45,7 +45,7 @@ NETWORK_FAILURE_SIGNS = ("refused", "no route", "unreachable", "network error", 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Around all but training: what is explained in one line ends in it, with exit code 2.
+    """Around all but training: an error that one line explains ends the process with that line and exit code 2.
 
     Of ranks of a node that fail with the same message the first says it, and rank 0, whose log may be a file of its
     own. A bad image and a RunError are one rank's own.
@@ -169,17 +169,21 @@ def explain_lost_rank(error: Exception) -> RunError | None:
 
 def _find_suspect(world: World, findings: list[str]) -> None:
     """Report our failure to the store; append to `findings`, again and again, which ranks have not done so too."""
-    launch, deadline = world.launch, time.monotonic() + SURVIVOR_WAIT
+    launch, store, now = world.launch, world.store, time.time()
+    deadline = time.monotonic() + SURVIVOR_WAIT
     with contextlib.suppress(OSError, RuntimeError):  # the store is gone
         if launch.master_addr:  # the store itself would log a C++ stack trace when nobody listens
             socket.create_connection((launch.master_addr, launch.master_port), timeout=1.0).close()
-        world.store.set(f"failed/{launch.rank}", "")
+        store.set(f"failed/{launch.rank}", str(now))
         missing = list(range(launch.world_size))
         while missing and time.monotonic() < deadline:
             time.sleep(0.1)
-            missing = [rank for rank in missing if not world.store.check([f"failed/{rank}"])]
+            missing = [rank for rank in missing if not store.check([f"failed/{rank}"])]
+            findings.append(f"rank(s) {', '.join(map(str, missing))} no longer answer")
+        if not missing:
+            first, rank = min((float(store.get(f"failed/{rank}")), rank) for rank in range(launch.world_size))
             findings.append(
-                f"rank(s) {', '.join(map(str, missing))} no longer answer"
-                if missing
+                f"rank {rank} gave up {now - first:.0f} s ago, so it is this rank that was stopped or too slow"
+                if now - first > SURVIVOR_WAIT
                 else "all ranks still answer, so one of them was too slow"
             )
