@@ -14,7 +14,7 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """Something that ends a run although nothing need be wrong with the program; its message, too, is for people."""
+    """Something that ends a run although the program may be right; its message, too, is for people."""
 
 
 @contextlib.contextmanager

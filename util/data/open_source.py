@@ -159,7 +159,7 @@ def _index(place: Path, expected: Path, require_labels: bool, config: Config) ->
     if require_labels and place != expected and not config.val_share:
         raise UserError(
             f"{expected} does not exist; it must hold the {expected.name} images, one folder per class; or let "
-            f"--val_share 0.1 set a part of the training images aside, whose class folders may lie in {place} itself"
+            f"--val_share 0.1 set a part of the training images aside; with it, class folders may lie in {place} itself"
         )
     index = load_index(place, extensions)
     if require_labels and index.classes is None:

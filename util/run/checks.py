@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def refuse_folders_of_other_runs(given: TrainingConfig) -> None:
-    """Raise a UserError where a run starts in a folder that holds another one, or that one's curves (--log_dir)."""
+    """Raise a UserError where a run starts in a folder that holds another one, or --log_dir another one's curves."""
     folder = Path(given.output_dir)
     continues = given.resume == "auto" or (given.resume and Path(given.resume).parent.resolve() == folder.resolve())
     if not continues and any(folder.glob("checkpoint*.pth")):

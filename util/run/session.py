@@ -279,7 +279,7 @@ class Run:
         logger.info("epoch %d done: %s", epoch, ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
 
     def stop(self) -> NoReturn:
-        """Leave after saving, on all ranks together, as `Preemption.exit_for_requeue`."""
+        """Leave after saving, on all ranks together; raises as `Preemption.exit_for_requeue`."""
         self.bar.close()
         logger.warning("stopped on request at %s", self.state.progress)
         if how := to_continue(self.config.world_size):
