@@ -31,8 +31,8 @@ def other_initialisation(rank: int) -> None:
 def other_crops(rank: int) -> None:
     initialise = util.data.transforms.RandomCropAndFlip.__init__
 
-    def narrower(self, size, scale):
-        initialise(self, size, scale=(scale[0] + 0.01, scale[1]))
+    def narrower(self, size, scale, *others):
+        initialise(self, size, (scale[0] + 0.01, scale[1]), *others)
 
     util.data.transforms.RandomCropAndFlip.__init__ = narrower
 
