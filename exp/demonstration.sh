@@ -9,6 +9,7 @@
 #   seeds    what they run with where no --seed is given
 #   extras   packages that they need besides the requirements; may be missing
 #   names    what --only chooses from, with blanks between; where it is missing, there is no --only
+#   check_settings  a function that refuses what is wrong before the work starts; may be missing
 # and get, in the root of the repository and with its environment made,
 #   seeds, output (a full path), python, start (seconds), only (the names that are chosen, in the order of names)
 set -eu
@@ -52,6 +53,7 @@ for name in $chosen; do
     case " $only " in *" $name "*) ;; *) refuse "--only $name is not one of $names" ;; esac
 done
 [ -n "$only" ] || [ -z "$chosen" ] || refuse "--only needs names out of $names"
+if command -v check_settings >/dev/null; then check_settings; fi
 mkdir -p "${output:=$here/result}"
 output=$(cd -- "$output" && pwd)
 cd -- "$here/../.."

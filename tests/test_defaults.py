@@ -6,7 +6,9 @@ import os
 import re
 import signal
 import subprocess
+import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,8 @@ from trials import Trial
 
 import main_finetune
 import main_pretrain
-from util.data.survey import Survey, channels_come_first, shape_in_header
+from util.data.open_source import open_source
+from util.data.survey import Survey, channels_come_first, shape_in_header, survey_images
 from util.run.defaults import choose_for_finetuning, choose_for_pretraining
 from util.run.flags import given_flags
 from util.run.preemption import EXIT_REQUEUE
@@ -75,9 +78,26 @@ def test_headers(tmp_path):
     Image.new("I;16", (30, 20)).save(tmp_path / "deep.png")
     np.save(tmp_path / "bands.npy", np.zeros((20, 30, 13), np.uint16))
     np.save(tmp_path / "grey.npy", np.zeros((20, 30), np.float32))
-    found = {path.stem: shape_in_header(str(path)) for path in tmp_path.iterdir()}
+    found = {path.stem: shape_in_header(str(path), path.name) for path in tmp_path.iterdir()}
     channels = {"colour": 3, "palette": 3, "deep": 1, "bands": 13, "grey": 1}
     assert found == {name: (20, 30, number) for name, number in channels.items()}
+
+
+def test_images_in_a_tar_are_looked_at_as_those_of_a_folder(tmp_path):
+    """Above all, grey ones are not taken for colours."""
+    folder, tar = tmp_path / "folder", tmp_path / "images.tar"
+    make_images(folder, 6, (28, 20))
+    np.save(folder / "bands.npy", np.zeros((28, 20), np.uint8))
+    with tarfile.open(tar, "w") as file:
+        file.add(folder, ".")
+        file.addfile(tarfile.TarInfo("damaged.png"))
+    flags = main_pretrain.get_args_parser()
+    surveys = []
+    for path in (folder, tar):
+        given = given_flags(main_pretrain.PretrainConfig, flags.parse_args(["--data_path", str(path)]))
+        surveys.append(survey_images(open_source(replace(given, in_chans=3), "train", require_labels=False)))
+    assert surveys[0] == Survey(images=7, in_chans=1, size=(28, 20), longest_side=28)
+    assert surveys[1] == replace(surveys[0], images=8)
 
 
 @pytest.mark.parametrize(

@@ -16,29 +16,26 @@
 seeds='0 1 2'
 here=$(cd -- "$(dirname -- "$0")" && pwd)
 
-refuse() {
-    echo "$0: $*" >&2
-    exit 2
-}
-
 # count_classes SET: the number of its folders of classes, where DATA has it.
 count_classes() { find -L "$DATA/$1" -mindepth 1 -maxdepth 1 -type d 2>/dev/null | wc -l; }
 
 EPOCHS=${EPOCHS:-4} # of pretraining
-case $EPOCHS in
-0* | *[!0-9]*) refuse "EPOCHS=$EPOCHS must be a whole number of epochs of pretraining, from 1" ;;
-esac
-if [ -n "${DATA:-}" ]; then # before the work starts
-    [ -d "$DATA" ] || refuse "DATA=$DATA is not a folder; needed is one with train/CLASS/ and val/CLASS/"
-    for set in train val; do
-        [ "$(count_classes $set)" -gt 0 ] ||
-            refuse "DATA=$DATA has no folders of classes in $set/; needed are train/CLASS/ and val/CLASS/"
-    done
-    if [ "$(count_classes train)" -lt 2 ] || [ "$(count_classes train)" -gt 500 ]; then
-        refuse "DATA=$DATA has $(($(count_classes train))) folders of classes in train/; 2 to 500 are needed"
+check_settings() {
+    case $EPOCHS in
+    0* | *[!0-9]*) refuse "EPOCHS=$EPOCHS must be a whole number of epochs of pretraining, from 1" ;;
+    esac
+    if [ -n "${DATA:-}" ]; then # before the work starts
+        [ -d "$DATA" ] || refuse "DATA=$DATA is not a folder; needed is one with train/CLASS/ and val/CLASS/"
+        for set in train val; do
+            [ "$(count_classes $set)" -gt 0 ] ||
+                refuse "DATA=$DATA has no folders of classes in $set/; needed are train/CLASS/ and val/CLASS/"
+        done
+        if [ "$(count_classes train)" -lt 2 ] || [ "$(count_classes train)" -gt 500 ]; then
+            refuse "DATA=$DATA has $(($(count_classes train))) folders of classes in train/; 2 to 500 are needed"
+        fi
+        DATA=$(cd -- "$DATA" && pwd)
     fi
-    DATA=$(cd -- "$DATA" && pwd)
-fi
+}
 
 names=$(sed -n 's/^ *variant \([a-z_0-9]*\).*/\1/p' "$here/run.sh" | tr '\n' ' ') # the lines of matrix, below
 names=${names% }

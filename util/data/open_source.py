@@ -74,29 +74,36 @@ def open_source(config: Config, split: str, require_labels: bool) -> Source:
     `require_labels`: unlabelled images and empty class folders are errors. The classes of 'val' are those of the
     training images, where there are any. Raises UserError.
     """
-    path = Path(config.data_path)
-    place = path if config.dataset not in FOLDER_DATASETS else _place(path, "train" if config.val_share else split)
-    if config.val_share:
-        _refuse_to_divide(path, place, config)
-    if config.dataset not in FOLDER_DATASETS:
+    if config.dataset in FOLDER_DATASETS:
+        source = _open_files(Path(config.data_path), split, require_labels, config)
+    elif config.val_share:
+        raise UserError(f"--val_share divides folders and lists of images, not --dataset {config.dataset}")
+    else:
         source = open_timm_source(split, config)
-    elif place.suffix == ".tar":
+    if require_labels and source.classes is None:
+        raise UserError(f"the images of {config.data_path} ({split}) have no labels: put them in one folder per class")
+    return source
+
+
+def _open_files(path: Path, split: str, require_labels: bool, config: Config) -> Source:
+    """The images of `split` in a folder, list or tar, or in a part of a --data_path that is one; as `open_source`."""
+    place = _place(path, "train" if config.val_share else split)
+    if config.val_share:
+        _refuse_to_divide(path, place, config.val_share)
+    if place.suffix == ".tar":
         source = TarSource(place, config)
         train_classes = _train_classes(path, config) if split == "val" else None
         if train_classes is not None and source.classes != train_classes:
             different = sorted(set(source.classes or ()) ^ set(train_classes))
             raise UserError(f"{place} and the training images differ in their classes: {abbreviate(different)}")
-    else:
-        index = _index(place, path / split, require_labels, config)
-        if config.val_share:
-            aside = index.set_aside(config.val_share)
-            index = index.select(aside if split == "val" else ~aside)
-        elif split == "val" and index.classes and (train_classes := _train_classes(path, config)) is not None:
-            index = index.with_classes(train_classes)
-        source = FileSource(index, config, numbered=place.is_file())
-    if require_labels and source.classes is None:
-        raise UserError(f"the images of {config.data_path} ({split}) have no labels: put them in one folder per class")
-    return source
+        return source
+    index = _index(place, path / split, require_labels, config)
+    if config.val_share:
+        aside = index.set_aside(config.val_share)
+        index = index.select(aside if split == "val" else ~aside)
+    elif split == "val" and index.classes and (train_classes := _train_classes(path, config)) is not None:
+        index = index.with_classes(train_classes)
+    return FileSource(index, config, numbered=place.is_file())
 
 
 def _place(path: Path, split: str) -> Path:
@@ -129,17 +136,15 @@ def _place(path: Path, split: str) -> Path:
     return folder
 
 
-def _refuse_to_divide(path: Path, place: Path, config: Config) -> None:
+def _refuse_to_divide(path: Path, place: Path, share: float) -> None:
     """Raise a UserError where --val_share cannot divide the images at `place`, or --data_path holds others for it."""
-    if config.dataset not in FOLDER_DATASETS:
-        raise UserError(f"--val_share divides folders and lists of images, not --dataset {config.dataset}")
     if place.suffix == ".tar":
         raise UserError(
             f"--val_share divides folders and lists of images, not the tar of --data_path {path}: unpack it, or make a "
             "val.tar beside a train.tar and give their folder without --val_share"
         )
     if (found := find_validation(path)) is not None:
-        raise UserError(f"--val_share {config.val_share:g} divides the images, but {found} is there: use one of both")
+        raise UserError(f"--val_share {share:g} divides the images, but {found} is there: use one of both")
 
 
 def find_validation(data_path: str | Path) -> Path | None:

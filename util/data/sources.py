@@ -3,6 +3,7 @@
 import bisect
 import filecmp
 import functools
+import io
 import itertools
 import os
 import tarfile
@@ -52,6 +53,10 @@ class Source:
         """What to call image `i` in a message: its path, where it has one."""
         raise NotImplementedError
 
+    def file(self, i: int) -> str | io.BytesIO:
+        """The file of image `i`: its path, or its content. Raises NotImplementedError where images are no files."""
+        raise NotImplementedError
+
     def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, Any]:
         """Image of shape (in_chans, h, w) and its target: a label, -1 without. Raises BadImageError or OSError."""
         raise NotImplementedError
@@ -79,6 +84,8 @@ class FileSource(Source):
 
     def path(self, i: int) -> str:
         return self.index.path(i)
+
+    file = path
 
     def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, Any]:
         if self.reader:
@@ -135,14 +142,20 @@ class TarSource(Source):
     def path(self, i: int) -> str:
         return self.names[i]
 
+    def file(self, i: int) -> io.BytesIO:
+        return io.BytesIO(self._content(i))
+
     def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, int]:
+        label = -1 if self.targets is None else int(self.targets[i])
+        return open_image(self._content(i), self.in_chans, self.ignore_exif, self.max_pixels), label
+
+    def _content(self, i: int) -> bytes:
         self._file = self._file or open(self.tar, "rb", buffering=0)
         # Without moving the position in the file, which forked workers share.
         data = os.pread(self._file.fileno(), self.bytes[i], self.positions[i])
         if len(data) < self.bytes[i]:
             raise BadImageError(f"{self.tar} is truncated")
-        label = -1 if self.targets is None else int(self.targets[i])
-        return open_image(data, self.in_chans, self.ignore_exif, self.max_pixels), label
+        return data
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_file": None}

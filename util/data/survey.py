@@ -4,6 +4,7 @@ import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -40,10 +41,11 @@ def survey_images(source: Source, reader: str = "", in_chans: int | None = None)
     shapes = []
     for number in range(min(SAMPLE, count)):
         try:
-            path = source.path(number * count // min(SAMPLE, count))
-            shape = find_reader(reader)(path).shape if reader else shape_in_header(path)
+            image = number * count // min(SAMPLE, count)
+            file = source.file(image)
+            shape = find_reader(reader)(file).shape if reader else shape_in_header(file, source.path(image))
             shapes.append((*shape, 1) if len(shape) == 2 else shape)
-        except Exception:  # not a file (a tar, a data set of timm's), or whatever Pillow raises on damaged ones
+        except Exception:  # not a file (in a data set of timm's), or whatever Pillow raises on damaged ones
             continue
     channels = Counter(shape[2] for shape in shapes)
     if in_chans is None and len(channels) > 1 and set(channels) != {1, 3}:
@@ -78,16 +80,19 @@ def channels_come_first(shape: tuple[int, int, int]) -> bool:
     return short and max(second, third) <= 2 * min(second, third)
 
 
-def shape_in_header(path: str) -> tuple[int, int, int]:
-    """(height, width, channels) of an image file, without decoding it; 1 channel is grey, 3 is colour of any kind."""
-    if path.lower().endswith(".npy"):
-        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+def shape_in_header(file: str | BinaryIO, name: str) -> tuple[int, int, int]:
+    """(height, width, channels) of an image file, without decoding it; 1 channel is grey, 3 is colour of any kind.
+
+    `file` is its path or its content, `name` ends as the file's name.
+    """
+    if name.lower().endswith(".npy"):
+        shape = np.load(file, mmap_mode="r" if isinstance(file, str) else None, allow_pickle=False).shape
         return (*shape, 1) if len(shape) == 2 else shape
-    if path.lower().endswith((".tif", ".tiff")) and tifffile is not None:
-        with tifffile.TiffFile(path) as file:
-            sizes = dict(zip(file.series[0].axes, file.series[0].shape, strict=True))
+    if name.lower().endswith((".tif", ".tiff")) and tifffile is not None:
+        with tifffile.TiffFile(file) as tiff:
+            sizes = dict(zip(tiff.series[0].axes, tiff.series[0].shape, strict=True))
         height, width = sizes.pop("Y"), sizes.pop("X")
         bands = math.prod(sizes.values())
         return height, width, 3 if "S" in sizes and bands == 4 else bands
-    with Image.open(path, formats=PILLOW_FORMATS) as image:
+    with Image.open(file, formats=PILLOW_FORMATS) as image:
         return image.height, image.width, 1 if image.mode in GREY_MODES else 3
