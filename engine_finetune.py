@@ -116,8 +116,9 @@ def evaluate(
         loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum()
         scores, classes = logits.softmax(dim=1).topk(top, dim=1)
         hits = classes == targets[:, None]
-        for count, counted in zip(counts, (targets, targets[hits[:, 0]], targets[hits.any(dim=1)])):
-            count += torch.bincount(counted, minlength=nb_classes)
+        # By additions, which a GPU runs on after: bincount and hits as an index wait for the number of results.
+        counted = torch.stack([torch.ones_like(targets), hits[:, 0], hits.any(dim=1)])
+        counts.index_add_(1, targets, counted)
         if keep_predictions:
             rows = zip(keys, targets.tolist(), classes.tolist(), scores.tolist())
             predictions += [(index, target, best, score) for (_, index), target, best, score in rows]

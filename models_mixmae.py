@@ -283,8 +283,11 @@ class MixMAE(SwinTransformer):
         if not self.uses_groups:
             return self.forward_stages(x)[-1]
         tuples = images_of_tuples(len(x), self.mix_images)
-        latent = torch.cat([self.forward_stages(x[rows], group=mask[rows[0]])[-1] for rows in tuples])
-        return latent[torch.tensor(tuples).flatten().argsort()]
+        # A GPU would wait for an index from the CPU, so images are taken one by one, and the way back is copied.
+        mixtures = (torch.stack([x[i] for i in rows]) for rows in tuples)
+        latent = torch.cat([self.forward_stages(x, mask[rows[0]])[-1] for x, rows in zip(mixtures, tuples)])
+        back = torch.tensor(tuples, device="cpu").flatten().argsort()
+        return latent.index_select(0, to_device(back, latent.device))
 
     # -- Unmix and decode ----------------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ def evaluate(
         if keep is not None:
             keep(index, classes[0].cpu())
     model.train(was_training)
-    confusion, images = distributed.all_reduce_sum(confusion), distributed.all_reduce_sum(images)
+    confusion, images = distributed.all_reduce_sum(confusion), int(distributed.all_reduce_sum(images))
     if images != len(loader.dataset):
         raise RuntimeError(f"evaluation saw {images} images of {len(loader.dataset)}: please report this as a bug")
     if not confusion.any():
