@@ -2,6 +2,8 @@
 
 import functools
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,11 +90,26 @@ def test_a_measured_speed_takes_the_place_of_the_assumed_one(base, capsys):
 def test_what_is_assumed_is_said(capsys):
     said = output(capsys, *BASE, "--finetune_epochs", 0)
     assert said.count("GFLOP per image") == 1 and "fine-tuning, 100" not in said
-    for assumption in ("30% of 989 TFLOP/s (dense bf16), assumed", "N times as fast as one, assumed", "Not counted:"):
+    for assumption in (
+        "16% of 989 TFLOP/s (dense bf16), which base reached",
+        "N times as fast as one, assumed",
+        "Not counted:",
+    ):
         assert assumption in said
     assert [line.split()[0] for line in said.splitlines()[2:6]] == ["1", "8", "16", "64"]
     said = output(capsys, *BASE, "--finetune_epochs", 0, "--utilisation", 0.4)
     assert "40% of 989 TFLOP/s (dense bf16), as given" in said
+
+
+@pytest.mark.parametrize("read", [0, 1])
+def test_whoever_reads_may_stop_reading(read):
+    """As in `| head`: no traceback."""
+    command = [sys.executable, "-u", "-m", "util.cost", "--model", "mixmae_quickstart"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(read):
+        assert process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
 
 
 @pytest.mark.parametrize(

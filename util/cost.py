@@ -22,7 +22,7 @@ from util.run.flags import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, SHARE, Config, fl
 from util.run.metrics import count_work, training_operations
 from util.weights.settings import ENCODERS, resolve_model_name
 
-ASSUMED_UTILISATION = 0.3
+ASSUMED_UTILISATION = 0.16  # what pretraining of base reached on an H100, see tests/README.md
 IMAGENET = 1_281_167  # training images
 FINETUNING_EPOCHS = {"mixmae_large": 50, "mixmae_huge": 50}  # of our recipes; for other models
 USUAL_FINETUNING_EPOCHS = 100
@@ -53,7 +53,10 @@ class CostConfig(Config):
         989.0, "the GPU's dense bf16 peak in TFLOP/s: H100 SXM 989, A100 312", "X", POSITIVE
     )  # fmt: skip
     utilisation: float | None = flag(
-        None, f"share of the peak that training reaches (default: {ASSUMED_UTILISATION}, assumed)", "SHARE", SHARE
+        None,
+        f"share of the peak that training reaches (default: {ASSUMED_UTILISATION}, as base did on an H100)",
+        "SHARE",
+        SHARE,
     )
     images_per_second: float | None = flag(
         None,
@@ -156,8 +159,8 @@ def assumptions(config: CostConfig, utilisation: float) -> str:
     if config.images_per_second is not None:
         speed = f"{config.images_per_second:g} images/s as measured, {share}; in fine-tuning the same share, assumed"
     else:
-        origin = "as given" if config.utilisation else "assumed"
-        speed = f"{share}, {origin}: measure one GPU and give its log's images/s as --images_per_second"
+        origin = "as given" if config.utilisation else "which base reached on an H100 in pretraining"
+        speed = f"{share}, {origin}: measure yours and give its log's images/s as --images_per_second"
     if config.scaling_efficiency is None:
         scaling = "N times as fast as one, assumed: give --scaling_efficiency if they are not"
     else:

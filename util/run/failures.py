@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import select
 import shutil
 import socket
 import sys
@@ -53,8 +54,11 @@ def user_errors() -> Iterator[None]:
     try:
         with explained():
             yield
+        sys.stdout.flush()
     except BaseException as error:
         release_folders()
+        if isinstance(error, BrokenPipeError) and whoever_reads_has_gone():
+            os._exit(1)  # as after `| head`: there is nobody to tell
         if not isinstance(error, (UserError, RunError)):
             raise
         rank, has_companions = stated_rank(os.environ)
@@ -65,6 +69,13 @@ def user_errors() -> Iterator[None]:
         if distributed.get_world_size() > 1:
             os._exit(2)  # at once: Python's shutdown would wait for ranks that may hang
         sys.exit(2)
+
+
+def whoever_reads_has_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 @contextlib.contextmanager
