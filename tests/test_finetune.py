@@ -481,10 +481,11 @@ def test_a_wrong_flag_is_explained_before_training(data, tmp_path, capfd, flags,
     assert not (tmp_path / "out" / "steps.jsonl").exists()
 
 
-def test_an_odd_batch_is_fine_without_mixing(data, tmp_path):
-    flags = ["--batch_size", "9", "--epochs", "1"]
-    run(main_finetune, *FINETUNE, *flags, "--data_path", data, "--output_dir", tmp_path)
+def test_an_odd_batch_is_fine_without_mixing(data, tmp_path, capfd):
+    flags = [flag for flag in FINETUNE if flag not in ("--lr", "1e-3")] + ["--batch_size", "9", "--epochs", "1"]
+    run(main_finetune, *flags, "--data_path", data, "--output_dir", tmp_path)
     assert len(losses(tmp_path)) == 3
+    assert "learning rate 1.76e-05 (--blr 0.0005 per 256 images); 3 steps per epoch" in capfd.readouterr().out
 
 
 def test_data_that_cannot_be_trained_on(data, tmp_path, capfd):

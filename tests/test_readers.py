@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,25 @@ def test_a_format_of_its_own(own_format, tmp_path, capfd):
         fails(
             main_pretrain, capfd, message, "--data_path", own_format, "--output_dir", tmp_path / "b", "--reader", name
         )
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(own_format, "images")
+    others = ["--output_dir", tmp_path / "b", *reader, "--data_path"]
+    fails(
+        main_pretrain,
+        capfd,
+        r"--reader own_format:read reads files, and .*images.tar is a tar",
+        *others,
+        tmp_path / "images.tar",
+    )
+    fails(
+        main_pretrain,
+        capfd,
+        r"not the images of --dataset torch/cifar10",
+        *others,
+        tmp_path,
+        "--dataset",
+        "torch/cifar10",
+    )
 
 
 def test_medical_images(tmp_path, monkeypatch):

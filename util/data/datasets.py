@@ -85,7 +85,10 @@ class ImageDataset(Dataset):
                     image, target = self._read(candidate, self.transform, (self.seed, epoch, index))
                 except BadImageError as error:
                     if not self.skip_bad:
-                        advice = "Repair or remove it (--bad_images skip replaces training images only)"
+                        advice = (
+                            "Repair or remove it (--bad_images skip replaces training images only); python -m "
+                            "util.check_data names all such images"
+                        )
                         raise BadImageError(f"{error}. {advice}") from None
                     self._record_bad(candidate, error)
                 else:

@@ -78,6 +78,8 @@ def open_source(config: Config, split: str, require_labels: bool) -> Source:
         source = _open_files(Path(config.data_path), split, require_labels, config)
     elif config.val_share:
         raise UserError(f"--val_share divides folders and lists of images, not --dataset {config.dataset}")
+    elif config.reader:
+        raise UserError(f"--reader {config.reader} reads files, not the images of --dataset {config.dataset}")
     else:
         source = open_timm_source(split, config)
     if require_labels and source.classes is None:

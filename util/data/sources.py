@@ -110,6 +110,8 @@ class TarSource(Source):
         images, left_out, hidden = [], Counter(), 0
         if not path.exists():
             raise UserError(f"--data_path {path} does not exist: give a tar of images")
+        if config.reader:
+            raise UserError(f"--reader {config.reader} reads files, and {path} is a tar: unpack it")
         try:
             with tarfile.open(path, "r:") as tar:
                 files = sorted(_files_in(tar), key=lambda file: natural_key(file[1]))

@@ -362,7 +362,7 @@ def compare_recipes(
             continue
         if change is not RECIPE:
             warnings.append(f"{difference} ({change})")
-        elif name == "lr" and _follows_batch_size(saved) and _follows_batch_size(now):
+        elif name == "lr" and follows_batch_size(saved) and follows_batch_size(now):
             warnings.append(f"{difference} (it follows the effective batch size)")
         else:
             errors.append(difference)
@@ -378,7 +378,7 @@ def effective_batch(settings: Mapping[str, Any]) -> int | None:
     return None if any(type(factor) is not int for factor in factors) else factors[0] * factors[1] * factors[2]
 
 
-def _follows_batch_size(settings: Mapping[str, Any]) -> bool:
+def follows_batch_size(settings: Mapping[str, Any]) -> bool:
     """Whether the learning rate is the one derived from the base learning rate, rather than given."""
     size = effective_batch(settings)
     return None not in (size, settings.get("blr")) and settings["lr"] == settings["blr"] * size / 256

@@ -34,7 +34,7 @@ from util.run.checks import (
     refuse_another_programs_run,
     refuse_folders_of_other_runs,
 )
-from util.run.config import TrainingConfig, resolve
+from util.run.config import TrainingConfig, follows_batch_size, resolve
 from util.run.determinism import NondeterminismError
 from util.run.flags import given_flags
 from util.run.folder_lock import release_folders, take_folders
@@ -362,9 +362,10 @@ def open_run(
         write_provenance(config, state)
         log = RunLog(config.output_dir, config.log_dir, progress.step, progress.epoch, axis)
     guard = NonFiniteGuard(device, state, Path(config.output_dir) if config.nan_dump else None)
+    rate = f"{config.lr:.3g}" + (f" (--blr {config.blr:g} per 256 images)" if follows_batch_size(settings) else "")
     logger.info(
-        "effective batch %d = %d images x %d micro-batches x %d ranks; learning rate %.3g; %d steps per epoch",
-        config.eff_batch_size, config.batch_size, config.accum_iter, config.world_size, config.lr, steps_per_epoch,
+        "effective batch %d = %d images x %d micro-batches x %d ranks; learning rate %s; %d steps per epoch",
+        config.eff_batch_size, config.batch_size, config.accum_iter, config.world_size, rate, steps_per_epoch,
     )  # fmt: skip
     wrapped = distributed.wrap_model(model, device)
     normalize = Normalize(config.mean, config.std).to(device)
