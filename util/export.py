@@ -129,8 +129,6 @@ def write_onnx(export: Export, path: Path) -> None:
             f"{export.settings.model} has {size / 1e9:.1f} GB of weights, and an ONNX file holds at most 2: use "
             "--format torch_export or safetensors"
         )
-    for name in ("onnxscript", "onnx_ir"):  # which tell every step
-        logging.getLogger(name).setLevel(logging.WARNING)
     program = torch.onnx.export(
         export.part,
         (export.imgs[:2],),

@@ -66,6 +66,9 @@ def setup_logging() -> None:
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(rank)s%(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    # They tell every step; warnings of the last two are about their own optimisation, and exports are compared anyway.
+    for name, level in (("timm", logging.WARNING), ("onnxscript", logging.ERROR), ("onnx_ir", logging.ERROR)):
+        logging.getLogger(name).setLevel(level)
 
 
 class RunLog:
