@@ -1,7 +1,7 @@
 """Attention inside the segments of a `WindowLayout`, with a learned relative position bias.
 
-`segment_attention` chooses the kernel: `BiasedAttention` for training on a CPU, FlexAttention where torch.compile
-generates code for a GPU, and else PyTorch's fused attention.
+`segment_attention` chooses the kernel: `BiasedAttention` for training on a CPU, FlexAttention for long segments where
+torch.compile generates code for a GPU, and else PyTorch's fused attention.
 """
 
 import math
@@ -16,6 +16,7 @@ from util.layers.tracing import is_compiled_here, runs_eagerly
 from util.layers.windows import Segments, WindowLayout
 
 FLEX_ROWS = 2**16  # windows times heads that one dimension of a GPU's grid of programs can hold
+FLEX_TOKENS = 128  # for fewer queries FlexAttention takes a kernel that is made for decoding text
 
 
 class Attention(nn.Module):
@@ -110,18 +111,31 @@ def segment_attention(
         (B, T, nH, d)
     """
     has_bias = biases[0] is not None
-    generates = has_bias and qkv.device.type == "cuda" and is_compiled_here() and fused_kernels_allowed()
-    if generates and not dropout and qkv.shape[0] * max(count for count, _ in segments) * qkv.shape[3] < FLEX_ROWS:
-        parts = zip(split_segments(qkv, segments), biases, groups or [None] * len(biases))
-        return torch.cat([flexible_attention(*part).flatten(1, 2) for part in parts], dim=1)
-    if groups is not None:
-        hidden = (group[:, None, :, None] != group[:, None, None, :] for group in groups)  # (how many, 1, n, n)
-        biases = [bias.masked_fill(pairs, float("-inf")) for bias, pairs in zip(biases, hidden)]
+    generates = has_bias and not dropout and is_compiled_for_gpu(qkv)
     learned = has_bias and biases[0].requires_grad and biases[0].dtype == qkv.dtype
     if learned and qkv.device.type == "cpu" and not dropout and runs_eagerly() and fused_kernels_allowed():
+        biases = [hide_other_groups(*part) for part in zip(biases, groups or [None] * len(biases))]
         return BiasedAttention.apply(qkv, segments, *biases)
-    parts = zip(split_segments(qkv, segments), biases)
-    return torch.cat([fused_attention(part, bias, dropout).flatten(1, 2) for part, bias in parts], dim=1)
+    parts = []
+    for part, bias, group in zip(split_segments(qkv, segments), biases, groups or [None] * len(biases)):
+        B, S, n, _, nH, _ = part.shape
+        if generates and n >= FLEX_TOKENS and B * S * nH < FLEX_ROWS:
+            parts.append(flexible_attention(part, bias, group))
+        else:
+            parts.append(fused_attention(part, hide_other_groups(bias, group), dropout))
+    return torch.cat([part.flatten(1, 2) for part in parts], dim=1)
+
+
+def is_compiled_for_gpu(x: Tensor) -> bool:
+    """Whether torch.compile takes what becomes of x, to generate code for a GPU."""
+    return x.device.type == "cuda" and is_compiled_here()
+
+
+def hide_other_groups(bias: Tensor | None, group: Tensor | None) -> Tensor | None:
+    """The bias (S or 1, nH, n, n), minus infinity where `group` (S, n) says that a pair is not of one group."""
+    if group is None:
+        return bias
+    return bias.masked_fill(group[:, None, :, None] != group[:, None, None, :], float("-inf"))
 
 
 def fused_kernels_allowed() -> bool:

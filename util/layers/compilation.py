@@ -1,17 +1,20 @@
 """How parts of a model are compiled with torch.compile, and whether that works here."""
 
+import copy
 import functools
 from collections.abc import Callable
 
 import torch
 
-from util.layers.attention import flexible_attention
+from util.layers.stage import Block, Stage
+from util.layers.windows import upsample
 
 # Whole graphs, each for the shapes it was compiled with, which do not vary in training.
 OPTIONS = dict(fullgraph=True, dynamic=False)
 # All stages share one compiled function, which is specialised for each stage in training and in evaluation, and for a
 # smaller last batch.
 SPECIALISATIONS = 64
+LARGEST_DIFFERENCE = 0.1  # of gradients, norm over norm; in bfloat16 a few percent are usual
 
 
 @functools.cache
@@ -29,27 +32,36 @@ def prepare_compiling() -> None:
     those of whole stages are reduced one after another, which still overlaps with the backward pass.
     """
     torch._dynamo.config.optimize_ddp = False
-    torch._dynamo.config.recompile_limit = max(SPECIALISATIONS, torch._dynamo.config.recompile_limit)
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # PyTorch 2.6
+    setattr(torch._dynamo.config, limit, max(SPECIALISATIONS, getattr(torch._dynamo.config, limit)))
     torch._inductor.config.fallback_random = True
 
 
 def why_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
     """Why torch.compile does not work on `device`, as it says itself; '' where it does.
 
-    On a GPU this tries attention of two sizes, for which PyTorch generates different kernels, with gradients.
+    Tried are training steps of two small stages in `dtype`, with the two layouts of pretraining: masked windows, on a
+    GPU of as many tokens as those of the published models, and a single window whose tokens are sorted.
     """
-
-    def loss(qkv: torch.Tensor, bias: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-        if device.type == "cuda":
-            return flexible_attention(qkv, bias, group).float().square().mean()
-        return torch.nn.functional.gelu(qkv @ bias[0, 0, :32, :32]).float().mean()
-
+    prepare_compiling()
+    window = 14 if device.type == "cuda" else 4
+    cells = torch.arange((window // 2) ** 2).view(window // 2, -1) % 2  # the groups
     try:
-        for tokens in (196, 96):
-            qkv = torch.ones(2, 1, tokens, 3, 1, 32, device=device, dtype=dtype, requires_grad=True)
-            bias = torch.zeros(1, 1, tokens, tokens, device=device, requires_grad=True)
-            group = torch.arange(tokens, device=device, dtype=torch.int32)[None] % 2
-            compiled(loss)(qkv, bias.to(dtype) if device.type == "cpu" else bias, group).backward()
+        for scale in (4, 2):  # tokens on a side of a cell: four windows, and one
+            grid = (window // 2 * scale,) * 2
+            stage = Stage([Block(32, 1, window)], grid, window, None).to(device)
+            layout = stage.layout(grid, upsample(cells, scale), one_shape=True, sizes_vary=False)
+            x = torch.randn(2, *grid, 32, device=device)
+            found = []
+            for module in (copy.deepcopy(stage), stage):
+                if module is stage:
+                    stage.compile(**OPTIONS)
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    module(x, layout).square().mean().backward()
+                found.append(torch.cat([parameter.grad.flatten() for parameter in module.parameters()]))
+            difference = ((found[1] - found[0]).norm() / found[0].norm()).item()
+            if not difference < LARGEST_DIFFERENCE:
+                return f"gradients of compiled layers differ from those of others by {difference:.1%}"
     except Exception as error:  # whatever is missing: Triton, a C compiler, headers, shared memory, ...
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     return ""
