@@ -8,11 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from running import in_a_fork
+from torch._dynamo import lookup_backend
+from torch.nn.attention import flex_attention
 from torch.nn.parallel import DistributedDataParallel
 
 from models_mixmae import MixMAE
 from models_swin import SwinTransformer
-from util.layers import compilation
+from util.layers import attention, compilation
+from util.layers.tracing import is_compiled_here
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile on a CPU needs a C++ compiler"
@@ -102,6 +105,42 @@ def graphs_alone(monkeypatch):
     compilation.compiled.cache_clear()
     yield
     compilation.compiled.cache_clear()
+
+
+@in_a_fork
+def test_what_is_compiled_for_a_gpu(graphs_alone):
+    """A CPU in place of it, FlexAttention in its plain form: whole graphs, once for all masks, the same results."""
+    lengths = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.higher_order.flex_attention:
+                lengths.append(node.args[0].meta["example_value"].shape[2])
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    compilation.OPTIONS["backend"] = backend
+    attention.is_compiled_for_gpu = lambda x: is_compiled_here()
+    attention.FLEX_TOKENS = 8
+    flex_attention._validate_device = lambda *tensors: None  # which refuses gradients on a CPU
+    assert compilation.why_not_compiled(torch.device("cpu"), torch.bfloat16) == ""
+    assert lengths == [8]
+    torch.manual_seed(0)
+    plain, compiled = models = [MixMAE(**SMALL, **DECODER) for _ in range(2)]
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile_parts()
+    imgs = torch.randn(4, 3, 64, 64)
+    for step in range(3):
+        mask = plain.random_masking(0.5, torch.Generator().manual_seed(step))
+        losses = []
+        for model in models:
+            model.zero_grad()
+            with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+                losses.append(model(imgs, mask=mask)[0])
+            losses[-1].backward()
+        assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+        for (name, ours), theirs in zip(compiled.named_parameters(), plain.parameters()):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6, msg=name)
+    assert lengths[1:] == [64, 16]  # the segments of the other stages are short
 
 
 @pytest.mark.slow

@@ -40,14 +40,14 @@ def prepare_compiling() -> None:
 def why_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
     """Why torch.compile does not work on `device`, as it says itself; '' where it does.
 
-    Tried are training steps of two small stages in `dtype`, with the two layouts of pretraining: masked windows, on a
-    GPU of as many tokens as those of the published models, and a single window whose tokens are sorted.
+    Tried are training steps of small stages in `dtype`, with the layouts of pretraining: on a GPU four masked windows
+    of as many tokens as those of the published models, and everywhere a single one whose tokens are sorted.
     """
     prepare_compiling()
-    window = 14 if device.type == "cuda" else 4
+    window, scales = (14, (4, 2)) if device.type == "cuda" else (4, (2,))  # scale: tokens on a side of a cell
     cells = torch.arange((window // 2) ** 2).view(window // 2, -1) % 2  # the groups
     try:
-        for scale in (4, 2):  # tokens on a side of a cell: four windows, and one
+        for scale in scales:
             grid = (window // 2 * scale,) * 2
             stage = Stage([Block(32, 1, window)], grid, window, None).to(device)
             layout = stage.layout(grid, upsample(cells, scale), one_shape=True, sizes_vary=False)
