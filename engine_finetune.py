@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from models_swin import classification_loss
 from util.data.datasets import check_targets
 from util.data.transforms import Normalize
+from util.layers.compilation import eager_if
 from util.run import distributed
 from util.run.optim import adjust_learning_rate, autocast, backward, clip_and_step, last_learning_rate
 from util.run.progress import with_progress
@@ -53,7 +54,7 @@ def train_one_epoch(run: Run, augment: Callable[[Tensor, Tensor], tuple[Tensor, 
                 micro_loss = micro_loss / config.accum_iter
                 backward(micro_loss, state.scaler)
             loss = loss + micro_loss.detach()
-        run.guard.check()  # of the step before, which a GPU has finished by now
+        run.check_last_step()
         grad_norm = clip_and_step(state.optimizer, state.scaler, state.model.parameters(), config.clip_grad)
         if state.model_ema is not None:
             state.model_ema.update(state.model)
@@ -106,12 +107,13 @@ def evaluate(
     top = min(TOP, nb_classes)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     counts = torch.zeros(3, nb_classes, dtype=torch.int64, device=device)  # images of each class; right; among top 5
-    predictions = []
+    predictions, whole = [], 0
     batches = with_progress(loader, len(loader.dataset), "evaluation")
     for keys, (imgs, targets) in zip(loader.batch_sampler, batches):
         check_targets(targets, nb_classes)
         targets = targets.to(device, non_blocking=True)
-        with autocast(precision, device):
+        whole = max(whole, len(imgs))
+        with autocast(precision, device), eager_if(model.is_compiled and len(imgs) < whole):
             logits = model(normalize(imgs.to(device, non_blocking=True))).float()
         loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum()
         scores, classes = logits.softmax(dim=1).topk(top, dim=1)

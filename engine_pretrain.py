@@ -32,7 +32,7 @@ def train_one_epoch(run: Run) -> float:
                 micro_loss = micro_loss / config.accum_iter
                 backward(micro_loss, state.scaler)
             loss = loss + micro_loss.detach()
-        run.guard.check()  # of the step before, which a GPU has finished by now
+        run.check_last_step()
         grad_norm = clip_and_step(state.optimizer, state.scaler, state.model.parameters(), config.clip_grad)
         run.finish_step(meter, lr, loss, grad_norm, batch)
     return lr

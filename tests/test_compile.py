@@ -12,8 +12,10 @@ from torch._dynamo import lookup_backend
 from torch.nn.attention import flex_attention
 from torch.nn.parallel import DistributedDataParallel
 
+from engine_finetune import evaluate
 from models_mixmae import MixMAE
 from models_swin import SwinTransformer
+from util.data.transforms import Normalize
 from util.layers import attention, compilation
 from util.layers.tracing import is_compiled_here
 
@@ -141,6 +143,24 @@ def test_what_is_compiled_for_a_gpu(graphs_alone):
         for (name, ours), theirs in zip(compiled.named_parameters(), plain.parameters()):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6, msg=name)
     assert lengths[1:] == [64, 16]  # the segments of the other stages are short
+
+
+class Batches(list):
+    dataset, batch_sampler = range(7), [[(0, i) for i in range(4)], [(0, i) for i in range(4, 7)]]
+
+
+@in_a_fork
+def test_a_smaller_last_batch_of_an_evaluation_is_not_compiled_for_itself(graphs_alone):
+    torch.manual_seed(0)
+    models = [SwinTransformer(num_classes=10, **SMALL) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[1].compile_parts()
+    imgs, targets = torch.randint(256, (7, 3, 64, 64), dtype=torch.uint8), torch.arange(7)
+    batches = Batches([(imgs[:4], targets[:4]), (imgs[4:], targets[4:])])
+    normalize = Normalize((0.5,) * 3, (0.5,) * 3)
+    results = [evaluate(model, batches, normalize, "fp32", torch.device("cpu")) for model in models]
+    assert results[1].loss == pytest.approx(results[0].loss, rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 8  # the embedding, 4 stages, 3 mergings
 
 
 @pytest.mark.slow

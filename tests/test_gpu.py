@@ -94,6 +94,7 @@ def test_compiled_steps_are_those_of_a_cpu_and_nothing_is_compiled_twice(precisi
 
 def test_compiled_branches_are_dropped_as_eager_ones():
     torch._dynamo.reset()
+    set_up_arithmetic("fp32")
     torch.manual_seed(0)
     model = SwinTransformer(**SMALL, num_classes=5, drop_path_rate=0.5).to(GPU)
     compiled = copy.deepcopy(model)
@@ -126,14 +127,15 @@ def test_a_classifier_trains_and_drops_branches():
 def test_copies_that_nobody_waits_for_bring_the_right_values():
     """Masks and layouts are copied from page-locked memory that is soon used again."""
     reference, model = pair()
-    imgs = torch.randn(8, 3, 64, 64)
+    imgs = torch.randn(8, 3, 64, 64).to(GPU)
     generator = torch.Generator().manual_seed(0)
     masks = [reference.random_masking(0.5, generator) for _ in range(40)]
     with torch.no_grad():
-        queued = [model(imgs.to(GPU), mask=mask)[0] for mask in masks]  # the CPU runs ahead
+        torch.cuda._sleep(10**9)  # some half a second, in which the CPU runs ahead
+        queued = [model(imgs, mask=mask)[0] for mask in masks]
         for loss, mask in zip(queued, masks):
             torch.cuda.synchronize()
-            assert loss.item() == pytest.approx(model(imgs.to(GPU), mask=mask)[0].item(), rel=1e-5)
+            assert loss.item() == pytest.approx(model(imgs, mask=mask)[0].item(), rel=1e-5)
 
 
 # --- The commands ---
@@ -199,7 +201,9 @@ def test_images_that_fit_do_and_more_do_not():
     model = MixMAE(**SMALL, **DECODER).to(GPU)
     total = 2 * 2**30
     fitting = images_that_fit(model, "bf16", total, has_moments=True)
-    assert 0.75 * total < peak_of_step(model, "bf16", fitting) < total < peak_of_step(model, "bf16", fitting * 4 // 3)
+    assert (
+        0.75 * total < peak_of_step(model, "bf16", fitting) < total < peak_of_step(model, "bf16", fitting * 2 // 3 * 2)
+    )
 
 
 def test_a_full_memory_is_explained():

@@ -43,6 +43,14 @@ def test_the_batch_that_fits_is_named(state):
     assert "--batch_size 34 --accum_iter 4" in said and "--grad_checkpointing" in said
 
 
+def test_mixtures_of_three_stay_whole(state):
+    state.model = MixMAE(**SMALL, decoder_dim=16, decoder_depth=1, decoder_num_heads=1, mix_images=3)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        full_memory()
+    # 40 bytes a mixture beside 260: (1000 - 6 % - 260) / 40 = 17
+    assert "about 51 images would fit" in explain_out_of_memory(caught.value, state, CONFIG)
+
+
 @in_a_fork
 def test_in_the_midst_of_a_distributed_backward_pass(state, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)

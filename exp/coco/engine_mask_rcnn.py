@@ -39,7 +39,7 @@ def train_one_epoch(run: Run) -> float:
                 micro_loss = detection_loss(run.model, imgs, targets) / config.accum_iter
                 backward(micro_loss, state.scaler)
             loss = loss + micro_loss.detach()
-        run.guard.check()  # of the step before, which a GPU has finished by now
+        run.check_last_step()
         grad_norm = clip_and_step(state.optimizer, state.scaler, state.model.parameters(), config.clip_grad)
         run.finish_step(meter, lr, loss, grad_norm, batch)
     return lr

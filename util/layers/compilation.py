@@ -1,5 +1,6 @@
 """How parts of a model are compiled with torch.compile, and whether that works here."""
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -21,6 +22,11 @@ LARGEST_DIFFERENCE = 0.1  # of gradients, norm over norm; in bfloat16 a few perc
 def compiled(function: Callable) -> Callable:
     """The compiled form of a plain function, such as a method of a class: a copied model then computes with its own."""
     return torch.compile(function, **OPTIONS)
+
+
+def eager_if(condition: bool) -> contextlib.AbstractContextManager:
+    """Context in which compiled modules run eagerly, if `condition`: for shapes that do not come often."""
+    return torch.compiler.set_stance("force_eager") if condition else contextlib.nullcontext()
 
 
 def prepare_compiling() -> None:

@@ -250,6 +250,9 @@ def average_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Fut
 
     def average(_: torch.futures.Future) -> Tensor:
         total = gradients[0]
+        for gradient in gradients:
+            if gradient.is_cuda:  # on a stream of its own here: the memory is not free before these additions are done
+                gradient.record_stream(torch.cuda.current_stream())
         for gradient in gradients[1:]:
             total += gradient
         return total.div_(len(gradients))

@@ -13,6 +13,7 @@ from util.data.open_source import find_validation, open_source
 from util.data.samplers import Key
 from util.data.transforms import Normalize, eval_transform
 from util.errors import UserError
+from util.layers.compilation import eager_if
 from util.run import distributed
 from util.run.checks import check_statistics
 from util.run.config import Config
@@ -52,10 +53,11 @@ def own_features(
     batches = [own[start : start + config.batch_size] for start in range(0, len(own), config.batch_size)]
     features = [torch.zeros(0, model.num_features, device=device)]
     labels = [torch.zeros(0, dtype=torch.long)]
-    was_training = model.training
+    was_training, whole = model.training, 0
     model.eval()
     for imgs, targets in with_progress(build_loader(dataset, batches, config, device), len(chosen), "features"):
-        with autocast(config.precision, device):
+        whole = max(whole, len(imgs))
+        with autocast(config.precision, device), eager_if(model.is_compiled and len(imgs) < whole):
             tokens = model.forward_features(normalize(imgs.to(device, non_blocking=True)))
         features.append(model.forward_head(tokens.float(), pre_logits=True))
         labels.append(targets)

@@ -10,7 +10,7 @@ from util.run.optim import autocast
 from util.run.state import TrainingState
 
 SPARE = 0.06  # of a GPU's memory: fragments, and what is not PyTorch's
-FEW, MORE = 2, 8  # images of the steps that are measured
+FEW, MORE = 1, 4  # mixtures (or pairs) of images in the steps that are measured
 
 
 def explain_out_of_memory(error: torch.OutOfMemoryError, state: TrainingState, config: TrainingConfig) -> str:
@@ -27,7 +27,7 @@ def explain_out_of_memory(error: torch.OutOfMemoryError, state: TrainingState, c
     try:
         fitting = images_that_fit(model, config.precision, total, has_moments=bool(state.optimizer.state))
     except torch.OutOfMemoryError:
-        return f"{message}, and so it is for {MORE} images: use a smaller --input_size or --model{options}"
+        return f"{message}, and so it is for few images: use a smaller --input_size or --model{options}"
     except Exception as failure:  # the message must not be lost for what went wrong in making it better
         return f"{message} (how many images fit could not be measured: {failure}). Use a smaller --batch_size{options}"
     if fitting >= config.batch_size:
@@ -40,7 +40,7 @@ def explain_out_of_memory(error: torch.OutOfMemoryError, state: TrainingState, c
 
 
 def images_that_fit(model: nn.Module, precision: str, total: int, has_moments: bool) -> int:
-    """Even number of images whose training step takes `total` bytes at most, at least 2.
+    """Number of images whose training step takes `total` bytes at most: of whole mixtures (or pairs), at least one.
 
     Args:
         model: the one in training, not wrapped.
@@ -51,11 +51,12 @@ def images_that_fit(model: nn.Module, precision: str, total: int, has_moments: b
     Raises:
         torch.OutOfMemoryError: not even the measured steps fit.
     """
-    few, more = (peak_of_step(model, precision, images) for images in (FEW, MORE))
-    per_image = max(1, (more - few) // (MORE - FEW))
+    together = getattr(model, "mix_images", 2)
+    few, more = (peak_of_step(model, precision, mixtures * together) for mixtures in (FEW, MORE))
+    per_mixture = max(1, (more - few) // (MORE - FEW))
     moments = 0 if has_moments else 2 * sum(p.numel() * p.element_size() for p in trained_parameters(model))
-    fixed = few - FEW * per_image + moments
-    return max(2, int((total * (1 - SPARE) - fixed) / per_image) // 2 * 2)
+    fixed = few - FEW * per_mixture + moments
+    return max(1, int((total * (1 - SPARE) - fixed) / per_mixture)) * together
 
 
 def peak_of_step(model: nn.Module, precision: str, images: int) -> int:

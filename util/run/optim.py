@@ -133,12 +133,13 @@ def set_up_arithmetic(precision: str, measure: bool = True) -> None:
     """Allow TF32 for what stays float32 in a lower `precision`; with fp32, for nothing.
 
     By default PyTorch would round the patch embedding's products to TF32 even then. With `measure`, kernels for
-    convolutions are chosen by measurement: not where batches differ in shape, since it is repeated for every shape, nor
-    where runs are to be the same.
+    convolutions are chosen by measurement, and cuDNN's attention may be: not where batches differ in shape, since both
+    are prepared for every shape, nor where runs are to be the same.
     """
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.benchmark = measure
+    torch.backends.cuda.enable_cudnn_sdp(measure)
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -211,6 +211,14 @@ class Run:
             return self.model.no_sync()
         return contextlib.nullcontext()
 
+    def check_last_step(self) -> None:
+        """Before an update: raise NonFiniteError, on all ranks, when the step before was bad.
+
+        A GPU has finished that by now; but when a rank is gone, it waits for it, which only the CPUs' reduction tells.
+        """
+        self.preemption.wait_for_reduction()
+        self.guard.check()
+
     def finish_step(self, meter: StepMeter, lr: float, loss: Tensor, grad_norm: Tensor, batch: list[dict]) -> None:
         """After an optimizer step: check, count, log and save as far as due.
 
