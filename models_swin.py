@@ -18,7 +18,7 @@ from util.errors import UserError
 from util.layers.compilation import OPTIONS, compiled, prepare_compiling
 from util.layers.conversion import adapt_state_dict, checkpoint_filter_fn, update_model_input_size
 from util.layers.feature_net import FeatureNet
-from util.layers.initialization import init_linear_and_norm
+from util.layers.initialization import init_linear_and_norm, make_head
 from util.layers.patch_embed import PaddedPatchEmbed
 from util.layers.pos_embed import get_2d_sincos_pos_embed, position_of, resize_pos_embed
 from util.layers.sizes import NUM_STAGES, one_per_stage, stage_grids, stage_windows, to_2tuple, to_side
@@ -117,7 +117,7 @@ class SwinTransformer(nn.Module):
                 self.layers.append(Stage(blocks, grid, window, downsample))
                 self.feature_info.append(dict(num_chs=dim, reduction=patch_size * 2**i, module=f"layers.{i}"))
             self.norm = nn.LayerNorm(self.num_features)
-            self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+            self.head = make_head(self.num_features, num_classes)
             self.apply(init_linear_and_norm)
         self.to(dtype=dtype)
         self.register_load_state_dict_pre_hook(adapt_state_dict)
@@ -199,7 +199,7 @@ class SwinTransformer(nn.Module):
         self.num_classes = num_classes
         self.global_pool = check_pooling(self.global_pool if global_pool is None else global_pool)
         where = dict(device=self.absolute_pos_embed.device, dtype=self.absolute_pos_embed.dtype)
-        self.head = nn.Linear(self.num_features, num_classes, **where) if num_classes > 0 else nn.Identity()
+        self.head = make_head(self.num_features, num_classes, **where)
         self.head.apply(init_linear_and_norm).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -55,7 +55,7 @@ from util.data.datasets import build_dataset, collate
 from util.data.image_index import ImageIndex, StringTable, load_index
 from util.data.transforms import Normalize, finetune_transform, pretrain_transform
 from util.run.allocator import keep_freed_memory
-from util.run.metrics import count_work, peak_memory_mb, peak_operations, training_operations
+from util.run.metrics import count_work, peak_operations, training_operations
 from util.run.optim import autocast, set_up_arithmetic
 from util.seeding import seed_all
 
@@ -162,16 +162,14 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def make_step(model: nn.Module, loss: Callable[[], Tensor], fused: bool | None) -> Callable[[], float]:
-    """Forward, backward and update; returns the loss."""
+def make_step(model: nn.Module, loss: Callable[[], Tensor], fused: bool | None) -> Callable[[], None]:
+    """Forward, backward and update; a GPU is not waited for."""
     optimizer = torch.optim.AdamW(trained(model), lr=1e-6, weight_decay=0.05, fused=fused)
 
-    def step() -> float:
-        value = loss()
-        value.backward()
+    def step() -> None:
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
-        return value.item()
 
     return step
 
@@ -233,7 +231,7 @@ def benchmark_gpu(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # a CPU shows that it runs
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     set_up_arithmetic("bf16")
-    versions, rows = {}, [["version", "step", "against the textbook's", "images/s", "MFU", "peak memory"]]
+    versions, constant, rows = {}, {}, [["version", "step", "against the textbook's", "images/s", "MFU", "peak memory"]]
     for compiled in (False, True):
         ours, theirs = (model.to(device) for model in build_pair(args, finetune=False))
         if compiled:
@@ -248,16 +246,21 @@ def benchmark_gpu(args: argparse.Namespace) -> None:
                 with autocast("bf16", device):
                     return model(imgs, mask=mask.to(device) if name == "textbook" else mask)[0]
 
-            versions[f"{name}, compiled" if compiled else name] = make_step(model, loss, fused)
+            name = f"{name}, compiled" if compiled else name
+            versions[name] = make_step(model, loss, fused)
+            constant[name] = sum(p.nbytes for p in model.parameters()) + 2 * sum(p.nbytes for p in trained(model))
     peaks = {}
 
     def turn(name: str) -> None:
+        """Some steps; and the version's own peak memory, for the others' weights and moments are there, too."""
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         for _ in range(args.steps):
             versions[name]()
         synchronize()
-        peaks[name] = peak_memory_mb(device)
+        if device.type == "cuda":
+            peaks[name] = torch.cuda.max_memory_allocated() - before + constant[name]
 
     times = alternate([partial(turn, name) for name in versions], args.repeats, time.perf_counter)
     times = dict(zip(versions, ([seconds / args.steps for seconds in turns] for turns in times)))
@@ -273,7 +276,7 @@ def benchmark_gpu(args: argparse.Namespace) -> None:
                 ratio_of(seconds, times[name.replace("ours", "textbook")]),
                 f"{speed:.0f}",
                 f"{speed * operations / peak:.1%}" if peak else "",
-                f"{peaks[name] / 1024:.1f} GiB",
+                f"{peaks[name] / 2**30:.1f} GiB" if peaks else "",
             ]
         )
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

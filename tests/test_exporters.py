@@ -152,6 +152,30 @@ def test_gradients_of_single_images(model, imgs):
             torch.testing.assert_close(per_image[name][i], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_gradients_by_torch_func_of_a_model_that_trains(model, imgs):
+    """Though its bias tables have gradients, of which torch.func hides the sign from PyTorch's choice of a kernel."""
+    [expected] = torch.autograd.grad(model(imgs.requires_grad_()).sum(), imgs)
+    imgs = imgs.detach()
+    torch.testing.assert_close(torch.func.grad(lambda x: model(x).sum())(imgs), expected, rtol=1e-3, atol=1e-6)
+    jacobian = torch.func.jacrev(model)(imgs[:1])
+    torch.testing.assert_close(jacobian.sum((0, 1))[0], expected[0], rtol=1e-3, atol=1e-6)
+    stacked, buffers = torch.func.stack_module_state([model, model])
+    ensemble = torch.func.vmap(
+        lambda parameters, buffers: torch.func.functional_call(model, (parameters, buffers), (imgs,))
+    )(stacked, buffers)
+    torch.testing.assert_close(ensemble, model(imgs).expand(2, -1, -1), rtol=1e-4, atol=1e-5)
+
+
+def test_many_gradients_at_once_are_refused_with_the_way_to_have_them(model, imgs):
+    def jacobian():
+        return torch.autograd.functional.jacobian(model, imgs[:1], vectorize=True)
+
+    with pytest.raises(RuntimeError, match=r"is_grads_batched=True, .*sdpa_kernel\(SDPBackend.MATH\)"):
+        jacobian()
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.testing.assert_close(jacobian(), torch.func.jacrev(model)(imgs[:1]), rtol=1e-3, atol=1e-6)
+
+
 def squared_gradient(model, imgs):
     imgs = imgs.clone().requires_grad_()
     [gradient] = torch.autograd.grad(model(imgs).square().sum(), imgs, create_graph=True)

@@ -1,6 +1,7 @@
 """The encoder inside other people's tools. Those that are not installed are skipped (see tests/run.sh)."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from running import run
 from torch import nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 import models_swin  # noqa: F401  registers the models
+from util import export
+from util.errors import UserError
+from util.weights.file import FORMAT, write_checkpoint
 
 
 class Pyramid(nn.Module):
@@ -96,3 +101,66 @@ def test_transformers_backbone():
     assert len(maps) == 4
     for ours, theirs in zip(expected, maps):
         torch.testing.assert_close(theirs, ours)
+
+
+@pytest.mark.parametrize("assign", [True, False], ids=["assigned", "memory first"])
+def test_a_model_that_was_built_without_memory(assign):
+    """As sharded and large models are: on the meta device, and then given weights."""
+    model = timm.create_model("swin_quickstart", num_classes=3).eval()
+    imgs = torch.randn(2, 3, 32, 32)
+    with torch.device("meta"):
+        other = timm.create_model("swin_quickstart", num_classes=3).eval()
+    if not assign:
+        other.to_empty(device="cpu")
+    other.load_state_dict(model.state_dict(), assign=assign)
+    with torch.no_grad():
+        assert torch.equal(other(imgs), model(imgs))
+    twin = pickle.loads(pickle.dumps(other))
+    twin.load_state_dict(other.state_dict())
+    assert torch.equal(twin(imgs), model(imgs))
+
+
+@pytest.mark.parametrize("part", ["encoder", "classifier"])
+def test_transformers_wrapper_opens_a_folder_for_timm(tmp_path, part):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = timm.create_model("swin_quickstart", num_classes=3, in_chans=1).eval()
+    recorded = dict(model="swin_quickstart", in_chans=1, input_size=(32, 32), mean=(0.4,), std=(0.2,))
+    content = {"format": FORMAT, "model": model.state_dict(), "args": recorded, "classes": ["ant", "bee", "cow"]}
+    write_checkpoint(tmp_path / "checkpoint.pth", content)
+    flags = [
+        "--checkpoint",
+        tmp_path / "checkpoint.pth",
+        "--part",
+        part,
+        "--format",
+        "timm",
+        "--out",
+        tmp_path / "timm",
+    ]
+    run(export, *flags)
+    imgs = torch.randn(2, 1, 32, 32)
+    opened = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    with torch.no_grad():
+        if part == "classifier":
+            wrapper = transformers.TimmWrapperForImageClassification.from_pretrained(tmp_path / "timm").eval()
+            found, expected = wrapper(imgs).logits, model(imgs)
+            assert list(wrapper.config.id2label.values()) == content["classes"]
+        else:
+            wrapper = transformers.TimmWrapperModel.from_pretrained(tmp_path / "timm").eval()
+            found, expected = wrapper(imgs).pooler_output, model.forward_head(model.forward_features(imgs), True)
+        assert torch.equal(found, expected) and torch.equal(opened(imgs), expected)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(num_classes=-1), "num_classes must be 0, for no head, or more, got -1"),
+        (dict(img_size=64.0), r"a size is a whole number, or \(height, width\), got 64.0"),
+        (dict(img_size="64"), "got '64'"),
+        (dict(img_size=(32, 32, 3)), r"got \(32, 32, 3\)"),
+    ],
+)
+def test_wrong_arguments_of_a_model_are_explained(change, message):
+    with pytest.raises(UserError, match=message):
+        timm.create_model("swin_quickstart", **change)

@@ -97,7 +97,6 @@ def write_timm(export: Export, path: Path) -> None:
     path.mkdir()
     write_safetensors(export, path / "model.safetensors")
     settings, model, record = export.settings, export.part.model, export.record
-    arguments = model_arguments(settings) | {"num_classes": model.num_classes}
     images = {"input_size": (settings.in_chans, *settings.input_size), "mean": settings.mean, "std": settings.std}
     recorded = {name: record[name] for name in ("num_classes", "crop_pct", "interpolation")}
     config = {
@@ -105,7 +104,7 @@ def write_timm(export: Export, path: Path) -> None:
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "global_pool": "avg",
-        "model_args": arguments,
+        "model_args": model_arguments(settings),
         "pretrained_cfg": timm.get_pretrained_cfg(settings.model).to_dict() | images | recorded,
     }
     if record["classes"]:

@@ -4,6 +4,7 @@
 torch.compile generates code for a GPU, and else PyTorch's fused attention.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -11,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table_simple, trunc_normal_
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from util.layers.tracing import is_compiled_here, runs_eagerly
+from util.layers.tracing import is_compiled_here, is_transformed, runs_eagerly
 from util.layers.windows import Segments, WindowLayout
 
 FLEX_ROWS = 2**16  # windows times heads that one dimension of a GPU's grid of programs can hold
@@ -158,7 +160,10 @@ def fused_attention(qkv: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     q, k, v = (t.flatten(0, 1) if shared else t.flatten(1, 2) for t in qkv)
     if bias is not None:
         bias = bias.flatten(0, 1)[None].to(q.dtype)
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    # Under torch.func PyTorch would not see that the bias has a gradient, and choose a kernel without one.
+    backends = SDPBackend.MATH if bias is not None and is_transformed() else None
+    with sdpa_kernel(backends) if backends else contextlib.nullcontext():
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     x = x.unflatten(0, (-1, S)) if shared else x.unflatten(1, (S, nH))  # never by B, which exporters leave open
     x = x.transpose(2, 3)
     # Kernels differ in the strides of what they give: a recorded view of one fails where another kernel is chosen.
@@ -215,10 +220,12 @@ class BiasedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # by create_graph=True
+        # By create_graph=True, or is_grads_batched=True.
+        if torch.is_grad_enabled() or torch._C._dispatch_keys(grad).has(torch._C._dispatch_key_parse("Batched")):
             raise RuntimeError(
-                "attention on a CPU has first derivatives only: for second ones (create_graph=True), run the forward "
-                "pass under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+                "attention on a CPU has first derivatives only, and of one number at a time: for second ones "
+                "(create_graph=True) and many at once (is_grads_batched=True, vectorize=True), run the forward pass "
+                "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
             )
         B, T, nH, d = grad.shape
         grad_qkv = grad.new_empty(B, T, 3, nH, d)

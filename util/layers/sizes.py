@@ -1,6 +1,7 @@
 """Sizes of patches, grids and windows, under timm's names: plain numbers in, plain numbers out."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 from util.errors import UserError
 
@@ -8,9 +9,11 @@ NUM_STAGES = 4
 
 
 def to_2tuple(size: int | Sequence[int]) -> tuple[int, int]:
-    """`size` as (height, width)."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
+    """`size` as (height, width). Raises a UserError unless it is one or two whole numbers."""
+    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
+        raise UserError(f"a size is a whole number, or (height, width), got {size!r}")
+    return int(sides[0]), int(sides[1])
 
 
 def to_side(size: int | Sequence[int], of: str = "patches") -> int:

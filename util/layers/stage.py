@@ -87,8 +87,11 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
         self.register_parameter("mix_embed", None)  # (groups, C), where a pretraining model has them
         self.init_non_persistent_buffers()
+        # A model built on the meta device, whose weights are assigned or whose memory is made before they are loaded,
+        # would have a layout without values.
+        self.register_load_state_dict_post_hook(Stage.init_non_persistent_buffers)
 
-    def init_non_persistent_buffers(self) -> None:
+    def init_non_persistent_buffers(self, *_) -> None:
         """Make the layout of the grid that the model is built for; timm calls it for a model without memory."""
         layout = window_layout(self.grid, self.window, self.blocks[0].norm1.weight.device)
         self.segments = layout.segments
