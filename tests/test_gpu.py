@@ -16,6 +16,7 @@ from running import losses, make_images
 
 from models_mixmae import MixMAE
 from models_swin import SwinTransformer
+from util.knn import nearest
 from util.run.gpu_memory import explain_out_of_memory, images_that_fit, peak_of_step
 from util.run.optim import DTYPES, autocast, backward, clip_and_step, make_scaler, set_up_arithmetic
 
@@ -122,6 +123,15 @@ def test_a_classifier_trains_and_drops_branches():
         clip_and_step(optimizer, scaler, model.parameters(), 5.0)
         found.append(loss.item())
     assert sum(found[-10:]) < 0.5 * sum(found[:10])
+
+
+def test_neighbours_are_compared_in_float32():
+    set_up_arithmetic("bf16")
+    features, labels = torch.nn.functional.normalize(torch.randn(1000, 64, device=GPU), dim=1), torch.arange(1000)
+    similarity, _ = nearest(features[:50], features, labels.to(GPU), 20)
+    expected = (features[:50].double() @ features.double().T).topk(20, dim=1).values
+    torch.testing.assert_close(similarity.double(), expected, rtol=0, atol=1e-6)
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_copies_that_nobody_waits_for_bring_the_right_values():

@@ -37,6 +37,7 @@ from util.run.features import own_features, rank_of_features
 from util.run.flags import AT_LEAST_1, POSITIVE, Config, flag, get_parser, given_flags
 from util.run.launch import Launch
 from util.run.logger import setup_logging
+from util.run.optim import exact_products
 from util.run.progress import with_progress
 from util.seeding import seed_all
 from util.weights.layouts import load_encoder
@@ -120,7 +121,8 @@ def nearest(query: Tensor, features: Tensor, labels: Tensor, k: int) -> tuple[Te
         query: (n, D), the same on all ranks.
         features, labels: (N, D) and (N,), this rank's training images.
     """
-    own_similarity, own_index = (query @ features.T).topk(min(k, len(features)), dim=1)
+    with exact_products():  # in TF32 neighbours would swap, and votes be wrong by a percent
+        own_similarity, own_index = (query @ features.T).topk(min(k, len(features)), dim=1)
 
     def of_all_ranks(own: Tensor, where_too_few: float) -> Tensor:
         """(n, up to k) of this rank -> (n, k * ranks)"""

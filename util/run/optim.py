@@ -1,9 +1,10 @@
 """The optimizer step: parameter groups, learning rate, numeric precision, clipping."""
 
+import contextlib
 import logging
 import math
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -140,6 +141,17 @@ def set_up_arithmetic(precision: str, measure: bool = True) -> None:
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.benchmark = measure
     torch.backends.cuda.enable_cudnn_sdp(measure)
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 in float32 on a GPU, too, whatever training allows."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
