@@ -348,9 +348,8 @@ def test_other_channels_sizes_and_patches(changes):
 @pytest.mark.parametrize("norm_pix_loss, drop_path_rate", [(True, 0.0), (False, 0.5)])
 def test_training_without_memory(norm_pix_loss, drop_path_rate):
     """On the meta device, where shapes are computed and nothing else; masks are on the CPU as always."""
-    with torch.device("meta"):
-        model = MixMAE(**SMALL, norm_pix_loss=norm_pix_loss, drop_path_rate=drop_path_rate)
-        loss, pred, mask = model(torch.empty(4, 3, 64, 64))
+    model = MixMAE(**SMALL, norm_pix_loss=norm_pix_loss, drop_path_rate=drop_path_rate, device="meta")
+    loss, pred, mask = model(torch.empty(4, 3, 64, 64, device="meta"))
     loss.backward()
     assert pred.shape == (4, 16, 768) and pred.device.type == "meta" and mask.device.type == "cpu"
     assert all(tensor.device.type == "meta" for tensor in (*model.parameters(), *model.buffers()))

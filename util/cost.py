@@ -142,7 +142,7 @@ def trainings(config: CostConfig, model: str) -> Iterator[Training]:
 def table(training: Training, config: CostConfig) -> str:
     """A title and a line for every number of GPUs."""
     lines = [
-        f"{training.title} of {config.images:,} images, {training.operations / 1e9:.0f} GFLOP per image",
+        f"{training.title} of {config.images:,} images, {training.operations / 1e9:.3g} GFLOP per image",
         "   GPUs    images/s       hours   GPU-hours   each GPU needs",
     ]
     for gpus in config.gpus:

@@ -30,6 +30,11 @@ class PaddedPatchEmbed(PatchEmbed):
         rows, columns = stage_grids(to_2tuple(img_size), self.patch_size[0])[0]
         return to_2tuple(img_size), (rows, columns), rows * columns
 
+    def set_input_size(self, *args, **kwargs) -> None:
+        trains = self.proj.weight.requires_grad
+        super().set_input_size(*args, **kwargs)
+        self.proj.requires_grad_(trains)  # which timm 1.0.17 forgets
+
     def forward(self, imgs: Tensor) -> Tensor:
         in_chans, patch_size = self.proj.in_channels, self.patch_size[0]
         if imgs.ndim != 4 or imgs.shape[1] != in_chans or (self.strict_img_size and imgs.shape[2:] != self.img_size):
