@@ -38,8 +38,10 @@ def prepare_compiling() -> None:
     those of whole stages are reduced one after another, which still overlaps with the backward pass.
     """
     torch._dynamo.config.optimize_ddp = False
-    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # PyTorch 2.6
-    setattr(torch._dynamo.config, limit, max(SPECIALISATIONS, getattr(torch._dynamo.config, limit)))
+    if hasattr(torch._dynamo.config, "recompile_limit"):
+        torch._dynamo.config.recompile_limit = max(SPECIALISATIONS, torch._dynamo.config.recompile_limit)
+    else:  # PyTorch 2.6
+        torch._dynamo.config.cache_size_limit = max(SPECIALISATIONS, torch._dynamo.config.cache_size_limit)
     torch._inductor.config.fallback_random = True
 
 
