@@ -213,6 +213,37 @@ def test_what_a_tar_holds_besides_its_images(tmp_path, caplog):
             plain(data_args(tmp_path))
 
 
+@pytest.mark.parametrize("above", ["", "train"])
+def test_a_tar_is_read_as_the_folder_that_it_was_made_of(tmp_path, caplog, above):
+    """Links vanished, and with them whole classes; of nested folders the innermost became classes."""
+    root = tmp_path / "data" / "train"
+    for number, name in enumerate(("cat/left", "cat/right", "dog/left", "dog/right/far")):
+        picture(root / name / "0.png", colour=(number, 0, 0))
+    for name in ("eel/hard.png", "eel/soft.png", "eel/soft of soft.png"):
+        (root / name).parent.mkdir(exist_ok=True)
+    (root / "eel" / "hard.png").hardlink_to(root / "cat" / "left" / "0.png")
+    (root / "eel" / "soft.png").symlink_to("../dog/left/0.png")
+    (root / "eel" / "soft of soft.png").symlink_to("soft.png")
+    (root / "eel" / "loop.png").symlink_to("loop.png")
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        tar.add(root, above)
+    (root / "eel" / "loop.png").unlink()
+    sources = [plain(data_args(path)).source for path in (tmp_path / "data", tmp_path / "data.tar")]
+    assert sources[0].classes == sources[1].classes == ["cat", "dog", "eel"]
+    of_folder, of_tar = (
+        {os.path.relpath(source.path(i), place): (int(source.read(i)[0][0, 0, 0]), source.read(i)[1]) for i in range(7)}
+        for source, place in zip(sources, (root, above))
+    )
+    assert of_folder == of_tar
+    assert len(sources[0]) == len(sources[1]) == 7 and "left out are 1 links that lead to no image" in caplog.text
+
+
+def test_of_files_of_one_name_in_a_tar_the_last_one_counts(tmp_path):
+    make_tar(tmp_path / "train.tar", "", ["ant/0.png", "bee/0.png", "./ant/0.png"])
+    source = plain(data_args(tmp_path)).source
+    assert [int(source.read(i)[0][0, 0, 0]) for i in range(len(source))] == [80, 40]
+
+
 def test_a_tar_of_tars_has_a_class_for_each(tmp_path):
     """As ImageNet's training images are published."""
     with tarfile.open(tmp_path / "train.tar", "w") as tar:

@@ -250,7 +250,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
         assert class_folders(root) == expected[1]
         assert index.left_out == {".jxl": 2, ".psd": 1, ".txt": 1, "": 3, "broken link": 1} and index.hidden == 3
         assert f"{root}: left out are 2 .jxl, 1 .psd, which this program does not read: convert" in caplog.text
-        assert "left out are 1 links to images that are not there" in caplog.text
+        assert "left out are 1 links that lead to no image" in caplog.text
         assert "left out are files that do not end like images: 3 without ending, 1 .txt" in caplog.text
         assert "left out are 3 hidden images or folders" in caplog.text
     hidden_root = tree(tmp_path / ".data", ["a/1.jpg"])

@@ -152,7 +152,7 @@ def report_left_out(place: str, left_out: Mapping[str, int], hidden: int) -> Non
     images = {name: count for name, count in left_out.items() if name in UNREADABLE_EXTENSIONS}
     others = {name or "without ending": count for name, count in left_out.items() if name not in images}
     if broken := others.pop(BROKEN_LINK, 0):
-        logger.warning("%s: left out are %d links to images that are not there", place, broken)
+        logger.warning("%s: left out are %d links that lead to no image", place, broken)
     if images:
         logger.warning(
             "%s: left out are %s, which this program does not read: convert them to JPEG, PNG or .npy to use them",

@@ -8,7 +8,7 @@ import itertools
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from timm.utils import natural_key
 from util.data import Config
 from util.data.custom_reader import read_by
 from util.data.decoding import IMAGE_EXTENSIONS, BadImageError, EncodedJpeg, open_image
-from util.data.image_index import ImageIndex, StringTable, digest, ending, report_left_out
+from util.data.image_index import BROKEN_LINK, ImageIndex, StringTable, digest, ending, report_left_out
 from util.errors import UserError
 
 SIZED_FILES = 200  # whose sizes are looked at when a run starts; on a network each takes a millisecond
@@ -98,11 +98,11 @@ class FileSource(Source):
 
 
 class TarSource(Source):
-    """Images in a tar that is not compressed. Its innermost folders are the classes, in alphabetical order as those of
-    a folder; a tar in it counts as a folder. Without classes when an image lies outside any folder.
+    """Images in a tar that is not compressed. Its classes are the first folders in which its images differ, in
+    alphabetical order as those of a folder; a tar in it counts as a folder. See `_classes_of`.
 
-    Hidden images and those that this program does not read are left out and counted, as in folders.
-    Raises UserError when none is left.
+    Hidden images, those that this program does not read, and links that lead to none are left out and counted, as in
+    folders. Raises UserError when none is left.
     """
 
     def __init__(self, path: Path, config: Config):
@@ -114,23 +114,23 @@ class TarSource(Source):
             raise UserError(f"--reader {config.reader} reads files, and {path} is a tar: unpack it")
         try:
             with tarfile.open(path, "r:") as tar:
-                files = sorted(_files_in(tar), key=lambda file: natural_key(file[1]))
+                files = sorted(_files_in(tar, left_out), key=lambda file: natural_key(file[1]))
         except (OSError, tarfile.TarError) as error:
             raise UserError(f"{path} is damaged, or no tar: {error}") from error
         for folder, name, position, size in files:
-            parts, is_image = Path(folder, name).parts, name.lower().endswith(IMAGE_EXTENSIONS)
-            if any(part[0] == "." for part in parts if part != ".."):
+            full, is_image = Path(folder, name), name.lower().endswith(IMAGE_EXTENSIONS)
+            if any(part[0] == "." for part in full.parts if part != ".."):
                 hidden += is_image
             elif is_image:
-                images.append((name, parts[-2] if len(parts) > 1 else "", position, size))
+                images.append((name, str(full.parent), position, size))
             else:
                 left_out[ending(name)] += 1
         report_left_out(str(path), left_out, hidden)
         if not images:
             raise UserError(f"no images found in {path} (looked for {', '.join(IMAGE_EXTENSIONS)})")
         names, folders, positions, sizes = zip(*images)
-        if "" not in folders:
-            classes, targets = np.unique(folders, return_inverse=True)
+        if class_of := _classes_of(set(folders)):
+            classes, targets = np.unique([class_of[folder] for folder in folders], return_inverse=True)
             self.classes, self.targets = classes.tolist(), targets.astype(np.int32)
         encoded = [os.fsencode(name) for name in names]
         self.names, self.positions, self.bytes = StringTable.of(encoded), np.array(positions), np.array(sizes, "<i8")
@@ -163,14 +163,39 @@ class TarSource(Source):
         return {**self.__dict__, "_file": None}
 
 
-def _files_in(tar: tarfile.TarFile, folder: str = "", start: int = 0) -> Iterator[tuple[str, str, int, int]]:
-    """Folder ('' but in a tar in the tar), name, position and size of every file in a tar that begins at `start`."""
-    for member in tar:
-        if member.isfile() and member.name.lower().endswith(".tar"):
-            with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
-                yield from _files_in(inner, os.path.join(folder, member.name[:-4]), start + member.offset_data)
-        elif member.isfile():
-            yield folder, member.name, start + member.offset_data, member.size
+def _files_in(
+    tar: tarfile.TarFile, left_out: Counter, folder: str = "", start: int = 0
+) -> Iterator[tuple[str, str, int, int]]:
+    """Folder ('' but in a tar in the tar), name, position and size of every file in a tar that begins at `start`.
+
+    Links are what they lead to in the tar; others are counted in `left_out`. Of several files of one name the last one
+    counts, as when a tar is unpacked.
+    """
+    members = {os.path.normpath(member.name): member for member in tar if not member.isdir()}
+    for path, member in members.items():
+        target, passed = member, {path}
+        while target is not None and not target.isfile():
+            above = os.path.dirname(path) if target.issym() else ""  # what symbolic links are relative to
+            path = os.path.normpath(os.path.join(above, target.linkname))
+            target = None if path in passed else members.get(path)
+            passed.add(path)
+        if target is None:
+            left_out[BROKEN_LINK] += member.issym() or member.islnk()  # and no device
+        elif member.name.lower().endswith(".tar"):
+            with tarfile.open(fileobj=tar.extractfile(target), mode="r:") as inner:
+                yield from _files_in(
+                    inner, left_out, os.path.join(folder, member.name[:-4]), start + target.offset_data
+                )
+        else:
+            yield folder, member.name, start + target.offset_data, target.size
+
+
+def _classes_of(folders: Iterable[str]) -> dict[str, str]:
+    """The class of each of the folders that hold a tar's images: the first part of its path that not all have in common
+    (a tar may be of `train/cat/` or of `cat/`), the last where there is one folder. {} where one has no such part."""
+    parts = {folder: Path(folder).parts for folder in folders}
+    depth = min(len(os.path.commonprefix([*parts.values()])), max(map(len, parts.values())) - 1)
+    return {folder: own[depth] for folder, own in parts.items()} if min(map(len, parts.values())) > depth >= 0 else {}
 
 
 class JoinedSource(Source):
