@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -433,6 +434,38 @@ def test_validation_needs_labels_of_the_training_set(labelled):
     shutil.rmtree(labelled / "val")
     with pytest.raises(UserError, match="val does not exist; it must hold the val images"):
         plain(data_args(labelled), "val")
+
+
+@pytest.mark.parametrize("names", [("Train", "Val"), ("training", "validation"), ("set/train", "set/val"), ("test",)])
+@pytest.mark.parametrize("changes", [{}, {"val_share": 0.5}])
+def test_parts_of_a_data_set_are_no_classes(tmp_path, names, changes):
+    """They were: a classifier of training from validation images, and pretraining on both."""
+    for name in names:
+        for i in range(4):
+            picture(tmp_path / "data" / name / "ant" / f"{i}.png")
+    args = data_args(tmp_path / "data", **changes)
+    place = (tmp_path / "data" / names[0]).parent
+    found = [Path(name).name for name in names]
+    with pytest.raises(UserError, match=re.escape(f"{place} holds {found}, named like parts of a data set")):
+        plain(args)
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        tar.add(tmp_path / "data", "data")
+    if len(names) == 2 and not changes:
+        with pytest.raises(UserError, match=r"data\.tar holds .*, named like parts of a data set"):
+            plain(data_args(tmp_path / "data.tar"))
+        with pytest.raises(UserError, match=r"train does not exist|named like parts"):
+            plain(args, require_labels=True)
+
+
+def test_names_of_parts_that_are_legal(tmp_path, caplog):
+    for name in ("bus", "car", "train"):
+        picture(tmp_path / "vehicles" / "train" / name / "0.png")
+    assert plain(data_args(tmp_path / "vehicles")).classes == ["bus", "car", "train"]
+    assert not caplog.records
+    picture(tmp_path / "vehicles" / "val2017" / "0.png")
+    picture(tmp_path / "others" / "0.png")
+    assert len(plain(data_args(tmp_path))) == 5
+    assert "in folders named like parts of a data set, ['train', 'val2017'], all images are used" in caplog.text
 
 
 def test_fine_tuning_refuses_an_empty_class_and_pretraining_does_not(labelled):

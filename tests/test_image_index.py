@@ -257,6 +257,20 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
     assert len(load_index(hidden_root)) == 1  # what was asked for is not left out
 
 
+def test_folders_of_runs_and_checks_are_left_out(tmp_path, caplog):
+    """Reconstructions became training images of the next run."""
+    root = tree(tmp_path / "data", NAMES)
+    expected = paths(load_index(root))
+    tree(root, [f"run/{name}" for name in ("config.json", "times.jsonl", "reconstructions/epoch0001.png")])
+    tree(root, ["a/check/check_data.json", "a/check/check_data.png"])
+    for _ in range(2):
+        with caplog.at_level(logging.INFO):
+            index = load_index(root)
+        assert paths(index) == expected and "run" not in index.folders and index.left_out["own output"] == 2
+    assert f"{root}: left out are 2 folders with the output of a run or of check_data" in caplog.text
+    assert len(load_index(root / "run")) == 1  # what was asked for is not left out
+
+
 def test_a_run_scans_once_where_the_index_cannot_be_cached(tmp_path, monkeypatch):
     """It looks at its images twice: to choose settings, and to train."""
     root, scans, scan = tree(tmp_path / "data", NAMES), [], image_index.scan

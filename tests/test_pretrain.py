@@ -1,6 +1,7 @@
 """Pretraining runs from the command line's flags: kinds of data, ranks, logs, and every mistake's message."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from running import QUICK, fails, losses, make_images, read_lines, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
+import util.check_data
 from util.weights.file import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,6 +221,23 @@ def test_bad_data_is_explained_before_training(tmp_path, capfd, name, message):
         make_images(data, 8, channels=5)
     flags = ["--in_chans", "6"] if name == "arrays" else []
     fails(main_pretrain, capfd, message, *SMALL, *flags, "--data_path", data, "--output_dir", tmp_path / "out")
+
+
+def test_a_run_beside_its_images_is_no_image_of_the_next_one(tmp_path, capfd, monkeypatch):
+    """Reconstructions were trained on, in the second run."""
+    make_images(tmp_path / "train" / "a", 8)
+    monkeypatch.chdir(tmp_path / "train")
+    for out in ("output_dir", "second", "second/third"):
+        run(main_pretrain, *SMALL, "--data_path", ".", "--vis_every", "1", "--epochs", "1", "--output_dir", out)
+        said = capfd.readouterr().out
+        assert "train: 8 images, 1 classes" in said and (tmp_path / "train" / out / "reconstructions").is_dir()
+    assert "left out are 2 folders with the output of a run" in said
+    for data, out in ((".", "."), (".", "a"), ("..", "../train/new")):
+        message = (
+            f"{re.escape(out)} is among the images of --data_path {re.escape(data)}, and pictures in it would become"
+        )
+        fails(main_pretrain, capfd, message, *SMALL, "--data_path", data, "--output_dir", out)
+        fails(util.check_data, capfd, message, data, "--out", out)
 
 
 def test_missing_data_path_is_explained(tmp_path, capfd):

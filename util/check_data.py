@@ -37,7 +37,7 @@ from util.data.decoding import PILLOW_FORMATS, BadImageError, PixelType, decoded
 from util.data.display import Display
 from util.data.image_index import abbreviate
 from util.data.jpeg import ORIENTATION
-from util.data.open_source import find_validation, open_source
+from util.data.open_source import find_validation, open_source, refuse_output_among_images
 from util.data.sources import FileSource
 from util.data.statistics import check_images, check_units
 from util.data.survey import survey_images
@@ -305,6 +305,8 @@ def check_data(given: CheckDataConfig) -> dict[str, Any]:
     Raises:
         UserError: there is nothing to check, or the report cannot be written.
     """
+    if given.out:
+        refuse_output_among_images(given.out, "--out", given.data_path)
     sources = open_splits(replace(given, in_chans=given.in_chans or 3))
     in_chans = given.in_chans or survey_images(sources[0][1], given.reader).in_chans
     settings = weight_settings(

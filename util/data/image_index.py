@@ -5,7 +5,8 @@ because reading a Python object writes to its reference count. Here all names ar
 workers share.
 
 Hidden files and folders (`.thumbs/`, `._photo.jpg`) are left out, and counted; so are images that cannot be read
-(`.heic`), links to images that are not there, and other files, by the endings of their names.
+(`.heic`), links to images that are not there, and other files, by the endings of their names. So are folders in which
+a run keeps its output, or `util.check_data`: their pictures are of images, and none to train on.
 
 The cache is in $MIXMAE_CACHE, else $XDG_CACHE_HOME/mixmae, else ~/.cache/mixmae; never in the data folder. It is valid
 as long as every directory of the tree has the modification and change times that it had when it was scanned: adding,
@@ -15,12 +16,13 @@ cache files are plain numpy arrays, replaced atomically; a damaged one is scanne
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,8 +38,10 @@ logger = logging.getLogger(__name__)
 UNREADABLE_EXTENSIONS = tuple(
     ".heic .heif .avif .jxl .jp2 .j2k .svg .psd .exr .hdr .dcm .dng .raw .cr2 .cr3 .nef .arw .raf .orf .rw2".split()
 )
-BROKEN_LINK = "broken link"  # counted with the endings, none of which has a space
-CACHE_FORMAT = 5
+# Counted with the endings, none of which has a space.
+BROKEN_LINK, OWN_OUTPUT = "broken link", "own output"
+OUTPUT_FILES = {".claim.json", "check_data.json", "config.json", "times.jsonl"}  # see `holds_output`
+CACHE_FORMAT = 6
 # A directory changed this shortly before its scan may change again without its times moving (coarse clocks).
 SETTLED_AFTER_NS = 2_000_000_000
 TICK_NS = 50_000_000  # of such clocks on a local disk
@@ -80,8 +84,11 @@ class ImageIndex:
     names: StringTable
     targets: np.ndarray
     classes: list[str] | None
-    left_out: dict[str, int] = field(default_factory=dict)  # ending of a name, or BROKEN_LINK -> number of files
+    left_out: dict[str, int] = field(default_factory=dict)  # ending of a name, BROKEN_LINK or OWN_OUTPUT -> how many
     hidden: int = 0  # images and folders left out, their names beginning with a dot
+    # Folders below `root` ('' is itself) with images in them -> the number of these, device and inode: the folder, by
+    # whatever links it was found. Of all images, in a selection too.
+    folders: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -147,12 +154,25 @@ def ending(name: str) -> str:
     return "" if extension[1:].isdigit() else extension
 
 
+def holds_output(names: set[str]) -> bool:
+    """Whether a folder with files of these names is that of a run (or of one that just began) or of a check of data."""
+    return bool({".claim.json", "check_data.json"} & names) or {"config.json", "times.jsonl"} <= names
+
+
+def shared_folders(folders: Iterable[str]) -> list[str]:
+    """What all these paths begin with, as a list of the folders' names."""
+    levels = zip(*(Path(folder).parts for folder in folders))
+    return [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels)]
+
+
 def report_left_out(place: str, left_out: Mapping[str, int], hidden: int) -> None:
     """Log what of a folder or tar is no image that can be used: what looks like one as a warning."""
     images = {name: count for name, count in left_out.items() if name in UNREADABLE_EXTENSIONS}
     others = {name or "without ending": count for name, count in left_out.items() if name not in images}
     if broken := others.pop(BROKEN_LINK, 0):
         logger.warning("%s: left out are %d links that lead to no image", place, broken)
+    if own := others.pop(OWN_OUTPUT, 0):
+        logger.info("%s: left out are %d folders with the output of a run or of check_data", place, own)
     if images:
         logger.warning(
             "%s: left out are %s, which this program does not read: convert them to JPEG, PNG or .npy to use them",
@@ -212,14 +232,14 @@ def scan(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> tuple[Ima
     Returns the index, all directories (relative to `root`), and their (mtime, ctime) in ns, (n, 2) int64. Raises
     UserError when a directory cannot be listed.
     """
-    directories, times, files = [], [], []  # files: (class, directory, sorted names)
-    left_out, hidden = Counter(), 0
+    directories, times, files, folders = [], [], [], {}  # files: (class, directory, sorted names)
+    left_out, hidden, own_output = Counter(), 0, set()
     waiting = [("", ())]  # relative directory, identities of its ancestors
     found, spoken = 0, time.monotonic()
     while waiting:
         directory, ancestors = waiting.pop()
         absolute = os.path.join(root, directory)
-        names = []
+        names, inner, others, dotted, own = [], [], Counter(), 0, set()
         with unreadable_is_user_error(f"cannot list the folder {Path(absolute)}"):
             status = os.stat(absolute)  # before listing: a change during the listing must invalidate the cache
             identity = (status.st_dev, status.st_ino)
@@ -230,16 +250,23 @@ def scan(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> tuple[Ima
                     name = entry.name
                     lower = name.lower()
                     if name[0] == ".":
-                        hidden += entry.is_dir() or lower.endswith(extensions)
+                        dotted += entry.is_dir() or lower.endswith(extensions)
                     elif entry.is_dir():
-                        waiting.append((os.path.join(directory, name), (*ancestors, identity)))
+                        inner.append((os.path.join(directory, name), (*ancestors, identity)))
                     elif lower.endswith(extensions):
                         if entry.is_file():
                             names.append(name)
                         else:
-                            left_out[BROKEN_LINK] += 1
+                            others[BROKEN_LINK] += 1
                     else:
-                        left_out[ending(name)] += 1
+                        others[ending(name)] += 1
+                    own |= {name} & OUTPUT_FILES
+        if directory and holds_output(own):
+            own_output.add(directory)
+            continue
+        waiting += inner
+        left_out += others
+        hidden += dotted
         found += len(names)
         if time.monotonic() > spoken + SECONDS_PER_LINE:
             spoken = time.monotonic()
@@ -247,18 +274,20 @@ def scan(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> tuple[Ima
         directories.append(directory)
         times.append((status.st_mtime_ns, status.st_ctime_ns))
         if names:
+            folders[directory] = (len(names), *identity)
             files.append((directory.split(os.sep, 1)[0], directory, sorted(names)))
 
+    left_out[OWN_OUTPUT] += len(own_output)
     files.sort(key=lambda group: group[:2])
     paths = [os.fsencode(os.path.join(directory, name)) for _, directory, names in files for name in names]
     if files and files[0][1] == "":  # images directly in the root: no classes
         classes, per_folder = None, [-1] * len(files)
     else:
-        classes = class_folders(root)
+        classes = [name for name in class_folders(root) if name not in own_output]
         position = {name: i for i, name in enumerate(classes)}
         per_folder = [position[top] for top, _, _ in files]
     targets = np.repeat(np.array(per_folder, dtype=np.int32), [len(names) for _, _, names in files])
-    index = ImageIndex(root, StringTable.of(paths), targets, classes, dict(left_out), hidden)
+    index = ImageIndex(root, StringTable.of(paths), targets, classes, dict(+left_out), hidden, folders)
     return index, directories, np.array(times, dtype=np.int64)
 
 
@@ -269,6 +298,7 @@ def _scan_and_cache(cache: Path, root: str, extensions: tuple[str, ...]) -> Imag
     logger.info("scanned %d images in %d folders under %s in %.1f s", len(index), len(directories), root, seconds)
     others = json.dumps([index.classes, directories, index.left_out, index.hidden]).encode()
     table = {"names": index.names.blob, "name_ends": index.names.ends, "targets": index.targets, "times": times}
+    table["images"] = np.array([index.folders.get(directory, (0,))[0] for directory in directories])
     table["others"] = np.frombuffer(others, dtype=np.uint8)
     _not_cached.pop(cache, None)
     newest = times[:, 0].max()
@@ -305,12 +335,16 @@ def _scanned_before(cache: Path, root: str) -> ImageIndex | None:
             with np.load(cache, allow_pickle=False) as arrays:  # zipfile checks every array's CRC
                 table = dict(arrays)
         classes, directories, left_out, hidden = json.loads(table["others"].tobytes())
-        for directory, times in zip(directories, table["times"].tolist(), strict=True):
+        folders = {}
+        found = zip(directories, table["times"].tolist(), table["images"].tolist(), strict=True)
+        for directory, times, images in found:
             status = os.stat(os.path.join(root, directory))
             if [status.st_mtime_ns, status.st_ctime_ns] != times:
                 return None
+            if images:
+                folders[directory] = (images, status.st_dev, status.st_ino)
         names = StringTable(table["names"], table["name_ends"])
-        return ImageIndex(root, names, table["targets"], classes, left_out, hidden)
+        return ImageIndex(root, names, table["targets"], classes, left_out, hidden, folders)
     except FileNotFoundError:  # no cache yet, or a directory is gone
         return None
     except Exception as error:  # a damaged file makes zipfile and numpy raise nearly anything

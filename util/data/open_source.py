@@ -16,7 +16,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,15 @@ import numpy as np
 from util.data import Config
 from util.data.custom_reader import extensions_of
 from util.data.decoding import IMAGE_EXTENSIONS
-from util.data.image_index import ImageIndex, StringTable, abbreviate, class_folders, load_index
+from util.data.image_index import (
+    ImageIndex,
+    StringTable,
+    abbreviate,
+    class_folders,
+    holds_output,
+    load_index,
+    shared_folders,
+)
 from util.data.sources import FileSource, JoinedSource, Source, TarSource
 from util.data.timm_source import open_timm_source
 from util.errors import UserError, unreadable_is_user_error
@@ -34,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER_DATASETS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
 ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
+# Names of folders with a part of a data set in them: Train, validation, test_images, val2017.
+PART = re.compile(r"(train|training|val|valid|validation|test|testing)([-_ ]?(set|images|data|\d{4}))?", re.IGNORECASE)
 MAX_CLASSES = 100_000  # a larger number behind a file name in a list is no label
 
 
@@ -87,6 +97,30 @@ def open_source(config: Config, split: str, require_labels: bool) -> Source:
     return source
 
 
+def _refuse_parts_as_classes(place: Path, folders: Collection[str], singly: bool = False) -> None:
+    """Raise a UserError where the first `folders` below `place` that differ are named as parts of a data set are, and
+    warn where deeper ones are. One such name among others may be a class; with `singly`, it may not be the only folder.
+    """
+    shared, parts = shared_folders(folders), [Path(folder).parts for folder in folders]
+    found = {names[len(shared)] for names in parts if len(names) > len(shared) and PART.fullmatch(names[len(shared)])}
+    if singly and (alone := next(filter(PART.fullmatch, shared), None)) is not None:
+        shared, found = shared[: shared.index(alone)], {alone}
+    elif len(found) < 2:
+        if len(deeper := {name for names in parts for name in names if PART.fullmatch(name)}) > 1:
+            logger.warning(
+                "%s: in folders named like parts of a data set, %s, all images are used",
+                place,
+                abbreviate(sorted(deeper)),
+            )
+        return
+    place = place.joinpath(*shared)
+    raise UserError(
+        f"{place} holds {abbreviate(sorted(found))}, named like parts of a data set, which are neither classes nor to "
+        "be trained on together: call the folder of training images 'train' and that for validation 'val' (or make "
+        f"train.tar and val.tar), and give --data_path {place if place.is_dir() else place.parent}; or give one alone"
+    )
+
+
 def _open_files(path: Path, split: str, require_labels: bool, config: Config) -> Source:
     """The images of `split` in a folder, list or tar, or in a part of a --data_path that is one; as `open_source`."""
     place = _place(path, "train" if config.val_share else split)
@@ -94,6 +128,7 @@ def _open_files(path: Path, split: str, require_labels: bool, config: Config) ->
         _refuse_to_divide(path, place, config.val_share)
     if place.suffix == ".tar":
         source = TarSource(place, config)
+        _refuse_parts_as_classes(place, source.classes or ())
         train_classes = _train_classes(path, config) if split == "val" else None
         if train_classes is not None and source.classes != train_classes:
             different = sorted(set(source.classes or ()) ^ set(train_classes))
@@ -164,11 +199,13 @@ def _index(place: Path, expected: Path, require_labels: bool, config: Config) ->
     if place.is_file():
         return _read_list(place, extensions)
     if require_labels and place != expected and not config.val_share:
+        _refuse_parts_as_classes(place, class_folders(place))
         raise UserError(
             f"{expected} does not exist; it must hold the {expected.name} images, one folder per class; or let "
             f"--val_share 0.1 set a part of the training images aside; with it, class folders may lie in {place} itself"
         )
     index = load_index(place, extensions)
+    _refuse_parts_as_classes(place, index.folders, singly=True)
     if require_labels and index.classes is None:
         raise UserError(f"{index.path(0)!r} lies outside any class folder; labels need one folder per class in {place}")
     if require_labels and (empty := index.empty_classes()):
@@ -241,3 +278,18 @@ def _read_list(path: Path, extensions: Sequence[str]) -> ImageIndex:
         )
     classes = [str(i) for i in range(max(labels) + 1)] if max(labels) >= 0 else None
     return ImageIndex(str(path.resolve().parent), StringTable.of(names), np.array(labels, dtype=np.int32), classes)
+
+
+def refuse_output_among_images(folder: str, flag: str, data_path: str) -> None:
+    """Raise a UserError where pictures in `folder`, which `flag` names, would be taken for images of `data_path`, or it
+    for a class: in train/ and val/, or in a folder without these, if it is neither empty nor left out later (see
+    `holds_output`)."""
+    output, data = Path(folder).resolve(), Path(data_path)
+    parts = [place for name in ("train", "val") if (place := data / name).is_dir()]
+    names = {path.name for path in output.iterdir() if path.name[0] != "."} if output.is_dir() else set()
+    allowed = not parts and (not names or holds_output(names))
+    if not allowed and any(output.is_relative_to(place.resolve()) for place in parts or [data]):
+        raise UserError(
+            f"{flag} {folder} is among the images of --data_path {data_path}, and pictures in it would become images: "
+            "give a new folder elsewhere"
+        )

@@ -8,7 +8,7 @@ import itertools
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from timm.utils import natural_key
 from util.data import Config
 from util.data.custom_reader import read_by
 from util.data.decoding import IMAGE_EXTENSIONS, BadImageError, EncodedJpeg, open_image
-from util.data.image_index import BROKEN_LINK, ImageIndex, StringTable, digest, ending, report_left_out
+from util.data.image_index import (
+    BROKEN_LINK,
+    ImageIndex,
+    StringTable,
+    digest,
+    ending,
+    report_left_out,
+    shared_folders,
+)
 from util.errors import UserError
 
 SIZED_FILES = 200  # whose sizes are looked at when a run starts; on a network each takes a millisecond
@@ -190,11 +198,11 @@ def _files_in(
             yield folder, member.name, start + target.offset_data, target.size
 
 
-def _classes_of(folders: Iterable[str]) -> dict[str, str]:
+def _classes_of(folders: Collection[str]) -> dict[str, str]:
     """The class of each of the folders that hold a tar's images: the first part of its path that not all have in common
     (a tar may be of `train/cat/` or of `cat/`), the last where there is one folder. {} where one has no such part."""
     parts = {folder: Path(folder).parts for folder in folders}
-    depth = min(len(os.path.commonprefix([*parts.values()])), max(map(len, parts.values())) - 1)
+    depth = min(len(shared_folders(folders)), max(map(len, parts.values())) - 1)
     return {folder: own[depth] for folder, own in parts.items()} if min(map(len, parts.values())) > depth >= 0 else {}
 
 
