@@ -2,6 +2,7 @@
 
 import json
 import re
+import tarfile
 import time
 from pathlib import Path
 
@@ -156,6 +157,50 @@ def test_validation_images_that_were_trained_on(tmp_path):
     make_images(tmp_path / "val" / "a", 3, seed=0)
     assert re.search(
         "3 validation images are training images too: .*val/a/0000.png", "\n".join(check(tmp_path)["faults"])
+    )
+
+
+def test_images_set_aside_and_in_tars_are_looked_at_too(tmp_path):
+    """A broken validation image ended a run after its training."""
+    root = tmp_path / "data"
+    for seed, name in enumerate("ab"):
+        make_images(root / "train" / name, 5, seed=seed)
+    for path in (root / "train").glob("*/*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    report = check(root, "--val_share", "0.2")
+    assert [report[split]["unreadable"] for split in ("train", "val")] == [8, 2]
+    with tarfile.open(root / "val.tar", "w") as tar:
+        tar.add(root / "train", "val")
+    report = check(root)
+    assert report["val"]["unreadable"] == 10 and report["val"]["classes"] == {"a": 5, "b": 5}
+    assert any("10 validation images are training images too: ['val/a/0000.png'" in fault for fault in report["faults"])
+
+
+def test_what_fine_tuning_would_refuse_is_a_note(tmp_path):
+    for split, seed in (("train", 0), ("val", 10)):
+        for number, name in enumerate("ab"):
+            make_images(tmp_path / split / name, 3, seed=seed + number)
+    assert not check(tmp_path)["remarks"]
+    (tmp_path / "train" / "c").mkdir()
+    make_images(tmp_path / "val", 1, seed=20)
+    report = check(tmp_path)
+    assert not report["faults"] and report["remarks"] == [
+        f"fine-tuning and kNN would stop: class folders without any image in {tmp_path}/train: ['c']",
+        f"fine-tuning and kNN would stop: '{tmp_path}/val/0000.png' lies outside any class folder; labels need one "
+        f"folder per class in {tmp_path}/val",
+    ]
+
+
+def test_one_image_in_two_classes_and_missing_files_are_one_fault_each(tmp_path):
+    make_images(tmp_path / "a", 3)
+    (tmp_path / "b").symlink_to("a")
+    (tmp_path / "train.txt").write_text(
+        "".join(f"{name}/000{i}.png {name == 'b':d}\n" for name in "ab" for i in range(9))
+    )
+    missing, unclear = check(tmp_path / "train.txt")["faults"]
+    assert missing.startswith("12 unreadable (No such file or directory): [")
+    assert unclear.startswith(
+        f"6 images are in several classes, byte for byte: ['{tmp_path}/a/0000.png', '{tmp_path}/b/"
     )
 
 

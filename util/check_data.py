@@ -38,7 +38,7 @@ from util.data.display import Display
 from util.data.image_index import abbreviate
 from util.data.jpeg import ORIENTATION
 from util.data.open_source import find_validation, open_source, refuse_output_among_images
-from util.data.sources import FileSource
+from util.data.sources import Source
 from util.data.statistics import check_images, check_units
 from util.data.survey import survey_images
 from util.data.transforms import Normalize, eval_transform, pretrain_transform
@@ -83,7 +83,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 class Inspection(Dataset):
     """`inspection[i]` -> what there is to know of image i: a dict of plain values, with 'error' if it is unreadable."""
 
-    def __init__(self, source: FileSource, numbers: list[int], config: CheckDataConfig):
+    def __init__(self, source: Source, numbers: list[int], config: CheckDataConfig):
         self.source, self.numbers, self.config = source, numbers, config
         self.transform = pretrain_transform(config)
 
@@ -92,10 +92,12 @@ class Inspection(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         number = self.numbers[position]
-        path = self.source.path(number)
-        found: dict[str, Any] = {"number": number, "path": path, "target": int(self.source.index.targets[number])}
+        path, targets = self.source.path(number), self.source.targets
+        target = -1 if targets is None else int(targets[number])
+        found: dict[str, Any] = {"number": number, "path": path, "target": target}
         try:
-            data = Path(path).read_bytes()
+            file = self.source.file(number)
+            data = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
             found |= {"hash": hashlib.blake2b(data, digest_size=16).digest(), **header(data, path)}
             started = time.perf_counter()
             image, _ = self.source.read(number)
@@ -112,7 +114,7 @@ class Inspection(Dataset):
             found |= {"bits": BITS[kind], "height": image.shape[1], "width": image.shape[2]}
             found |= {"pixels": image[0].numel(), "mean": mean.tolist(), "spread": spread.tolist()}
         except (BadImageError, OSError) as error:
-            found["error"] = str(error)
+            found["error"] = getattr(error, "strerror", None) or str(error)  # without the path, to count them together
         return found
 
 
@@ -150,7 +152,7 @@ class Findings:
         return mean, np.sqrt((spreads + pixels * (means - mean) ** 2).sum(0) / pixels.sum())
 
 
-def inspect(source: FileSource, split: str, config: CheckDataConfig) -> Findings:
+def inspect(source: Source, split: str, config: CheckDataConfig) -> Findings:
     count = min(config.sample or len(source), len(source))
     numbers = [position * len(source) // count for position in range(count)]
     loader = DataLoader(
@@ -171,7 +173,11 @@ def one_thread(_worker: int) -> None:
 def faults_of(parts: list[Findings], config: CheckDataConfig) -> tuple[list[str], list[str]]:
     """What would stop training or make its results wrong, and what may be meant that way."""
     wrong, odd = [], []
-    images = [image | {"split": part.split} for part in parts for image in part.images]
+    images = [
+        image | {"split": part.split, "class": part.classes and part.classes[image["target"]]}
+        for part in parts
+        for image in part.images
+    ]
     good = [image for image in images if "error" not in image]
 
     def note(where: list[str], names: list[str], what: str) -> None:
@@ -191,6 +197,8 @@ def faults_of(parts: list[Findings], config: CheckDataConfig) -> tuple[list[str]
         image["path"] for same in copies if same[0]["split"] == "train" for image in same if image["split"] == "val"
     ]
     note(wrong, shared, "validation images are training images too")
+    unclear = [image["path"] for same in copies if len({image["class"] for image in same}) > 1 for image in same]
+    note(wrong, unclear, "images are in several classes, byte for byte")
     note(odd, [image["path"] for same in copies for image in same[1:]], "are copies of another image, byte for byte")
     if len(parts) == 2 and parts[0].classes and parts[1].classes:
         train, val = ({part.classes[image["target"]] for image in part.images} for part in parts)
@@ -247,7 +255,7 @@ def describe(part: Findings) -> dict[str, Any]:
 # --- The sheet, and the model's speed ---
 
 
-def draw_sheet(source: FileSource, part: Findings, config: CheckDataConfig) -> Image.Image:
+def draw_sheet(source: Source, part: Findings, config: CheckDataConfig) -> Image.Image:
     """Images as the model sees them: after the crop of evaluation, normalised by the configuration, and back."""
     dataset, normalize = NumberedImages(source, eval_transform(config), 0, True), Normalize(config.mean, config.std)
     numbers = [image["number"] for image in part.good]
@@ -277,26 +285,30 @@ def images_per_second(config: CheckDataConfig) -> float:
 # --- The command ---
 
 
-def open_splits(config: CheckDataConfig) -> list[tuple[str, FileSource]]:
-    """The training images, and those for validation where there are any.
+def open_splits(config: CheckDataConfig) -> tuple[list[tuple[str, Source]], list[str]]:
+    """The training images, and those for validation where there are any; and where there are, what fine-tuning and kNN
+    would refuse, though pretraining does not.
 
     Raises:
-        UserError: there are none, or they are not files.
+        UserError: there are no images, or they are not files.
     """
-    only_files = f"{config.data_path}: only image files are checked, in folders or lists"
     if config.dataset:
-        raise UserError(f"{only_files}, not --dataset {config.dataset}")
-    places, val = {"train": config.data_path}, find_validation(config.data_path)
-    if val is not None and val.suffix != ".tar":
-        places["val"] = str(val)  # by itself, so that classes which the training images lack are no error here
-    sources = []
-    for split, place in places.items():
+        raise UserError(f"only image files are checked, in folders, lists or tars, not --dataset {config.dataset}")
+    places, val = {"train": (config.data_path, "train")}, find_validation(config.data_path)
+    if config.val_share:
+        places["val"] = (config.data_path, "val")
+    elif val is not None:
+        places["val"] = (str(val), "train")  # by itself, so that classes which the training images lack are no error
+    sources, refused = [], []
+    for split, (place, part) in places.items():
         with unreadable_is_user_error(f"cannot read {place}"):
-            source = open_source(replace(config, data_path=place), "train", require_labels=False)
-        if not isinstance(source, FileSource):
-            raise UserError(f"{only_files}: unpack the tar")
+            try:
+                source = open_source(config, split, require_labels=len(places) == 2)
+            except UserError as error:
+                refused.append(str(error))
+                source = open_source(replace(config, data_path=place), part, require_labels=False)
         sources.append((split, source))
-    return sources
+    return sources, [f"fine-tuning and kNN would stop: {message}" for message in dict.fromkeys(refused)]
 
 
 def check_data(given: CheckDataConfig) -> dict[str, Any]:
@@ -307,7 +319,7 @@ def check_data(given: CheckDataConfig) -> dict[str, Any]:
     """
     if given.out:
         refuse_output_among_images(given.out, "--out", given.data_path)
-    sources = open_splits(replace(given, in_chans=given.in_chans or 3))
+    sources, refused = open_splits(replace(given, in_chans=given.in_chans or 3))
     in_chans = given.in_chans or survey_images(sources[0][1], given.reader).in_chans
     settings = weight_settings(
         {}, "", given.as_dict() | {"in_chans": in_chans}, pretraining=True, defaults={"model": "mixmae_tiny"}
@@ -315,9 +327,11 @@ def check_data(given: CheckDataConfig) -> dict[str, Any]:
     config = with_settings(given, settings)
     if config.num_workers is None:
         config = replace(config, num_workers=choose_workers(own_share([own_cores()])[0]))
-    sources = [(split, FileSource(source.index, config)) for split, source in sources]
+    for _, source in sources:
+        source.in_chans = config.in_chans
     parts = [inspect(source, split, config) for split, source in sources]
     wrong, odd = faults_of(parts, config)
+    odd += refused
     if parts[0].good:
         sample = NumberedImages(sources[0][1], eval_transform(config), 0, True).sample()
         found = [check_units(sample)]
