@@ -92,6 +92,22 @@ def test_mistakes_with_lists(folders, tmp_path, capfd):
     fails(main_finetune, capfd, r"val does not exist; .*--val_share 0\.1", *flags, place)
 
 
+def test_missing_images_of_a_list_are_told_before_training(folders, tmp_path, capfd):
+    """A run ended in its first epoch, or at its first evaluation."""
+    place = lists(folders, tmp_path / "lists")
+    flags = [*TRAIN, "--output_dir", tmp_path / "out", "--data_path", place]
+    for split, number in (("val", 1), ("train", 2)):
+        for i in range(number):
+            (folders / split / "bee" / f"000{i}.png").unlink()
+        message = rf"{number} images do not exist, of a sample of the \d+: \['{folders}/{split}/bee/0000.png'"
+        fails(main_finetune, capfd, message, *flags)
+        assert not (tmp_path / "out" / "steps.jsonl").exists()
+        if split == "val":
+            make_images(folders / "val" / "bee", 1, (16, 16))
+    run(main_finetune, *flags, "--bad_images", "skip", "--max_bad_images", "0.1")
+    assert "2 images do not exist, of a sample of the 30" in capfd.readouterr().out
+
+
 def test_folders_win_over_lists_of_their_name(folders, caplog):
     for split in ("train", "val"):
         (folders / f"{split}.txt").write_text(f"{split}/ant/0000.png 0\n")

@@ -197,7 +197,9 @@ def faults_of(parts: list[Findings], config: CheckDataConfig) -> tuple[list[str]
         image["path"] for same in copies if same[0]["split"] == "train" for image in same if image["split"] == "val"
     ]
     note(wrong, shared, "validation images are training images too")
-    unclear = [image["path"] for same in copies if len({image["class"] for image in same}) > 1 for image in same]
+    unclear = [
+        image["path"] for same in copies if len({image["class"] for image in same} - {None}) > 1 for image in same
+    ]
     note(wrong, unclear, "images are in several classes, byte for byte")
     note(odd, [image["path"] for same in copies for image in same[1:]], "are copies of another image, byte for byte")
     if len(parts) == 2 and parts[0].classes and parts[1].classes:

@@ -108,7 +108,16 @@ class ImageDataset(Dataset):
         return targets if targets is None or self._numbers is None else self._numbers[targets]
 
     def fingerprint(self) -> dict[str, int | str]:
-        """What tells this data set from what it was before a change; plain values, for a checkpoint."""
+        """What tells this data set from what it was before a change; plain values, for a checkpoint.
+
+        Raises BadImageError for files that are not there, in the sample whose sizes this looks at; with `skip_bad`,
+        warns.
+        """
+        if missing := self.source.missing:
+            message = f"{len(missing)} images do not exist, of a sample of the {len(self)}: {abbreviate(missing)}"
+            if not self.skip_bad:
+                raise BadImageError(message)
+            logger.warning("%s", message)
         targets = self.targets
         labels = self.source.labels if targets is None else digest(targets.astype("<i4"))
         return {

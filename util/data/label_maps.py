@@ -30,8 +30,8 @@ from util.data import Config
 from util.data.custom_reader import extensions_of
 from util.data.datasets import ImageDataset, collate, dataset_of, read_sample
 from util.data.decoding import BadImageError, EncodedJpeg
-from util.data.image_index import abbreviate, load_index
-from util.data.sources import FileSource, digest_of_sizes
+from util.data.image_index import abbreviate, digest, load_index
+from util.data.sources import FileSource, sizes_of_sample
 from util.data.transforms import crop, resize
 from util.errors import UserError, unreadable_is_user_error
 
@@ -192,7 +192,7 @@ class LabelMapSource(FileSource):
     @property
     def labels(self) -> str:
         """Changes when the label maps' files of a sample have other sizes."""
-        return digest_of_sizes(len(self), self.label_path)
+        return digest(np.array(sizes_of_sample(len(self), self.label_path), "<i8"))
 
     def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, torch.Tensor]:
         """Image (in_chans, h, w) and labels (h, w) uint8: classes, and IGNORED. Raises BadImageError or OSError."""

@@ -43,6 +43,7 @@ class Source:
     targets: labels (number of images,) where they are known without reading the images, else None.
     fingerprint: changes when images are added, removed or renamed, as far as that is seen at once; else ''.
     sizes: changes when files of a sample have other sizes; '' where there are no files.
+    missing: the files of this sample that are not there.
     labels: changes when targets that are no classes do; else ''.
     """
 
@@ -50,6 +51,7 @@ class Source:
     numbered = streamed = False
     targets: np.ndarray | None = None
     fingerprint = sizes = labels = ""
+    missing: Sequence[str] = ()
 
     def __init__(self, config: Config):
         self.in_chans, self.ignore_exif, self.max_pixels = config.in_chans, config.ignore_exif, config.max_pixels
@@ -84,8 +86,16 @@ class FileSource(Source):
         return self.index.fingerprint()
 
     @functools.cached_property
+    def _sizes(self) -> list[int]:
+        return sizes_of_sample(len(self), self.path)
+
+    @property
     def sizes(self) -> str:
-        return digest_of_sizes(len(self), self.path)
+        return digest(np.array(self._sizes, "<i8"))
+
+    @property
+    def missing(self) -> list[str]:
+        return [self.path(i) for i, size in zip(spread(len(self), SIZED_FILES), self._sizes) if size < 0]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -229,11 +239,9 @@ class JoinedSource(Source):
         return self.sources[number], i - (self.ends[number - 1] if number else 0)
 
 
-def digest_of_sizes(count: int, path: Callable[[int], str]) -> str:
-    """Changes when files have other sizes: those of a sample of the `count` files at `path(i)`."""
-    # A file that is gone is found out when it is read.
-    sizes = [os.stat(file).st_size if os.path.exists(file := path(i)) else -1 for i in spread(count, SIZED_FILES)]
-    return digest(np.array(sizes, "<i8"))
+def sizes_of_sample(count: int, path: Callable[[int], str]) -> list[int]:
+    """The sizes of a sample of the `count` files at `path(i)`; -1 where there is none."""
+    return [os.stat(file).st_size if os.path.exists(file := path(i)) else -1 for i in spread(count, SIZED_FILES)]
 
 
 def spread(count: int, most: int) -> list[int]:
