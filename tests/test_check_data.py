@@ -204,6 +204,13 @@ def test_one_image_in_two_classes_and_missing_files_are_one_fault_each(tmp_path)
     )
 
 
+@pytest.mark.parametrize("shape", [(9,), (2, 9, 9, 3)])
+def test_arrays_that_are_no_images_are_named_and_no_failure(tmp_path, shape):
+    np.save(tmp_path / "0.npy", np.zeros(shape, np.uint8))
+    [fault] = check(tmp_path)["faults"]
+    assert f"the array has shape {shape}, (H, W, 3) is needed" in fault
+
+
 def test_sizes_speed_and_a_part_of_the_images(tmp_path, capfd):
     make_images(tmp_path / "train", 30)
     report = check(tmp_path, "--sample", "10", "--model", "mixmae_quickstart")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +222,19 @@ def test_a_checkpoint_that_records_nonsense_is_said_in_one_line(checkpoint, imag
 def test_mistakes_are_explained(checkpoint, images, capfd, flags, message):
     shared = ["--checkpoint", checkpoint, "--data_path", images, "--num_workers", "0", "--device", "cpu"]
     fails(knn, capfd, message, *shared, *flags)
+
+
+def test_one_class_is_refused_and_classes_without_validation_images_are_named(checkpoint, images, tmp_path, capfd):
+    """One class was a kNN accuracy of 100%."""
+    shutil.copytree(images, tmp_path / "data")
+    shared = ["--checkpoint", checkpoint, "--num_workers", "0", "--device", "cpu", "--k", "3", "--data_path"]
+    shutil.rmtree(tmp_path / "data" / "val" / "bars")
+    run(knn, *shared, tmp_path / "data")
+    assert "1 of 3 classes have no validation image: ['bars']" in capfd.readouterr().out
+    for split in ("train", "val"):
+        lines = [f"{path} 1" for path in sorted((images / split).glob("*/*.png"))]
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines))
+    fails(knn, capfd, "classification needs at least 2 classes, found 1 in", *shared, tmp_path / "train.txt")
 
 
 # --- During pretraining ---------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import timm
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +32,7 @@ from util.data.transforms import Normalize, eval_transform
 from util.errors import UserError, require_writable, unreadable_is_user_error
 from util.run import distributed
 from util.run.checks import check_overlap, check_statistics
+from util.run.classes import refuse_single_class, warn_of_empty_classes
 from util.run.config import CheckpointFlags, DataFlags, DeviceFlags, ProcessFlags, resolve
 from util.run.failures import user_errors
 from util.run.features import own_features, rank_of_features
@@ -59,12 +61,15 @@ def labelled_datasets(config: Config, neighbours: Sequence[int]) -> tuple[ImageD
         neighbours: the values of k.
 
     Raises:
-        UserError: no labels, no validation images or in other units than the configuration's mean and standard
-            deviation, fewer training images than a k.
+        UserError: no labels or only one, no validation images or in other units than the configuration's mean and
+            standard deviation, fewer training images than a k.
     """
     train, val = (
         build_dataset(config, split, eval_transform(config), require_labels=True) for split in ("train", "val")
     )
+    if train.targets is not None:  # else they are known when the images have been read
+        refuse_single_class(len(np.unique(train.targets)), config)
+    warn_of_empty_classes(val)
     check_statistics(config, val, f"{config.data_path} (val)")
     check_overlap(train, val)
     if min(neighbours) < 1 or max(neighbours) > len(train):

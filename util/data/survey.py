@@ -44,8 +44,9 @@ def survey_images(source: Source, reader: str = "", in_chans: int | None = None)
             image = number * count // min(SAMPLE, count)
             file = source.file(image)
             shape = find_reader(reader)(file).shape if reader else shape_in_header(file, source.path(image))
-            shapes.append((*shape, 1) if len(shape) == 2 else shape)
-        except Exception:  # not a file (in a data set of timm's), or whatever Pillow raises on damaged ones
+            height, width, channels = (*shape, 1) if len(shape) == 2 else shape
+            shapes.append((height, width, channels))
+        except Exception:  # not a file (in timm's data sets), an array that is no image, whatever Pillow raises
             continue
     channels = Counter(shape[2] for shape in shapes)
     if in_chans is None and len(channels) > 1 and set(channels) != {1, 3}:

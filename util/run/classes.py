@@ -37,11 +37,16 @@ def count_classes(config: Config, dataset: ImageDataset) -> int:
         raise UserError("the data set does not tell its number of classes: give --nb_classes")
     if found not in (None, number) and not (dataset.source.numbered and found < number):
         raise UserError(f"--nb_classes {number} contradicts the {found} classes in {config.data_path}")
-    if number < 2:
-        raise UserError(f"classification needs at least 2 classes, found {number} in {config.data_path}")
+    refuse_single_class(number, config)
     if dataset.targets is not None:
         check_targets(torch.as_tensor(dataset.targets), number)
     return number
+
+
+def refuse_single_class(number: int, config: Config) -> None:
+    """Raise a UserError where nothing is to be told apart."""
+    if number < 2:
+        raise UserError(f"classification needs at least 2 classes, found {number} in {config.data_path}")
 
 
 def number_classes(config: Config, dataset: ImageDataset, start: Start) -> int:
