@@ -128,13 +128,16 @@ def test_lists_that_repeat_images_skip_classes_or_share_images(folders, tmp_path
     assert "8 of 8 validation images are training images too" in said
 
 
-@pytest.mark.parametrize("how", ["the same folder", "a copy", "apart"])
+@pytest.mark.parametrize("how", ["the same folder", "a linked folder", "a copy", "apart"])
 def test_validation_images_that_were_trained_on_are_told(folders, tmp_path, caplog, how):
     """kNN said 100%, with exit code 0."""
-    if how != "apart":
+    if how in ("the same folder", "a copy"):
         shutil.rmtree(folders / "val")
     if how == "the same folder":
         (folders / "val").symlink_to("train")
+    if how == "a linked folder":
+        (folders / "train" / "bee" / "more").symlink_to("../../val/bee")
+        (folders / "train" / "bee" / "again").symlink_to("../../val/bee")
     if how == "a copy":
         shutil.copytree(folders / "train", folders / "val")
         (folders / "val" / "ant" / "0000.png").unlink()
@@ -143,8 +146,9 @@ def test_validation_images_that_were_trained_on_are_told(folders, tmp_path, capl
         build_dataset(data_args(folders, in_chans=1), split, lambda image: image) for split in ("train", "val")
     )
     check_overlap(train, val)
-    expected = {"the same folder": "30 of 30", "a copy": "28 of 29"}
+    expected = {"the same folder": "30 of 30", "a linked folder": "4 of 12", "a copy": "28 of 29"}
     assert (f"{expected.get(how)} validation images are training images too" in caplog.text) == (how != "apart")
+    assert ("whose images count again: ['bee/again', 'bee/more']" in caplog.text) == (how == "a linked folder")
 
 
 def test_looking_for_shared_images_is_cheap_in_a_large_folder(monkeypatch):

@@ -221,6 +221,11 @@ def load_index(root: str | os.PathLike, extensions: Sequence[str] = IMAGE_EXTENS
             if index is None:
                 index = _scan_and_cache(cache, root, extensions)
     report_left_out(root, index.left_out, index.hidden)
+    often = Counter(folder[1:] for folder in index.folders.values())
+    if same := sorted(name for name, folder in index.folders.items() if often[folder[1:]] > 1):
+        logger.warning(
+            "%s: links lead to folders that are there already, whose images count again: %s", root, abbreviate(same)
+        )
     if len(index) == 0:
         raise UserError(f"no images found under {root} (looked for {', '.join(extensions)})")
     return index

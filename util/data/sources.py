@@ -252,13 +252,16 @@ def spread(count: int, most: int) -> list[int]:
 def shared_with_training(train: Source, val: Source) -> tuple[int, int]:
     """How many images of `val` are in `train` too, and how many were looked at; (0, 0) where they are no files.
 
-    Found are the same files, and in folders files of the same name and content; not copies under other names, for
-    which all files would have to be read (`python -m util.check_data` does).
+    Found are the same files in lists, the same folders by whatever links, and in folders files of the same name and
+    content; not copies under other names, for which all files would have to be read (`python -m util.check_data` does).
     """
     if not isinstance(train, FileSource) or not isinstance(val, FileSource):
         return 0, 0
     if not train.numbered and train.index.root == val.index.root:  # one folder: given twice, or divided by --val_share
         return (len(val) if train.fingerprint == val.fingerprint else 0), len(val)
+    trained_on = {folder[1:] for folder in train.index.folders.values()}
+    if linked := sum(folder[0] for folder in val.index.folders.values() if folder[1:] in trained_on):
+        return linked, len(val)
     if train.numbered:
         paths = {os.path.normpath(train.path(i)) for i in range(len(train))}
         return sum(os.path.normpath(val.path(i)) in paths for i in range(len(val))), len(val)
