@@ -1,6 +1,9 @@
 """Where images come from, and what is refused before training."""
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import pickle
 import re
@@ -159,6 +162,21 @@ def test_damaged_tars(tmp_path):
     os.truncate(tmp_path / "train.tar", 700)
     with pytest.raises(BadImageError, match="cannot use image"):
         dataset[(0, 7)]
+
+
+def test_tars_that_are_compressed_or_named_otherwise(tmp_path):
+    make_tar(tmp_path / "images.TAR", "", ["ant/0.png", "bee/0.png"])
+    assert plain(data_args(tmp_path / "images.TAR")).classes == ["ant", "bee"]
+    with pytest.raises(UserError, match=r"no images found under .*; \.tar in it are not opened: unpack them, or give"):
+        plain(data_args(tmp_path))
+    for open_compressed in (gzip.open, bz2.open, lzma.open):
+        with open_compressed(tmp_path / "train.tar", "wb") as file:
+            file.write((tmp_path / "images.TAR").read_bytes())
+        with pytest.raises(UserError, match=r"train\.tar is compressed: decompress it"):
+            plain(data_args(tmp_path))
+    (tmp_path / "train.tar").rename(tmp_path / "train.tar.gz")
+    with pytest.raises(UserError, match=r"no images found under .*; \.gz, \.tar in it are not opened"):
+        plain(data_args(tmp_path))
 
 
 def test_a_large_number_in_a_list_is_no_label(tmp_path):

@@ -269,6 +269,8 @@ def test_folders_of_runs_and_checks_are_left_out(tmp_path, caplog):
         assert paths(index) == expected and "run" not in index.folders and index.left_out["own output"] == 2
     assert f"{root}: left out are 2 folders with the output of a run or of check_data" in caplog.text
     assert len(load_index(root / "run")) == 1  # what was asked for is not left out
+    (root / "run" / "times.jsonl").unlink()
+    assert len(load_index(root)) == len(expected) + 1
 
 
 def test_a_run_scans_once_where_the_index_cannot_be_cached(tmp_path, monkeypatch):

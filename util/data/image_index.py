@@ -9,9 +9,9 @@ Hidden files and folders (`.thumbs/`, `._photo.jpg`) are left out, and counted; 
 a run keeps its output, or `util.check_data`: their pictures are of images, and none to train on.
 
 The cache is in $MIXMAE_CACHE, else $XDG_CACHE_HOME/mixmae, else ~/.cache/mixmae; never in the data folder. It is valid
-as long as every directory of the tree has the modification and change times that it had when it was scanned: adding,
-removing or renaming an entry changes its directory's times. Changing the content of a file does not, and need not. The
-cache files are plain numpy arrays, replaced atomically; a damaged one is scanned again.
+as long as every directory of the tree (but those with output) has the modification and change times that it had when it
+was scanned: adding, removing or renaming an entry changes its directory's times. Changing the content of a file does
+not, and need not. The cache files are plain numpy arrays, replaced atomically; a damaged one is scanned again.
 """
 
 import contextlib
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 UNREADABLE_EXTENSIONS = tuple(
     ".heic .heif .avif .jxl .jp2 .j2k .svg .psd .exr .hdr .dcm .dng .raw .cr2 .cr3 .nef .arw .raf .orf .rw2".split()
 )
+ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 # Counted with the endings, none of which has a space.
 BROKEN_LINK, OWN_OUTPUT = "broken link", "own output"
 OUTPUT_FILES = {".claim.json", "check_data.json", "config.json", "times.jsonl"}  # see `holds_output`
@@ -227,15 +228,19 @@ def load_index(root: str | os.PathLike, extensions: Sequence[str] = IMAGE_EXTENS
             "%s: links lead to folders that are there already, whose images count again: %s", root, abbreviate(same)
         )
     if len(index) == 0:
-        raise UserError(f"no images found under {root} (looked for {', '.join(extensions)})")
+        packed = sorted(name for name in index.left_out if name in (*ARCHIVES, ".tar"))
+        advice = f"; {', '.join(packed)} in it are not opened: unpack them, or give a .tar itself" if packed else ""
+        raise UserError(f"no images found under {root} (looked for {', '.join(extensions)}){advice}")
     return index
 
 
-def scan(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> tuple[ImageIndex, list[str], np.ndarray]:
+def scan(
+    root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS
+) -> tuple[ImageIndex, list[str], np.ndarray, list[str]]:
     """Walk the tree under `root`, following links, without what is hidden: names that begin with a dot.
 
-    Returns the index, all directories (relative to `root`), and their (mtime, ctime) in ns, (n, 2) int64. Raises
-    UserError when a directory cannot be listed.
+    Returns the index, all directories (relative to `root`) that it is of, their (mtime, ctime) in ns, (n, 2) int64, and
+    those that are left out as output. Raises UserError when a directory cannot be listed.
     """
     directories, times, files, folders = [], [], [], {}  # files: (class, directory, sorted names)
     left_out, hidden, own_output = Counter(), 0, set()
@@ -293,15 +298,15 @@ def scan(root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> tuple[Ima
         per_folder = [position[top] for top, _, _ in files]
     targets = np.repeat(np.array(per_folder, dtype=np.int32), [len(names) for _, _, names in files])
     index = ImageIndex(root, StringTable.of(paths), targets, classes, dict(+left_out), hidden, folders)
-    return index, directories, np.array(times, dtype=np.int64)
+    return index, directories, np.array(times, dtype=np.int64), sorted(own_output)
 
 
 def _scan_and_cache(cache: Path, root: str, extensions: tuple[str, ...]) -> ImageIndex:
     start = time.time_ns()
-    index, directories, times = scan(root, extensions)
+    index, directories, times, own_output = scan(root, extensions)
     seconds = (time.time_ns() - start) / 1e9
     logger.info("scanned %d images in %d folders under %s in %.1f s", len(index), len(directories), root, seconds)
-    others = json.dumps([index.classes, directories, index.left_out, index.hidden]).encode()
+    others = json.dumps([index.classes, directories, index.left_out, index.hidden, own_output]).encode()
     table = {"names": index.names.blob, "name_ends": index.names.ends, "targets": index.targets, "times": times}
     table["images"] = np.array([index.folders.get(directory, (0,))[0] for directory in directories])
     table["others"] = np.frombuffer(others, dtype=np.uint8)
@@ -339,7 +344,9 @@ def _scanned_before(cache: Path, root: str) -> ImageIndex | None:
         if (table := _not_cached.get(cache)) is None:
             with np.load(cache, allow_pickle=False) as arrays:  # zipfile checks every array's CRC
                 table = dict(arrays)
-        classes, directories, left_out, hidden = json.loads(table["others"].tobytes())
+        classes, directories, left_out, hidden, own_output = json.loads(table["others"].tobytes())
+        if not all(holds_output(set(os.listdir(os.path.join(root, folder)))) for folder in own_output):
+            return None
         folders = {}
         found = zip(directories, table["times"].tolist(), table["images"].tolist(), strict=True)
         for directory, times, images in found:

@@ -26,6 +26,7 @@ from util.data import Config
 from util.data.custom_reader import extensions_of
 from util.data.decoding import IMAGE_EXTENSIONS
 from util.data.image_index import (
+    ARCHIVES,
     ImageIndex,
     StringTable,
     abbreviate,
@@ -41,7 +42,6 @@ from util.errors import UserError, unreadable_is_user_error
 logger = logging.getLogger(__name__)
 
 FOLDER_DATASETS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
-ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 # Names of folders with a part of a data set in them: Train, validation, test_images, val2017.
 PART = re.compile(r"(train|training|val|valid|validation|test|testing)([-_ ]?(set|images|data|\d{4}))?", re.IGNORECASE)
 MAX_CLASSES = 100_000  # a larger number behind a file name in a list is no label
@@ -126,7 +126,7 @@ def _open_files(path: Path, split: str, require_labels: bool, config: Config) ->
     place = _place(path, "train" if config.val_share else split)
     if config.val_share:
         _refuse_to_divide(path, place, config.val_share)
-    if place.suffix == ".tar":
+    if place.suffix.lower() == ".tar":
         source = TarSource(place, config)
         _refuse_parts_as_classes(place, source.classes or ())
         train_classes = _train_classes(path, config) if split == "val" else None
@@ -145,7 +145,7 @@ def _open_files(path: Path, split: str, require_labels: bool, config: Config) ->
 
 def _place(path: Path, split: str) -> Path:
     """The tar, list or folder of the images of `split` in a --data_path; a folder without such a part is one itself."""
-    if path.suffix == ".tar":
+    if path.suffix.lower() == ".tar":
         if split == "val":
             raise UserError(
                 f"--data_path {path} is a tar of training images; evaluation needs a folder with train.tar and val.tar "
@@ -175,7 +175,7 @@ def _place(path: Path, split: str) -> Path:
 
 def _refuse_to_divide(path: Path, place: Path, share: float) -> None:
     """Raise a UserError where --val_share cannot divide the images at `place`, or --data_path holds others for it."""
-    if place.suffix == ".tar":
+    if place.suffix.lower() == ".tar":
         raise UserError(
             f"--val_share divides folders and lists of images, not the tar of --data_path {path}: unpack it, or make a "
             "val.tar beside a train.tar and give their folder without --val_share"
@@ -187,7 +187,7 @@ def _refuse_to_divide(path: Path, place: Path, share: float) -> None:
 def find_validation(data_path: str | Path) -> Path | None:
     """The folder, list or tar of validation images that comes with the folder or list `data_path`; None without."""
     path = Path(data_path)
-    if path.suffix == ".tar":
+    if path.suffix.lower() == ".tar":
         return None
     places = [path / name for name in ("val", "val.txt", "val.tar")] if path.is_dir() else [path.with_name("val.txt")]
     return next((place for place in places if place.exists()), None)
@@ -216,7 +216,7 @@ def _index(place: Path, expected: Path, require_labels: bool, config: Config) ->
 def _train_classes(data_path: Path, config: Config) -> list[str] | None:
     """The classes of the training images below `data_path`; None where there are none."""
     place = _place(data_path, "train")
-    if place.suffix == ".tar":
+    if place.suffix.lower() == ".tar":
         return TarSource(place, config).classes
     if place.is_file():
         return _read_list(place, extensions_of(config.reader)).classes

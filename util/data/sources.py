@@ -31,6 +31,7 @@ from util.data.image_index import (
 from util.errors import UserError
 
 SIZED_FILES = 200  # whose sizes are looked at when a run starts; on a network each takes a millisecond
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # as gzip, bzip2, xz and zstd begin
 COMPARED_FILES = 200  # of validation images in a folder, with those of training; the names in lists are all compared
 
 
@@ -131,6 +132,9 @@ class TarSource(Source):
         if config.reader:
             raise UserError(f"--reader {config.reader} reads files, and {path} is a tar: unpack it")
         try:
+            with open(path, "rb") as file:
+                if file.read(6).startswith(COMPRESSED):
+                    raise UserError(f"{path} is compressed: decompress it (gunzip, bunzip2, unxz, unzstd)")
             with tarfile.open(path, "r:") as tar:
                 files = sorted(_files_in(tar, left_out), key=lambda file: natural_key(file[1]))
         except (OSError, tarfile.TarError) as error:
