@@ -270,7 +270,8 @@ def scan(
                             others[BROKEN_LINK] += 1
                     else:
                         others[ending(name)] += 1
-                    own |= {name} & OUTPUT_FILES
+                    if name in OUTPUT_FILES:
+                        own.add(name)
         if directory and holds_output(own):
             own_output.add(directory)
             continue
