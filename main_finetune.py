@@ -81,8 +81,8 @@ class AugmentationFlags(Config):
     remode: str = flag("pixel", "what erased areas are filled with", choices=("const", "rand", "pixel"))
     recount: int = flag(1, "maximum number of areas erased per image", "N", AT_LEAST_1)
     resplit: bool = free(False, "no effect; accepted so that the authors' command lines work")
-    mixup: float = flag(0.0, "mixup alpha (0: off)", "ALPHA")
-    cutmix: float = flag(0.0, "cutmix alpha (0: off)", "ALPHA")
+    mixup: float = flag(0.0, "mixup alpha (0: off)", "ALPHA", NOT_NEGATIVE)
+    cutmix: float = flag(0.0, "cutmix alpha (0: off)", "ALPHA", NOT_NEGATIVE)
     cutmix_minmax: tuple[float, float] | None = flag(
         None,
         "minimum and maximum box size, instead of alpha",

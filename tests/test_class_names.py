@@ -116,7 +116,7 @@ def test_the_same_names_in_another_order_are_mapped(data, trained, tmp_path, cap
     assert [line.split()[-1] for line in said.splitlines() if "] top-1" in line] == CLASSES
 
     out = tmp_path / "kept"  # a head that is kept, its weights as good as unchanged
-    flags = ["--epochs", "1", "--lr", "1e-12", "--data_path", data, "--output_dir", out]
+    flags = ["--epochs", "1", "--lr", "1e-12", "--min_lr", "0", "--data_path", data, "--output_dir", out]
     run(main_finetune, *TRAIN, *flags, "--finetune", trained)
     assert read_lines(out / "log.txt")[0]["test_acc1"] == 100
     assert read_checkpoint(out / "checkpoint.pth")["classes"] == CLASSES

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -136,11 +137,35 @@ def test_checks_name_the_flag_the_value_and_the_rule():
         (("--cutmix_minmax", 0.5, 0.2), "--cutmix_minmax takes MIN and MAX"),
         (("--layer_decay", 0), "--layer_decay must be above 0 and at most 1, got 0.0"),
         (("--smoothing", 1), "--smoothing must be at least 0 and below 1"),
+        (("--mixup", -1), "--mixup must not be negative, got -1.0"),
+        (("--cutmix", -0.5), "--cutmix must not be negative, got -0.5"),
+        (("--lr", 1e-7), "--min_lr 1e-06, the rate at the end, is above --lr 1e-07: give one of at most that"),
+        (("--blr", 1e-7), "--min_lr 1e-06, the rate at the end, is above --lr 2.5e-08"),
         (("--per_class",), "--per_class and --predictions go with --eval"),
         (("--eval",), "--eval needs the weights to evaluate"),
     ):
         with pytest.raises(UserError, match=message):
             resolved(FinetuneConfig, *flags)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--lr", "inf"],
+        ["--mixup=-Infinity"],
+        ["--mean", "nan", "nan", "nan"],
+        ["--mean", "0.5", "NaN"],
+        ["--std=1e999"],
+    ],
+)
+def test_no_flag_takes_a_number_that_is_not_finite(given, capsys):
+    with pytest.raises(SystemExit):
+        get_parser(FinetuneConfig, "test").parse_args(given)
+    assert f"argument {given[0].partition('=')[0]}: must be a finite number, got " in capsys.readouterr().err
+    for config_class in (*CONFIGS, *COMMANDS):
+        assert not [action.dest for action in get_parser(config_class, "test")._actions if action.type is float]
+    with pytest.raises(UserError, match="--mean must be finite numbers, got"):  # recorded with weights
+        weight_settings({"model": "mixmae_tiny", "mean": [0.5, math.nan, 0.5]}, "a file")
 
 
 def test_a_missing_data_path_is_asked_for_as_the_data_set_needs_it(tmp_path, capfd):

@@ -126,7 +126,7 @@ def test_a_finished_run_of_theirs_has_no_best_accuracy_to_tell(images, tmp_path,
 def test_a_head_that_fits_is_drawn_anew_on_request_as_theirs_always_is(images, tmp_path, capfd):
     flags = [*FINETUNE, "--data_path", images, "--aa", "", "--epochs", "1"]
     run(main_finetune, *flags, "--output_dir", tmp_path / "first")
-    start = ["--finetune", tmp_path / "first" / "checkpoint.pth", "--lr", "0"]
+    start = ["--finetune", tmp_path / "first" / "checkpoint.pth", "--lr", "0", "--min_lr", "0"]
     run(main_finetune, *flags, *start, "--output_dir", tmp_path / "kept")
     run(main_finetune, *flags, *start, "--reset_head", "--output_dir", tmp_path / "drawn")
     first, kept, drawn = (

@@ -113,7 +113,7 @@ def test_every_iteration_has_its_learning_rate(data, tmp_path):
 def test_a_head_is_kept_where_it_fits(data, pretrained, tmp_path, capfd):
     """A fresh head on a pretrained encoder starts at almost equal probabilities; one of other classes is replaced."""
     first = tmp_path / "first"
-    still = ["--epochs", "1", "--lr", "1e-12", *PLAIN]
+    still = ["--epochs", "1", "--lr", "1e-12", "--min_lr", "0", *PLAIN]
     run(main_finetune, *FINETUNE, *still, "--finetune", pretrained, "--data_path", data, "--output_dir", first)
     head = read_checkpoint(first / "checkpoint.pth")["model"]["head.weight"]
     assert head.std() == pytest.approx(2e-5, rel=0.2)

@@ -156,7 +156,7 @@ def test_without_out_the_classes_are_shown(images, checkpoint, capfd):
 def test_what_follows_a_list_of_numbers_flag_is_its_value_even_if_it_is_no_number(capsys):
     with pytest.raises(SystemExit):
         predict.get_args_parser().parse_args(["--checkpoint", "c.pth", "photo.jpg", "--mean", "abc"])
-    assert "argument --mean: invalid float value: 'abc'" in capsys.readouterr().err
+    assert "argument --mean: invalid number value: 'abc'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         predict.get_args_parser().parse_args(["--mean", "--checkpoint", "c.pth", "photo.jpg"])
     assert "argument --mean: expected at least one argument" in capsys.readouterr().err

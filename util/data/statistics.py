@@ -87,7 +87,7 @@ def check_images(images: Sequence[Tensor], mean: Sequence[float], std: Sequence[
         f"standard deviation {_listed(scale)}, far from 0 and 1. Measured on {len(images)} of them: {flags}"
     )
     least = LEAST if images[0].dtype == torch.uint8 else SUSPECT
-    wrong = offset.abs().max() > MOST or not least <= scale.max() <= MOST
+    wrong = not offset.abs().max() <= MOST or not least <= scale.max() <= MOST
     return (message, "") if wrong else ("", message)
 
 

@@ -267,6 +267,10 @@ class TrainingConfig(ReadingFlags, WeightFlags, ModelFlags, OptimizerFlags, Devi
         super().__post_init__()
         if self.deterministic and self.compile:
             raise UserError("--deterministic does not go with --compile: compiled attention sums in any order")
+        if self.lr is not None and self.min_lr > self.lr:
+            raise UserError(
+                f"--min_lr {self.min_lr:g}, the rate at the end, is above --lr {self.lr:g}: give one of at most that"
+            )
         if self.epochs is None:
             return
         if self.start_epoch >= self.epochs:

@@ -8,6 +8,7 @@ check, and what a change of it means for a run that is resumed. `get_parser` mak
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 import sys
 import types
@@ -102,7 +103,18 @@ class Config:
 
 # --- The command line ---
 
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+NUMBER = re.compile(r"[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|inf|infinity)", re.IGNORECASE)
+
+
+def number(text: str) -> float:
+    """The type of flags that are numbers: a finite one, since no check notices NaN, of which all comparisons are false.
+
+    Raises:
+        ValueError, argparse.ArgumentTypeError: for another.
+    """
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+    return value
 
 
 class Parser(argparse.ArgumentParser):
@@ -115,7 +127,7 @@ class Parser(argparse.ArgumentParser):
         several = [
             name
             for name, action in self._option_string_actions.items()
-            if action.nargs == argparse.ONE_OR_MORE and action.type in (int, float)
+            if action.nargs == argparse.ONE_OR_MORE and action.type in (int, number)
         ]
         others, lists, in_list = [], [], False
         for before, argument in zip(["", *args], args[:end]):
@@ -174,6 +186,7 @@ def _add_flag(group: Any, field: dataclasses.Field, kind: Any) -> None:
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
         options["nargs"], kind = "+" if items[-1] is Ellipsis else len(items), items[0]
+    kind = number if kind is float else kind
     group.add_argument(name, *metadata["aliases"], type=kind, default=default, **options)
 
 

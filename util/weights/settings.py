@@ -4,6 +4,7 @@ Whoever uses a checkpoint gets them from `weight_settings`, so that all commands
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -58,6 +59,8 @@ class WeightSettings:
                 raise UserError(
                     f"--{name} needs one value for each of {self.in_chans} channels, got {getattr(self, name)}"
                 )
+            if not all(map(math.isfinite, getattr(self, name))):
+                raise UserError(f"--{name} must be finite numbers, got {getattr(self, name)}")
         if not min(self.std) > 0:
             raise UserError(f"--std must be positive, got {self.std}")
 
