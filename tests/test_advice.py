@@ -127,6 +127,19 @@ def test_the_averaged_weights_are_used_where_the_best_is_theirs(tmp_path):
     assert len(commands) == 3 and all("--model_ema" in line for line in commands)
 
 
+@pytest.mark.parametrize("output_dir, beside", [("out", "out"), (".", "{}/here"), ("..", "{}"), ("../x/.", "../x")])
+def test_further_runs_go_beside_the_folder_of_this_one(tmp_path, monkeypatch, output_dir, beside):
+    """Of `.`, which has no name, there was a traceback after the whole run."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    flags = ["--data_path", "images", "--output_dir", output_dir]
+    config = given_flags(main_pretrain.PretrainConfig, main_pretrain.get_args_parser().parse_args(flags))
+    further = dict(advice.after_pretraining(config, labelled=True))
+    for purpose, suffix in (("fine-tune with labels", "_finetuned"), ("pretrain further", "_continued")):
+        words = shlex.split(further[purpose])
+        assert words[words.index("--output_dir") + 1] == beside.format(tmp_path) + suffix
+
+
 @pytest.mark.parametrize("data", ["x.tar", "tars", "tars with val"])
 def test_nothing_is_offered_that_divides_a_tar(tmp_path, data):
     (tmp_path / "tars").mkdir()

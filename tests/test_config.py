@@ -16,7 +16,7 @@ import main_finetune
 import main_pretrain
 from main_finetune import FinetuneConfig
 from main_pretrain import PretrainConfig
-from util import knn, visualize
+from util import knn, predict, visualize
 from util.errors import UserError
 from util.explain import ExplainConfig
 from util.export import ExportConfig
@@ -123,6 +123,7 @@ def test_checks_name_the_flag_the_value_and_the_rule():
         (("--drop_path", 1), "--drop_path must be at least 0 and below 1, got 1.0"),
         (("--clip_grad", 0), "--clip_grad must be positive, got 0.0"),
         (("--max_bad_images", 2), "--max_bad_images must be between 0 and 1, got 2.0"),
+        (("--output_dir", ""), "--output_dir must name a folder"),
         (("--batch_size", 3), "--batch_size must be even, since images are mixed in pairs; got 3"),
         (("--epochs", 3, "--warmup_epochs", 4), "--warmup_epochs 4 is longer than the run: --epochs 3"),
         (("--start_epoch", 9, "--epochs", 9), "--start_epoch 9 leaves nothing to train: --epochs is 9"),
@@ -166,6 +167,17 @@ def test_no_flag_takes_a_number_that_is_not_finite(given, capsys):
         assert not [action.dest for action in get_parser(config_class, "test")._actions if action.type is float]
     with pytest.raises(UserError, match="--mean must be finite numbers, got"):  # recorded with weights
         weight_settings({"model": "mixmae_tiny", "mean": [0.5, math.nan, 0.5]}, "a file")
+
+
+def test_a_tilde_is_the_home_folder_in_every_flag_and_argument(monkeypatch):
+    """There were folders called `~`."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    flags = ["--output_dir=~/runs", "--data_path", "~/a", "--finetune=~", "--model=a~b", "--log_dir=./~"]
+    parsed = get_parser(FinetuneConfig, "test").parse_args(flags)
+    assert (parsed.output_dir, parsed.data_path) == ("/home/somebody/runs", "/home/somebody/a")
+    assert (parsed.finetune, parsed.model, parsed.log_dir) == ("/home/somebody", "a~b", "./~")
+    parsed = predict.get_args_parser().parse_args(["--checkpoint=~/c.pth", "~/photos", "--mean", "0.1", "~/more"])
+    assert parsed.images == ["/home/somebody/photos", "/home/somebody/more"]
 
 
 def test_a_missing_data_path_is_asked_for_as_the_data_set_needs_it(tmp_path, capfd):

@@ -68,6 +68,12 @@ def predict(config: ImageTrainingConfig, checkpoint: Path, *flags: object) -> st
     return command("-m", "util.predict", "--checkpoint", checkpoint, images_of(config), *flags, *reading)
 
 
+def beside(folder: Path, suffix: str) -> Path:
+    """A folder next to another one, with a longer name; also where that is called `.` or `..`."""
+    named = folder.resolve() if folder.name in ("", "..") else folder
+    return named.parent / f"{named.name}{suffix}"
+
+
 def report(folder: Path) -> tuple[str, str]:
     return "see how it went, in a browser", command("-m", "util.report", folder, "--out", folder / "report.html")
 
@@ -87,13 +93,13 @@ def after_pretraining(config: ImageTrainingConfig, labelled: bool) -> Iterator[t
         yield "see reconstructions", command("-m", "util.visualize", "--checkpoint", weights, *drawn)
     if labelled and can_validate(config):
         yield "measure the features", command("-m", "util.knn", "--checkpoint", weights, *data)
-        out = ["--output_dir", folder.with_name(f"{folder.name}_finetuned")]
+        out = ["--output_dir", beside(folder, "_finetuned")]
         yield "fine-tune with labels", command("main_finetune.py", "--finetune", weights, *data, *out)
     elif not config.dataset:
         yield "embed the images", predict(config, weights, "--features", "--out", folder / "embeddings.npz")
     exported = ["--part", "encoder", "--format", "safetensors", "--out", folder / "encoder.safetensors"]
     yield "use the encoder elsewhere", command("-m", "util.export", "--checkpoint", weights, *exported)
-    out = ["--output_dir", folder.with_name(f"{folder.name}_continued"), *changed_flags(config, METHOD)]
+    out = ["--output_dir", beside(folder, "_continued"), *changed_flags(config, METHOD)]
     yield "pretrain further", command("main_pretrain.py", *data_flags(config, False), "--finetune", weights, *out)
 
 

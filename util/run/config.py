@@ -213,7 +213,9 @@ class DeviceFlags(Config):
 class RunFlags(Config):
     TITLE: ClassVar[str] = "run"
 
-    output_dir: str = free("./output_dir", "checkpoints, logs and pictures", "DIR")
+    output_dir: str = free(
+        "./output_dir", "checkpoints, logs and pictures", "DIR", (bool, "must name a folder ('.' is the current one)")
+    )
     log_dir: str | None = free(None, "TensorBoard files (default: output_dir)", "DIR")
     finetune: str = flag(
         "",

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 import types
@@ -117,12 +118,19 @@ def number(text: str) -> float:
     return value
 
 
+def with_home(argument: str) -> str:
+    """An argument whose `~` is the home folder: shells see to it in `~/runs`, but few in `--output_dir=~/runs`."""
+    name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return name + equals + os.path.expanduser(value)
+
+
 class Parser(argparse.ArgumentParser):
-    """Names the flag that an unknown one may have been meant to be, and ends a list of numbers where they end."""
+    """Names the flag that an unknown one may have been meant to be, ends a list of numbers where they end, and takes
+    `~` for the home folder in all that is given."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         # Lists of numbers come last, where they cannot take the images that follow them for more numbers.
-        args = sys.argv[1:] if args is None else list(args)
+        args = [with_home(argument) for argument in (sys.argv[1:] if args is None else args)]
         end = args.index("--") if "--" in args else len(args)
         several = [
             name
