@@ -263,7 +263,7 @@ def evaluate_only(given: FinetuneConfig, launch: Launch) -> None:
     model = build_classifier(config, classes.classes_to_evaluate(config, dataset, weights, info))
     logger.info("%s", load_classifier(model, weights, info))
     if config.predictions and launch.rank == 0:
-        require_writable(config.predictions, "--predictions")
+        require_writable(config.predictions, "--predictions", ".csv")
     normalize = Normalize(config.mean, config.std).to(device)
     result = evaluate(model.to(device), validation, normalize, config.precision, device, bool(config.predictions))
     if launch.rank != 0:

@@ -139,6 +139,7 @@ def test_mistakes_are_explained(runs, capfd, tmp_path):
     fails(util.compare_runs, capfd, "is not the output folder of a run", runs / "whole", tmp_path)
     fails(util.compare_runs, capfd, "the following arguments are required|RUN", runs / "whole")
     both = runs / "whole", runs / "other"
+    fails(util.compare_runs, capfd, "--out must end in .png, .pdf or .svg, got a.jpg", *both, "--out", "a.jpg")
     fails(util.compare_runs, capfd, "--tolerance must not be negative", *both, "--tolerance", -1)
 
     def later(config, steps):

@@ -257,6 +257,12 @@ def test_mistakes_are_explained(runs, tmp_path, capfd):
     (tmp_path / "steps.jsonl").write_text('7\n{"a": 1}\n{"step": 1, "ep')
     fails(util.report, capfd, "a run that has made no step yet", tmp_path, "--out", "a.html")
     fails(util.report, capfd, "--out", runs[0])
+    for flags in (
+        ["--out", runs[0] / "log.txt"],
+        ["--out", tmp_path / "a.html", "--save_reference", runs[0] / "log.txt"],
+    ):
+        fails(util.report, capfd, "log.txt exists, and is not replaced", runs[0], *flags)
+    assert (runs[0] / "log.txt").stat().st_size
 
 
 def test_the_quickstarts_curve_comes_with_the_program(runs, tmp_path):

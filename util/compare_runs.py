@@ -50,7 +50,10 @@ class CompareConfig(Config):
     tolerance: float = flag(
         0.0, "relative difference up to which numbers count as the same (0: to the bit)", "X", NOT_NEGATIVE
     )
-    out: str = flag("", "draw both losses, and the differences on a logarithmic axis", "FILE.png")
+    out: str = flag(
+        "", "draw both losses, and the differences on a logarithmic axis", "FILE.png",
+        (lambda value: not value or value.lower().endswith((".png", ".pdf", ".svg")), "must end in .png, .pdf or .svg"),
+    )  # fmt: skip
 
 
 def get_args_parser() -> argparse.ArgumentParser:

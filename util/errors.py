@@ -1,6 +1,7 @@
 """The classes of the errors that are meant for people."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,9 +27,14 @@ def unreadable_is_user_error(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {error.strerror or error}") from error
 
 
-def require_writable(path: str, flag: str) -> None:
-    """Raise a UserError where results cannot be written to the file that `flag` names; what is in it stays. To be
-    called before the work that would be lost."""
+def require_writable(path: str, flag: str, ending: str = ".json") -> None:
+    """Raise a UserError where results cannot be written to the file that `flag` names, or would replace one that is no
+    older result, since its name has another `ending`. To be called before the work that would be lost; what is in the
+    file stays."""
+    if os.path.isfile(path) and os.path.getsize(path) and not path.lower().endswith(ending):
+        raise UserError(
+            f"{flag} {path} exists, and is not replaced, since a result would be a {ending} file: give another name"
+        )
     with unreadable_is_user_error(f"{flag} {path} cannot be written"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         open(path, "ab").close()

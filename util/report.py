@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from util.data.display import COLOURS, without_formulas
-from util.errors import UserError, unreadable_is_user_error
+from util.errors import UserError, require_writable, unreadable_is_user_error
 from util.run.failures import user_errors
 from util.run.flags import Config, flag, get_parser, given_flags
 from util.run.history import RunHistory, Series, in_words, read_history, read_json, title_of, unit_of
@@ -394,13 +394,14 @@ def main(flags: argparse.Namespace) -> None:
             runs = [replace(run, name=str(run.folder)) for run in runs]
         references = [read_reference(config.reference)] if config.reference else []
         text = page(runs, references)
+        require_writable(config.out, "--out", ".html")
+        if config.save_reference:
+            require_writable(config.save_reference, "--save_reference")
         with unreadable_is_user_error(f"--out {config.out} cannot be written"):
-            Path(config.out).parent.mkdir(parents=True, exist_ok=True)
             Path(config.out).write_text(text, encoding="utf-8", errors="backslashreplace")
         logger.info("wrote %s (%.1f MB)", config.out, len(text) / 1e6)
         if path := config.save_reference:
             with unreadable_is_user_error(f"--save_reference {path} cannot be written"):
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
                 Path(path).write_text(json.dumps(as_reference(runs[0], Path(path).stem)) + "\n", encoding="utf-8")
 
 

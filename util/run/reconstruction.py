@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -110,9 +111,11 @@ def check_output(config: PictureFlags) -> None:
     """Make the folder of `--out`, before images are read.
 
     Raises:
-        UserError: it cannot be made; channels that the model does not have.
+        UserError: it cannot be made; a picture that is one of `--images`; channels that the model does not have.
     """
     shown_channels(config.in_chans, config.channels)
+    if os.path.realpath(config.out) in map(os.path.realpath, config.images):
+        raise UserError(f"--out {config.out} is one of --images, which it would replace: give another name")
     with unreadable_is_user_error(f"--out {config.out} cannot be written"):
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
 
