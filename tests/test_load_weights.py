@@ -348,6 +348,23 @@ def test_weights_that_do_not_fit_are_refused_with_names_and_shapes():
     assert "is --model the one it was made with?" in wider
 
 
+@pytest.mark.parametrize(
+    "load, make, name, value",
+    [
+        (load_classifier, classifier, "head.weight", math.nan),
+        (load_encoder, classifier, "layers.2.blocks.1.mlp.fc2.bias", math.inf),
+        (load_pretraining, pretraining, "mask_token", -math.inf),
+    ],
+)
+def test_weights_that_are_not_finite_are_refused(load, make, name, value):
+    """Evaluation gave an accuracy, that of the first class."""
+    weights = make().state_dict()
+    weights[name].view(-1)[-1] = value
+    message = rf"given.pth holds weights that are not finite \(NaN or infinite\), the first in {name}: "
+    with pytest.raises(CheckpointError, match=message):
+        load(make(), weights, "given.pth")
+
+
 def test_another_number_of_channels_has_its_own_message():
     message = refusal(load_encoder, classifier(in_chans=4), classifier().state_dict())
     assert "trained on images with 3 channels, the model takes 4: set --in_chans 3" in message

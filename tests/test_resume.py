@@ -12,6 +12,7 @@ from trials import TINY, Trial, differences, epochs_of, flip_byte, state_of, ste
 import main_finetune
 from util.run.optim import clip_and_step, make_scaler
 from util.run.state import Progress, TrainingState, program_of
+from util.weights.file import CheckpointError
 
 # 2 epochs of 5 optimizer steps, each of 2 micro-batches of 2 images, with everything random in it.
 RECIPE = (*TINY, "--batch_size", "2", "--accum_iter", "2", "--epochs", "2", "--drop_path", "0.3")
@@ -204,6 +205,9 @@ def test_whose_run_it_is_and_its_best_result_are_known_of_older_checkpoints_too(
     assert state.progress.best is None and program_of(older) is None
     state.restore(older | {"best_acc1": 70.0}, steps_per_epoch=1)
     assert state.progress.best == 70
+    spoiled = {"model": model.state_dict() | {"bias": torch.tensor([0.0, torch.nan])}}
+    with pytest.raises(CheckpointError, match=r"--resume: the checkpoint holds weights .* not finite .* in bias: "):
+        state.restore(older | spoiled, steps_per_epoch=1)
     for flag, program in (("mask_ratio", "main_pretrain.py"), ("nb_classes", "main_finetune.py")):
         assert program_of(older | {"args": {flag: None}}) == program
 

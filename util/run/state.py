@@ -11,6 +11,7 @@ from torch import nn
 
 from util.run.config import effective_batch
 from util.weights.file import FORMAT, CheckpointError
+from util.weights.layouts import require_finite
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class TrainingState:
         """Take over a checkpoint of this run, or of one with other batches or images (then rounded down).
 
         Raises:
-            CheckpointError: its weights or its optimizer are not this run's.
+            CheckpointError: its weights or its optimizer are not this run's, or its weights are not finite.
         """
         try:
             self.load(checkpoint)
@@ -101,6 +102,9 @@ class TrainingState:
                 f"--resume: the checkpoint does not fit this model or optimizer: {why}. To start from the weights that "
                 "do fit, use --finetune"
             ) from error
+        for model in (self.model, self.model_ema):
+            if model is not None:
+                require_finite(model, "--resume: the checkpoint")
         progress = self.progress
         progress.epoch = checkpoint["epoch"] + 1
         progress.step_in_epoch = checkpoint.get("step_in_epoch", 0)

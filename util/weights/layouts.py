@@ -88,7 +88,8 @@ def load_encoder(model: nn.Module, state_dict: StateDict, source: object) -> Loa
     be one of timm's `features_only`, without the parts that it has dropped.
 
     Raises:
-        CheckpointError: an encoder tensor is missing or of another shape, or the file has some that the model lacks.
+        CheckpointError: an encoder tensor is missing, of another shape or not finite, or the file has some that the
+            model lacks.
     """
     model = model.model if isinstance(model, FeatureGetterNet) else model
     return _load(model, state_dict, source, optional=("head.",), ignored=(*DECODER, "head.", *_dropped_parts(model)))
@@ -107,7 +108,8 @@ def load_classifier(model: nn.Module, state_dict: StateDict, source: object) -> 
     """Load a fine-tuned classifier, head included, to evaluate it; resizes as `load_encoder` does.
 
     Raises:
-        CheckpointError: the file is not a classifier (of this size and number of classes).
+        CheckpointError: the file is not a classifier (of this size and number of classes), or its weights are not
+            finite.
     """
     expected, given = model.state_dict()["head.weight"].shape[0], count_classes(state_dict, source)
     if expected != given:
@@ -138,7 +140,7 @@ def load_pretraining(model: nn.Module, state_dict: StateDict, source: object) ->
     where the file has none that fit.
 
     Raises:
-        CheckpointError: the file is not a pretraining checkpoint of this model.
+        CheckpointError: the file is not a pretraining checkpoint of this model, or its weights are not finite.
     """
     if any(name.startswith(MMPRETRAIN_DECODER) for name in state_dict):
         raise CheckpointError(
@@ -179,7 +181,19 @@ def _load(
     if wrong:
         raise CheckpointError(f"{source} {_why_it_does_not_fit(wrong, state_dict, shapes)}")
     model.load_state_dict(fitting, strict=False)  # what must be there has been checked
+    require_finite(model, source)
     return report
+
+
+def require_finite(model: nn.Module, source: object) -> None:
+    """Raise a CheckpointError where a model has weights from `source` that are not finite: all results would be NaN, of
+    which the first class is the best. (Before they are in the model, a large file would be read twice.)"""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{source} holds weights that are not finite (NaN or infinite), the first in {name}: its training went "
+                "wrong before it was saved; take an earlier checkpoint"
+            )
 
 
 def _why_it_does_not_fit(wrong: list[str], state_dict: StateDict, shapes: dict[str, torch.Size]) -> str:
