@@ -57,7 +57,7 @@ from util.run.flags import (
 )
 from util.run.launch import Launch
 from util.run.metrics import log_model, training_operations
-from util.run.optim import param_groups_layer_decay
+from util.run.optim import param_groups_layer_decay, warn_if_nothing_is_learned
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
 from util.seeding import seed_all
 from util.weights.layouts import LoadReport, load_classifier, load_encoder
@@ -66,6 +66,7 @@ from util.weights.source import WeightsInfo, read_weights
 
 logger = logging.getLogger(__name__)
 
+MOST_INITIAL_WEIGHTS = 0.1  # share in the moving average at the end of a run
 HEAD_INIT_STD = 2e-5  # of a fresh head on a pretrained encoder: it starts at equal probabilities
 
 
@@ -108,7 +109,7 @@ class FinetuneConfig(AugmentationFlags, EvaluationFlags, ImageTrainingConfig):
     reset_head: bool = free(False, "re-initialise the head even if the weights contain one that fits")
     smoothing: float = flag(0.1, "label smoothing", "X", BELOW_1)
     model_ema: bool = flag(False, "keep a moving average of the weights and evaluate it too")
-    model_ema_decay: float = flag(0.9999, "decay of the average per step", "X", PROBABILITY)
+    model_ema_decay: float = flag(0.9999, "decay of the average per step", "X", BELOW_1)
     dist_eval: bool = free(False, "no effect: evaluation always uses all ranks and is always exact")
     per_class: bool = free(False, "with --eval: print top-1 per class")
     predictions: str = free("", "with --eval: write the top-5 of every image", "FILE.csv")
@@ -178,6 +179,16 @@ def load_for_finetuning(
     return report
 
 
+def warn_of_slow_average(decay: float, steps: int) -> None:
+    """Warn where the moving average is mostly of the initial weights still at the end of a run of so many steps."""
+    if (kept := decay**steps) > MOST_INITIAL_WEIGHTS:
+        logger.warning(
+            "--model_ema_decay %g: after the %d steps of this run, the averaged weights, by which checkpoint-best is "
+            "chosen, are still %.1f%% the initial ones; with --model_ema_decay %.6g they would be 1%%",
+            decay, steps, 100 * kept, 0.01 ** (1 / steps),
+        )  # fmt: skip
+
+
 def prepare(config: FinetuneConfig, start: Start) -> tuple[Run, DataLoader]:
     """Everything before the first step: the run, and the validation images."""
     launch = start.launch
@@ -191,6 +202,9 @@ def prepare(config: FinetuneConfig, start: Start) -> tuple[Run, DataLoader]:
     sampler = TrainBatchSampler(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
     )
+    warn_if_nothing_is_learned(config, sampler.steps_per_epoch)
+    if config.model_ema:
+        warn_of_slow_average(config.model_ema_decay, config.epochs * sampler.steps_per_epoch)
     loader = build_loader(dataset, sampler, config, launch.device)
     validation = build_validation(config, launch)
     if dataset.classes:

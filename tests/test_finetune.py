@@ -200,6 +200,21 @@ def test_a_frozen_encoder_gets_no_gradients(data, pretrained, tmp_path, monkeypa
 # --- Averaged weights, best checkpoint, resuming --------------------------------------------------------------------
 
 
+def test_an_average_that_hardly_moves_is_warned_of(data, tmp_path, capfd):
+    """The best checkpoint was that of the initial weights."""
+    flags = [*FINETUNE, *PLAIN, "--model_ema", "--data_path", data]
+    run(main_finetune, *flags, "--lr", 0, "--min_lr", 0, "--output_dir", tmp_path / "slow")
+    said = capfd.readouterr().out
+    assert "--model_ema_decay 0.9999: after the 9 steps of this run" in said and "still 99.9% the initial ones" in said
+    assert "nothing will be learned: the learning rate is 0 in all 9 steps" in said
+    decay = re.search(r"with --model_ema_decay (\S+) they would be 1%", said)[1]
+    assert float(decay) ** 9 == pytest.approx(0.01, rel=1e-3)
+    run(main_finetune, *flags, "--model_ema_decay", decay, "--output_dir", tmp_path / "usual")
+    said = capfd.readouterr().out
+    assert "initial ones" not in said and "nothing will be learned" not in said
+    fails(main_finetune, capfd, "--model_ema_decay must be at least 0 and below 1", *flags, "--model_ema_decay", 1)
+
+
 def test_averaged_weights_follow_the_weights(data, tmp_path):
     flags = ["--model_ema", "--model_ema_decay", "0.75", "--save_steps", "1", "--keep_checkpoints", "9"]
     run(main_finetune, *FINETUNE, *PLAIN, *flags, "--data_path", data, "--output_dir", tmp_path)

@@ -14,6 +14,7 @@ from util.run.optim import (
     layer_ids,
     learning_rate,
     param_groups_layer_decay,
+    warn_if_nothing_is_learned,
 )
 
 SCHEDULE = argparse.Namespace(lr=2e-3, min_lr=1e-6, warmup_epochs=5, epochs=100)
@@ -42,6 +43,22 @@ def test_half_a_cosine_ends_at_the_minimum():
 
 def test_without_warm_up_the_first_step_has_the_full_rate():
     assert learning_rate(0, argparse.Namespace(lr=1e-3, min_lr=0.0, warmup_epochs=0, epochs=10)) == 1e-3
+
+
+@pytest.mark.parametrize(
+    "lr, warmup_epochs, epochs, remedy",
+    [
+        (0, 0, 6, "0 in all 6 steps of the run; give a positive --lr"),
+        (1, 0.5, 1, "1 steps of the run; train longer, or give"),
+        (1, 0, 1, ""),
+        (1, 2, 2, ""),
+    ],
+)
+def test_a_run_without_a_step_that_learns_is_warned_of(caplog, lr, warmup_epochs, epochs, remedy):
+    """It counted as done."""
+    config = argparse.Namespace(lr=lr, min_lr=0, warmup_epochs=warmup_epochs, epochs=epochs)
+    warn_if_nothing_is_learned(config, steps_per_epoch=1)
+    assert remedy in caplog.text and bool(remedy) == ("nothing will be learned" in caplog.text)
 
 
 def test_every_iteration_sets_every_group():

@@ -41,9 +41,9 @@ from util.run.evaluation import train_and_evaluate
 from util.run.failures import user_errors
 from util.run.flags import AT_LEAST_1, FREE, flag, get_parser, with_default
 from util.run.launch import Launch
-from util.run.optim import param_groups_layer_decay
+from util.run.optim import param_groups_layer_decay, warn_if_nothing_is_learned
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
-from util.weights.layouts import load_encoder
+from util.weights.layouts import load_encoder, require_finite
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,7 @@ def prepare(start: Start) -> tuple[Run, DataLoader]:
     sampler = TrainBatchSampler(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
     )
+    warn_if_nothing_is_learned(config, sampler.steps_per_epoch)
     loader = build_loader(dataset, sampler, config, launch.device, collate_lists)
     model = build_detector(config, len(classes)).to(launch.device)
     logger.info(
@@ -194,6 +195,7 @@ def evaluate_only(given: DetectionConfig, launch: Launch) -> None:
     check_statistics(config, validation.dataset, config.data_path)
     model = build_detector(config, len(checkpoint["classes"]))
     model.load_state_dict(checkpoint["model"])
+    require_finite(model, source)
     if config.predictions and launch.rank == 0:
         require_writable(config.predictions, "--predictions")
     normalize = Normalize(config.mean, config.std).to(launch.device)

@@ -87,6 +87,14 @@ def last_learning_rate(epoch: int, steps_per_epoch: int, config: Any) -> float:
     return learning_rate(epoch + (steps_per_epoch - 1) / steps_per_epoch, config)
 
 
+def warn_if_nothing_is_learned(config: Any, steps_per_epoch: int) -> None:
+    """Warn, before training, where the rate is 0 in all steps: with --lr 0, or a warm-up in the only step of a run."""
+    steps = config.epochs * steps_per_epoch
+    if not any(learning_rate(step / steps_per_epoch, config) for step in range(steps)):
+        remedy = "give a positive --lr" if config.lr == 0 else "train longer, or give --warmup_epochs 0"
+        logger.warning("nothing will be learned: the learning rate is 0 in all %d steps of the run; %s", steps, remedy)
+
+
 def adjust_learning_rate(optimizer: Optimizer, epoch: float, config: Any) -> float:
     """Set the rate of every parameter group, scaled by its `lr_scale` (layer decay); returns the unscaled rate."""
     lr = learning_rate(epoch, config)
