@@ -179,7 +179,19 @@ def test_randaugment_never_fails_on_posterizing_to_nothing():
     assert black >= 1  # a posterized image with no bits left: without the repair timm raises ValueError here
 
 
-@pytest.mark.parametrize("name", ["rand-m10-inc1", "original", "v0r", "augmix-m9", "3a"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rand-m10-inc1",
+        "original",
+        "v0r",
+        "augmix-m9",
+        "3a",
+        "rand-mstd1-tweights",
+        "rand-n3-p0.5-mmax20-m15",
+        "augmix-m5-w4-d2-b1-mstd1",
+    ],
+)
 def test_all_of_timms_augmentations_can_be_named(name):
     img = decode(PHOTOS[0].read_bytes(), 3)
     transform = finetune_transform(data_args("", aa=name))
@@ -191,6 +203,27 @@ def test_all_of_timms_augmentations_can_be_named(name):
 def test_unknown_augmentation_is_named_in_the_error():
     with pytest.raises(UserError, match=r"--aa .nonsense. .* rand-m9-mstd0.5-inc1"):
         finetune_transform(data_args("", aa="nonsense"))
+
+
+@pytest.mark.parametrize("word", ["foo", "mx", "n0", "m9.5", "mstd", "inc2", "p2", "tx", "w3", ""])
+def test_each_word_of_an_augmentation_is_checked(word):
+    """timm passes over those that it does not know."""
+    with pytest.raises(UserError, match=f"is not an augmentation that timm knows \\('{word}'\\)"):
+        finetune_transform(data_args("", aa=f"rand-m9-{word}"))
+
+
+@pytest.mark.parametrize(
+    "aa, said",
+    [
+        ("rand-m999", "--aa rand-m999: magnitudes above 10 count as 10; -mmax999 allows more"),
+        ("rand-m10", ""),
+        ("rand-m15-mmax15", ""),
+        ("augmix-mstd0.5-m11", "above 10"),
+    ],
+)
+def test_a_magnitude_that_is_not_reached_is_warned_of(aa, said, caplog):
+    finetune_transform(data_args("", aa=aa))
+    assert said in caplog.text and bool(said) == ("magnitudes" in caplog.text)
 
 
 @pytest.mark.parametrize("in_chans", [1, 4])

@@ -8,6 +8,7 @@ generators, which the data set seeds for every sample and the engine for every b
 
 import logging
 import random
+import re
 from collections.abc import Callable, Sequence
 from math import ceil, exp, log, sqrt
 
@@ -29,6 +30,13 @@ logger = logging.getLogger(__name__)
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random crops, width / height
 CROP_RATIO = 0.875  # of evaluation at up to 224 pixels
+# timm's augmentations, and the words that each may be followed by. timm itself passes over many that it does not know.
+AUGMENTATIONS = {
+    "rand": r"m\d+|n[1-9]\d*|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|t(weights|3aw?)",
+    "augmix": r"m\d+|w[1-9]\d*|d[1-9]\d*|a\d+(\.\d+)?|b[01]|mstd\d+(\.\d+)?",
+    **dict.fromkeys(("v0", "v0r", "original", "originalr", "3a"), r"mstd\d+(\.\d+)?"),
+}
+MAGNITUDE = 10  # of timm's augmentations at most, if there is no mmax
 
 
 class Normalize(nn.Module):
@@ -179,22 +187,33 @@ def finetune_transform(config: Config) -> Callable[[torch.Tensor], torch.Tensor]
 
 
 def _timms_augmentation(config: Config) -> Callable[[Image.Image], Image.Image]:
-    try:
-        _, augment, _ = create_transform(
-            config.input_size,
-            is_training=True,
-            auto_augment=config.aa or None,
-            color_jitter=config.color_jitter,
-            interpolation="bicubic",
-            mean=config.mean,
-            std=config.std,
-            separate=True,
-        )
-    except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(
-            f"--aa {config.aa!r} is not an augmentation that timm knows, e.g. rand-m9-mstd0.5-inc1"
-        ) from error
+    if config.aa:
+        _check_augmentation(config.aa)
+    _, augment, _ = create_transform(
+        config.input_size,
+        is_training=True,
+        auto_augment=config.aa or None,
+        color_jitter=config.color_jitter,
+        interpolation="bicubic",
+        mean=config.mean,
+        std=config.std,
+        separate=True,
+    )
     return augment
+
+
+def _check_augmentation(aa: str) -> None:
+    """Raise a UserError for a word of --aa that timm does not know; warn of a magnitude that it does not reach."""
+    name, *words = aa.split("-")
+    known = AUGMENTATIONS.get(name, "")
+    if unknown := [name] * (not known) or [word for word in words if not re.fullmatch(known, word)]:
+        raise UserError(
+            f"--aa {aa!r} is not an augmentation that timm knows ({unknown[0]!r}), e.g. rand-m9-mstd0.5-inc1"
+        )
+    given = {word.rstrip("0123456789"): word for word in words}
+    most = int(given.get("mmax", f"mmax{MAGNITUDE}").removeprefix("mmax"))
+    if (magnitude := int(given.get("m", "m0").removeprefix("m"))) > most:
+        logger.warning("--aa %s: magnitudes above %d count as %d; -mmax%d allows more", aa, most, most, magnitude)
 
 
 def eval_transform(config: Config) -> Callable[[torch.Tensor], torch.Tensor]:
