@@ -264,7 +264,7 @@ def test_evaluation_fine_tuning_and_knn_stop_too(tmp_path, capfd):
     assert "result: top-1" in capfd.readouterr().out
     for path in data.glob("*/*/*.npy"):
         np.save(path, np.load(path) / 10_000)
-    message = r"bring the images into the units of their training"
+    message = r"Bring them into the units of the images that were trained on, or where those are in these units too"
     fails(main_finetune, capfd, message, *cpu, *shared, *weights)
     fails(util.knn, capfd, message, *cpu, *shared, "--checkpoint", out / "checkpoint.pth", "--k", "1")
     run(util.knn, *cpu, *shared, "--checkpoint", out / "checkpoint.pth", "--k", "1", "--allow_odd_statistics")
@@ -276,7 +276,9 @@ def test_validation_images_in_other_units_stop_what_reads_them(tmp_path, capfd):
     for path in data.glob("train/*/*.npy"):
         np.save(path, np.load(path) / 10_000)
     shared = [*QUICK, *SHAPE[2:], "--in_chans", "2", "--data_path", data]
-    message = r"data \(val\): normalised by .* far from 0 and 1\. Measured on 8 of them"
+    message = (
+        r"data \(val\): normalised by .* far from 0 and 1\. Measured on 8 of them: .*\. Bring them into the units of"
+    )
     train = ["--model", "mixmae_quickstart", *shared, "--output_dir", out]
     fails(main_pretrain, capfd, message, *train, "--knn_every", "1")
     run(main_pretrain, *train)

@@ -140,7 +140,11 @@ def check_statistics(config: Config, dataset: ImageDataset, what: str, training:
         found = check_units(images)
         if not found[0]:
             error, warning = check_images(images, config.mean, config.std)
-            advice = "Give these flags (or for trained weights, bring the images into the units of their training)"
+            if training:
+                advice = "Give these flags (or for trained weights, bring the images into the units of their training)"
+            else:
+                advice = "Bring them into the units of the images that were trained on, or where those are in these "
+                advice += "units too, give these flags"
             found = (error and f"{error}. {advice}", "; ".join(filter(None, (found[1], warning))))
     error, warning = distributed.gather_objects(found)[0]
     if error and not config.allow_odd_statistics:
