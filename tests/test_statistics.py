@@ -298,6 +298,11 @@ def test_12_bits_in_files_of_16_are_an_error(tmp_path):
     assert error and check_images(deep, *(values.tolist() for values in measure(deep))) == ("", "")
 
 
+def test_a_mean_that_is_not_a_number_is_an_error():
+    """Of which all comparisons are false."""
+    assert "far from 0 and 1" in check_images(photos(), (0.5, float("nan"), 0.5), IMAGENET_STD)[0]
+
+
 def test_all_ranks_stop_with_one_message(tmp_path):
     data = arrays(tmp_path / "data", "uint16")
     flags = [*PRETRAIN, "--in_chans", "2", "--data_path", data, "--batch_size", "2"]

@@ -271,7 +271,7 @@ class TrainingConfig(ReadingFlags, WeightFlags, ModelFlags, OptimizerFlags, Devi
             raise UserError("--deterministic does not go with --compile: compiled attention sums in any order")
         if self.lr is not None and self.min_lr > self.lr:
             raise UserError(
-                f"--min_lr {self.min_lr:g}, the rate at the end, is above --lr {self.lr:g}: give one of at most that"
+                f"--min_lr {self.min_lr:g} is above the learning rate, {self.lr:g}: give a --min_lr of at most that"
             )
         if self.epochs is None:
             return
