@@ -208,12 +208,12 @@ def test_what_cannot_be_is_said_before_training(coco, trained, tmp_path, capfd):
     fails(
         mask_rcnn,
         capfd,
-        "--min_lr 0.1 ends the cosine that --lr_steps replaces",
+        "--min_lr 0.0001 ends the cosine that --lr_steps replaces",
         *there,
         "--lr_steps",
         1,
         "--min_lr",
-        0.1,
+        1e-4,
     )
     missing = (*flags, "--data_path", coco, "--train_json", spoil(coco, tmp_path, set_first(image_id=99)))
     fails(mask_rcnn, capfd, "image that is not in 'images'", *missing)
