@@ -146,7 +146,7 @@ def test_timm(checkpoint, model, imgs, tmp_path, part):
     with torch.no_grad():
         torch.testing.assert_close(opened(imgs), outputs_of(part, model, imgs)[0])
     data = timm.data.resolve_model_data_config(opened)
-    assert (data["input_size"], data["crop_pct"], data["interpolation"]) == ((1, 16, 16), 0.875, "bicubic")
+    assert (*data["input_size"], data["crop_pct"], data["interpolation"]) == (1, 16, 16, 0.875, "bicubic")
     assert tuple(data["mean"]) == (0.4,) and tuple(data["std"]) == (0.2,)
     assert opened.pretrained_cfg.get("label_names") == (CLASSES if part == "classifier" else None)
     pyramid = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()

@@ -4,6 +4,7 @@ What a real GPU shows besides: tests/test_gpu.py.
 """
 
 import itertools
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from models_mixmae import MixMAE
 from models_swin import SwinTransformer
 from util import predict
 from util.data.transforms import Normalize
+from util.run import metrics
 
 STEPS = 5
 COMMON = "--device cuda --num_workers 0 --lr 1e-3 --warmup_epochs 0 --epochs 1".split()
@@ -48,6 +50,7 @@ def waits_of_training(monkeypatch, program, *flags: object) -> Counter[str]:
         return result
 
     monkeypatch.setattr(program, "train_one_epoch", watched)
+    monkeypatch.setattr(metrics, "SECONDS_BETWEEN_LINES", math.inf)  # of a slow machine
     with pretended_gpu() as gpu:
         run(program, *flags)
     return found

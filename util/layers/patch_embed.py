@@ -33,7 +33,7 @@ class PaddedPatchEmbed(PatchEmbed):
     def set_input_size(self, *args, **kwargs) -> None:
         trains = self.proj.weight.requires_grad
         super().set_input_size(*args, **kwargs)
-        self.proj.requires_grad_(trains)  # which timm 1.0.17 forgets
+        self.proj.requires_grad_(trains)  # which timm before 1.0.31 may forget
 
     def forward(self, imgs: Tensor) -> Tensor:
         in_chans, patch_size = self.proj.in_channels, self.patch_size[0]
