@@ -7,6 +7,8 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
+from photos import data_args
+from PIL import Image
 from running import in_a_fork
 from torch._dynamo import lookup_backend
 from torch.nn.attention import flex_attention
@@ -15,9 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from engine_finetune import evaluate
 from models_mixmae import MixMAE
 from models_swin import SwinTransformer
-from util.data.transforms import Normalize
+from util.data.datasets import build_dataset
+from util.data.transforms import Normalize, eval_transform
 from util.layers import attention, compilation
 from util.layers.tracing import is_compiled_here
+from util.run.features import own_features
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile on a CPU needs a C++ compiler"
@@ -150,7 +154,7 @@ class Batches(list):
 
 
 @in_a_fork
-def test_a_smaller_last_batch_of_an_evaluation_is_not_compiled_for_itself(graphs_alone):
+def test_a_smaller_last_batch_of_an_evaluation_is_not_compiled_for_itself(graphs_alone, tmp_path):
     torch.manual_seed(0)
     models = [SwinTransformer(num_classes=10, **SMALL) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
@@ -161,6 +165,14 @@ def test_a_smaller_last_batch_of_an_evaluation_is_not_compiled_for_itself(graphs
     results = [evaluate(model, batches, normalize, "fp32", torch.device("cpu")) for model in models]
     assert results[1].loss == pytest.approx(results[0].loss, rel=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 8  # the embedding, 4 stages, 3 mergings
+    for i in range(7):
+        (tmp_path / "train" / "a").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(imgs[i].permute(1, 2, 0).numpy()).save(tmp_path / "train" / "a" / f"{i}.png")
+    config = data_args(tmp_path, input_size=(64, 64), batch_size=4, precision="fp32")
+    dataset = build_dataset(config, "train", eval_transform(config))
+    features = [own_features(model, dataset, normalize, config)[0] for model in models]
+    torch.testing.assert_close(features[1], features[0], rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 8
 
 
 @pytest.mark.slow

@@ -140,8 +140,11 @@ def test_checks_name_the_flag_the_value_and_the_rule():
         (("--smoothing", 1), "--smoothing must be at least 0 and below 1"),
         (("--mixup", -1), "--mixup must not be negative, got -1.0"),
         (("--cutmix", -0.5), "--cutmix must not be negative, got -0.5"),
-        (("--lr", 1e-7), "--min_lr 1e-06 is above the learning rate, 1e-07: give a --min_lr of at most that"),
-        (("--blr", 1e-7), "--min_lr 1e-06 is above the learning rate, 2.5e-08"),
+        (
+            ("--lr", 1e-3, "--min_lr", 1),
+            "--min_lr 1 is above the learning rate, 0.001: give a --min_lr of at most that",
+        ),
+        (("--blr", 1e-3, "--min_lr", 1), "--min_lr 1 is above the learning rate, 0.0005"),
         (("--per_class",), "--per_class and --predictions go with --eval"),
         (("--eval",), "--eval needs the weights to evaluate"),
     ):

@@ -455,24 +455,50 @@ def test_validation_needs_labels_of_the_training_set(labelled):
 
 
 @pytest.mark.parametrize("names", [("Train", "Val"), ("training", "validation"), ("set/train", "set/val"), ("test",)])
-@pytest.mark.parametrize("changes", [{}, {"val_share": 0.5}])
-def test_parts_of_a_data_set_are_no_classes(tmp_path, names, changes):
-    """They were: a classifier of training from validation images, and pretraining on both."""
+def test_parts_of_a_data_set_are_no_classes(tmp_path, caplog, names):
+    """They were: a classifier told training from validation images. Pretraining may use both, and says so."""
     for name in names:
         for i in range(4):
             picture(tmp_path / "data" / name / "ant" / f"{i}.png")
-    args = data_args(tmp_path / "data", **changes)
+    args = data_args(tmp_path / "data", val_share=0.5)
     place = (tmp_path / "data" / names[0]).parent
     found = [Path(name).name for name in names]
-    with pytest.raises(UserError, match=re.escape(f"{place} holds {found}, named like parts of a data set")):
-        plain(args)
+    refused = re.escape(f"{place} holds {found}, named like ") + "(parts|a part) of a data set"
+    with pytest.raises(UserError, match=refused):
+        plain(args, require_labels=True)
+    plain(args)
     with tarfile.open(tmp_path / "data.tar", "w") as tar:
         tar.add(tmp_path / "data", "data")
-    if len(names) == 2 and not changes:
+    plain(data_args(tmp_path / "data.tar"))
+    several = len(names) > 1
+    assert caplog.text.count("in folders named like parts of a data set") == 2 * several
+    if several:
         with pytest.raises(UserError, match=r"data\.tar holds .*, named like parts of a data set"):
-            plain(data_args(tmp_path / "data.tar"))
-        with pytest.raises(UserError, match=r"train does not exist|named like parts"):
-            plain(args, require_labels=True)
+            plain(data_args(tmp_path / "data.tar"), require_labels=True)
+    if names[0] == "Train":
+        with pytest.raises(UserError, match=refused):
+            plain(data_args(tmp_path / "data"), require_labels=True)
+
+
+def test_the_classes_of_a_part_that_was_named_are_what_they_are(tmp_path):
+    for name in ("train/test", "train/train", "train/car", "val/train"):
+        for i in range(2):
+            picture(tmp_path / name / f"{i}.png")
+    assert plain(data_args(tmp_path), require_labels=True).classes == ["car", "test", "train"]
+    assert [plain(data_args(tmp_path), "val", require_labels=True)[(0, i)][1] for i in range(2)] == [2, 2]
+
+
+def test_output_among_images_is_a_class_of_neither_part(tmp_path):
+    """Validation images had other numbers than training images: accuracy was that of other classes."""
+    for name in ("train/cat", "train/zebra", "val/cat", "val/zebra"):
+        picture(tmp_path / name / "0.png")
+    for name in ("config.json", "times.jsonl", "0.png"):
+        for run in ("train/output_dir", "train/runs/a"):
+            (tmp_path / run).mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "val" / "cat" / "0.png", tmp_path / run / name)
+    train, val = (plain(data_args(tmp_path), split, require_labels=True) for split in ("train", "val"))
+    assert train.classes == val.classes == ["cat", "zebra"]
+    assert [[dataset[(0, i)][1] for i in range(len(dataset))] for dataset in (train, val)] == [[0, 1]] * 2
 
 
 def test_names_of_parts_that_are_legal(tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -327,6 +328,8 @@ def test_wrong_inputs_are_explained(tmp_path, checkpoint, images):
         run(checkpoint, images, tmp_path / "picture.gif")
     with pytest.raises(ValueError, match="is one of --images, which it would replace"):
         run(checkpoint, images, images[0])
+    with pytest.raises(ValueError, match="is one of --images, which it would replace"):
+        run(checkpoint, [os.path.dirname(images[0])], images[0])
     with pytest.raises(ValueError, match=r"absent does not exist; give images, folders"):
         run(checkpoint, [str(tmp_path / "absent")], out)
     with pytest.raises(ValueError, match=r"missing\.pth is neither a file nor"):

@@ -200,7 +200,9 @@ def faults_of(parts: list[Findings], config: CheckDataConfig) -> tuple[list[str]
     unclear = [
         image["path"] for same in copies if len({image["class"] for image in same} - {None}) > 1 for image in same
     ]
-    note(wrong, unclear, "images are in several classes, byte for byte")
+    # Without validation images the classes of a folder may be the folders that there happen to be.
+    labelled = len(parts) == 2 or Path(config.data_path).is_file()
+    note(wrong if labelled else odd, unclear, "images are in several classes, byte for byte")
     note(odd, [image["path"] for same in copies for image in same[1:]], "are copies of another image, byte for byte")
     if len(parts) == 2 and parts[0].classes and parts[1].classes:
         train, val = ({part.classes[image["target"]] for image in part.images} for part in parts)

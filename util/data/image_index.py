@@ -162,7 +162,7 @@ def holds_output(names: set[str]) -> bool:
 
 def shared_folders(folders: Iterable[str]) -> list[str]:
     """What all these paths begin with, as a list of the folders' names."""
-    levels = zip(*(Path(folder).parts for folder in folders))
+    levels = zip(*(folder.split(os.sep) for folder in folders if folder))
     return [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels)]
 
 
@@ -173,7 +173,7 @@ def report_left_out(place: str, left_out: Mapping[str, int], hidden: int) -> Non
     if broken := others.pop(BROKEN_LINK, 0):
         logger.warning("%s: left out are %d links that lead to no image", place, broken)
     if own := others.pop(OWN_OUTPUT, 0):
-        logger.info("%s: left out are %d folders with the output of a run or of check_data", place, own)
+        logger.warning("%s: left out are %d folders with the output of a run or of check_data", place, own)
     if images:
         logger.warning(
             "%s: left out are %s, which this program does not read: convert them to JPEG, PNG or .npy to use them",
@@ -294,7 +294,9 @@ def scan(
     if files and files[0][1] == "":  # images directly in the root: no classes
         classes, per_folder = None, [-1] * len(files)
     else:
-        classes = [name for name in class_folders(root) if name not in own_output]
+        used = {top for top, _, _ in files}
+        of_output = {directory.split(os.sep, 1)[0] for directory in own_output}
+        classes = [name for name in class_folders(root) if name in used or name not in of_output]
         position = {name: i for i, name in enumerate(classes)}
         per_folder = [position[top] for top, _, _ in files]
     targets = np.repeat(np.array(per_folder, dtype=np.int32), [len(names) for _, _, names in files])

@@ -97,27 +97,32 @@ def open_source(config: Config, split: str, require_labels: bool) -> Source:
     return source
 
 
-def _refuse_parts_as_classes(place: Path, folders: Collection[str], singly: bool = False) -> None:
-    """Raise a UserError where the first `folders` below `place` that differ are named as parts of a data set are, and
-    warn where deeper ones are. One such name among others may be a class; with `singly`, it may not be the only folder.
-    """
-    shared, parts = shared_folders(folders), [Path(folder).parts for folder in folders]
-    found = {names[len(shared)] for names in parts if len(names) > len(shared) and PART.fullmatch(names[len(shared)])}
-    if singly and (alone := next(filter(PART.fullmatch, shared), None)) is not None:
-        shared, found = shared[: shared.index(alone)], {alone}
+def _look_for_parts(place: Path, folders: Collection[str], labels: bool) -> None:
+    """Where the first `folders` below `place` that differ, or the only one, are named as parts of a data set are
+    (train, val, test, ...): raise a UserError if they would be classes. Without `labels` warn, of deeper ones too. One
+    such name among others may be a class."""
+    parts = [folder.split(os.sep) for folder in folders]
+    shared = shared_folders(folders)
+    names = {own[len(shared)] for own in parts if len(own) > len(shared)}
+    found = sorted(filter(PART.fullmatch, names))
+    alone = next(filter(PART.fullmatch, shared), None) if labels else None
+    if alone is not None:
+        shared, found = shared[: shared.index(alone)], [alone]
     elif len(found) < 2:
-        if len(deeper := {name for names in parts for name in names if PART.fullmatch(name)}) > 1:
-            logger.warning(
-                "%s: in folders named like parts of a data set, %s, all images are used",
-                place,
-                abbreviate(sorted(deeper)),
-            )
+        found = [] if labels else sorted(filter(PART.fullmatch, {name for own in parts for name in own}))
+    if len(found) < 2 and alone is None:
+        return
+    if not labels:
+        logger.warning(
+            "%s: in folders named like parts of a data set, %s, all images are used", place, abbreviate(found)
+        )
         return
     place = place.joinpath(*shared)
+    what = "parts of a data set, which are no classes" if alone is None else "a part of a data set, which is no class"
     raise UserError(
-        f"{place} holds {abbreviate(sorted(found))}, named like parts of a data set, which are neither classes nor to "
-        "be trained on together: call the folder of training images 'train' and that for validation 'val' (or make "
-        f"train.tar and val.tar), and give --data_path {place if place.is_dir() else place.parent}; or give one alone"
+        f"{place} holds {abbreviate(found)}, named like {what}: call the folder of training images 'train' and that "
+        "for validation 'val' (or make train.tar and val.tar), and give --data_path "
+        f"{place if place.is_dir() else place.parent}; or give one alone"
     )
 
 
@@ -128,7 +133,8 @@ def _open_files(path: Path, split: str, require_labels: bool, config: Config) ->
         _refuse_to_divide(path, place, config.val_share)
     if place.suffix.lower() == ".tar":
         source = TarSource(place, config)
-        _refuse_parts_as_classes(place, source.classes or ())
+        if place == path:
+            _look_for_parts(place, source.classes or (), require_labels)
         train_classes = _train_classes(path, config) if split == "val" else None
         if train_classes is not None and source.classes != train_classes:
             different = sorted(set(source.classes or ()) ^ set(train_classes))
@@ -199,13 +205,15 @@ def _index(place: Path, expected: Path, require_labels: bool, config: Config) ->
     if place.is_file():
         return _read_list(place, extensions)
     if require_labels and place != expected and not config.val_share:
-        _refuse_parts_as_classes(place, class_folders(place))
+        if not {"train", "val"} & {*(folders := class_folders(place))}:  # of which the other is missing
+            _look_for_parts(place, folders, labels=True)
         raise UserError(
             f"{expected} does not exist; it must hold the {expected.name} images, one folder per class; or let "
             f"--val_share 0.1 set a part of the training images aside; with it, class folders may lie in {place} itself"
         )
     index = load_index(place, extensions)
-    _refuse_parts_as_classes(place, index.folders, singly=True)
+    if place == expected.parent:  # no part was named
+        _look_for_parts(place, index.folders, require_labels)
     if require_labels and index.classes is None:
         raise UserError(f"{index.path(0)!r} lies outside any class folder; labels need one folder per class in {place}")
     if require_labels and (empty := index.empty_classes()):
@@ -220,7 +228,7 @@ def _train_classes(data_path: Path, config: Config) -> list[str] | None:
         return TarSource(place, config).classes
     if place.is_file():
         return _read_list(place, extensions_of(config.reader)).classes
-    return class_folders(place) if place != data_path else None
+    return load_index(place, extensions_of(config.reader)).classes if place != data_path else None
 
 
 def _refuse_what_is_no_list(path: Path) -> None:
@@ -282,13 +290,20 @@ def _read_list(path: Path, extensions: Sequence[str]) -> ImageIndex:
 
 def refuse_output_among_images(folder: str, flag: str, data_path: str) -> None:
     """Raise a UserError where pictures in `folder`, which `flag` names, would be taken for images of `data_path`, or it
-    for a class: in train/ and val/, or in a folder without these, if it is neither empty nor left out later (see
-    `holds_output`)."""
+    for a class: in train/ and val/, or in a folder of images without these if it holds images already and is not left
+    out (see `holds_output`)."""
     output, data = Path(folder).resolve(), Path(data_path)
     parts = [place for name in ("train", "val") if (place := data / name).is_dir()]
-    names = {path.name for path in output.iterdir() if path.name[0] != "."} if output.is_dir() else set()
-    allowed = not parts and (not names or holds_output(names))
-    if not allowed and any(output.is_relative_to(place.resolve()) for place in parts or [data]):
+    if not parts:
+        if not data.is_dir() or _place(data, "train") != data or not output.is_dir():
+            return
+        walk = os.walk(output)
+        _, _, names = next(walk)
+        if holds_output(set(names)) or not any(
+            name.lower().endswith(IMAGE_EXTENSIONS) for name in itertools.chain(names, *(files for *_, files in walk))
+        ):
+            return
+    if any(output.is_relative_to(place.resolve()) for place in parts or [data]):
         raise UserError(
             f"{flag} {folder} is among the images of --data_path {data_path}, and pictures in it would become images: "
             "give a new folder elsewhere"

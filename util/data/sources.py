@@ -190,8 +190,8 @@ def _files_in(
 ) -> Iterator[tuple[str, str, int, int]]:
     """Folder ('' but in a tar in the tar), name, position and size of every file in a tar that begins at `start`.
 
-    Links are what they lead to in the tar; others are counted in `left_out`. Of several files of one name the last one
-    counts, as when a tar is unpacked.
+    Links are what they lead to in the tar; those that end like images but lead to no file are counted in `left_out`. Of
+    several files of one name the last one counts, as when a tar is unpacked.
     """
     members = {os.path.normpath(member.name): member for member in tar if not member.isdir()}
     for path, member in members.items():
@@ -202,7 +202,7 @@ def _files_in(
             target = None if path in passed else members.get(path)
             passed.add(path)
         if target is None:
-            left_out[BROKEN_LINK] += member.issym() or member.islnk()  # and no device
+            left_out[BROKEN_LINK] += member.name.lower().endswith(IMAGE_EXTENSIONS)
         elif member.name.lower().endswith(".tar"):
             with tarfile.open(fileobj=tar.extractfile(target), mode="r:") as inner:
                 yield from _files_in(

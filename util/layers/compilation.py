@@ -12,8 +12,7 @@ from util.layers.windows import upsample
 
 # Whole graphs, each for the shapes it was compiled with, which do not vary in training.
 OPTIONS = dict(fullgraph=True, dynamic=False)
-# All stages share one compiled function, which is specialised for each stage in training and in evaluation, and for a
-# smaller last batch.
+# All stages share one compiled function, which is specialised for each stage, in training and in evaluation.
 SPECIALISATIONS = 64
 LARGEST_DIFFERENCE = 0.1  # of gradients, norm over norm; in bfloat16 a few percent are usual
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from util.data.datasets import ImageDataset
-from util.data.open_source import refuse_output_among_images
+from util.data.open_source import FOLDER_DATASETS, refuse_output_among_images
 from util.data.sources import shared_with_training
 from util.data.statistics import check_images, check_units
 from util.errors import UserError
@@ -18,12 +18,15 @@ from util.weights.file import CheckpointError
 logger = logging.getLogger(__name__)
 
 
-def refuse_folders_of_other_runs(given: TrainingConfig) -> None:
-    """Raise a UserError where a run starts in a folder that holds another one, or images, or --log_dir another one's
-    curves."""
-    folder = Path(given.output_dir)
-    if isinstance(given, ImageTrainingConfig) and not given.dataset:
+def refuse_folders_of_images(given: TrainingConfig) -> None:
+    """Raise a UserError where a run's folder would lie among its images; before it is made."""
+    if isinstance(given, ImageTrainingConfig) and given.dataset in FOLDER_DATASETS:
         refuse_output_among_images(given.output_dir, "--output_dir", given.data_path)
+
+
+def refuse_folders_of_other_runs(given: TrainingConfig) -> None:
+    """Raise a UserError where a run starts in a folder that holds another one, or --log_dir another one's curves."""
+    folder = Path(given.output_dir)
     continues = given.resume == "auto" or (given.resume and Path(given.resume).parent.resolve() == folder.resolve())
     if not continues and any(folder.glob("checkpoint*.pth")):
         raise UserError(

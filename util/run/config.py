@@ -258,6 +258,9 @@ class ProcessFlags(Config):
     dist_timeout: float = free(1800.0, "end the run if a rank keeps the others waiting longer than this", "SECONDS")
 
 
+TINY_LR = 1e-6  # the default of --min_lr in fine-tuning: smaller rates may rise to it
+
+
 @dataclass(frozen=True)
 class TrainingConfig(ReadingFlags, WeightFlags, ModelFlags, OptimizerFlags, DeviceFlags, RunFlags, ProcessFlags):
     """What all training runs share, whatever their task."""
@@ -269,7 +272,7 @@ class TrainingConfig(ReadingFlags, WeightFlags, ModelFlags, OptimizerFlags, Devi
         super().__post_init__()
         if self.deterministic and self.compile:
             raise UserError("--deterministic does not go with --compile: compiled attention sums in any order")
-        if self.lr is not None and self.min_lr > self.lr:
+        if self.lr is not None and self.min_lr > max(self.lr, TINY_LR):
             raise UserError(
                 f"--min_lr {self.min_lr:g} is above the learning rate, {self.lr:g}: give a --min_lr of at most that"
             )

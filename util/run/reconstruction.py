@@ -114,7 +114,8 @@ def check_output(config: PictureFlags) -> None:
         UserError: it cannot be made; a picture that is one of `--images`; channels that the model does not have.
     """
     shown_channels(config.in_chans, config.channels)
-    if os.path.realpath(config.out) in map(os.path.realpath, config.images):
+    out = Path(os.path.realpath(config.out))
+    if out.exists() and any(out.is_relative_to(os.path.realpath(place)) for place in config.images):
         raise UserError(f"--out {config.out} is one of --images, which it would replace: give another name")
     with unreadable_is_user_error(f"--out {config.out} cannot be written"):
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)

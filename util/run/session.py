@@ -32,6 +32,7 @@ from util.run.checks import (
     check_data,
     check_recipe,
     refuse_another_programs_run,
+    refuse_folders_of_images,
     refuse_folders_of_other_runs,
 )
 from util.run.config import TrainingConfig, follows_batch_size, resolve
@@ -125,6 +126,7 @@ def find_start(given: C, launch: Launch) -> Start[C]:
     start = Start(given, launch, preemption)
 
     def open_folder() -> str | None:
+        refuse_folders_of_images(given)
         take_folders(given.output_dir, given.log_dir or given.output_dir)
         start.folder = CheckpointFolder(given.output_dir, given.keep_checkpoints)
         refuse_folders_of_other_runs(given)
