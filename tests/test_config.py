@@ -144,7 +144,7 @@ def test_checks_name_the_flag_the_value_and_the_rule():
             ("--lr", 1e-3, "--min_lr", 1),
             "--min_lr 1 is above the learning rate, 0.001: give a --min_lr of at most that",
         ),
-        (("--blr", 1e-3, "--min_lr", 1), "--min_lr 1 is above the learning rate, 0.0005"),
+        (("--blr", 1e-3, "--min_lr", 1), "--min_lr 1 is above the learning rate, 0.00025"),
         (("--per_class",), "--per_class and --predictions go with --eval"),
         (("--eval",), "--eval needs the weights to evaluate"),
     ):
