@@ -112,14 +112,14 @@ def segment_attention(
     Returns:
         (B, T, nH, d)
     """
+    groups = groups or [None] * len(biases)
     has_bias = biases[0] is not None
     generates = has_bias and not dropout and is_compiled_for_gpu(qkv)
     learned = has_bias and biases[0].requires_grad and biases[0].dtype == qkv.dtype
     if learned and qkv.device.type == "cpu" and not dropout and runs_eagerly() and fused_kernels_allowed():
-        biases = [hide_other_groups(*part) for part in zip(biases, groups or [None] * len(biases))]
-        return BiasedAttention.apply(qkv, segments, *biases)
+        return BiasedAttention.apply(qkv, segments, *map(hide_other_groups, biases, groups))
     parts = []
-    for part, bias, group in zip(split_segments(qkv, segments), biases, groups or [None] * len(biases)):
+    for part, bias, group in zip(split_segments(qkv, segments), biases, groups):
         B, S, n, _, nH, _ = part.shape
         if generates and n >= FLEX_TOKENS and B * S * nH < FLEX_ROWS:
             parts.append(flexible_attention(part, bias, group))
