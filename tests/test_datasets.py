@@ -493,9 +493,8 @@ def test_output_among_images_is_a_class_of_neither_part(tmp_path):
     for name in ("train/cat", "train/zebra", "val/cat", "val/zebra"):
         picture(tmp_path / name / "0.png")
     for name in ("config.json", "times.jsonl", "0.png"):
-        for run in ("train/output_dir", "train/runs/a"):
-            (tmp_path / run).mkdir(parents=True, exist_ok=True)
-            shutil.copy(tmp_path / "val" / "cat" / "0.png", tmp_path / run / name)
+        (tmp_path / "train" / "output_dir").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "val" / "cat" / "0.png", tmp_path / "train" / "output_dir" / name)
     train, val = (plain(data_args(tmp_path), split, require_labels=True) for split in ("train", "val"))
     assert train.classes == val.classes == ["cat", "zebra"]
     assert [[dataset[(0, i)][1] for i in range(len(dataset))] for dataset in (train, val)] == [[0, 1]] * 2

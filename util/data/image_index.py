@@ -197,12 +197,18 @@ def abbreviate(names: list[str], shown: int = 5) -> str:
 
 
 def class_folders(root: str | os.PathLike) -> list[str]:
-    """Names of the folders directly below `root`, hidden ones left out, sorted as torchvision sorts classes.
+    """Names of the folders directly below `root`, hidden ones and those of output left out, sorted as torchvision sorts
+    classes.
 
     Raises UserError when `root` cannot be listed.
     """
     with unreadable_is_user_error(f"cannot list the folder {root}"), os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
+        folders = [entry for entry in entries if entry.name[0] != "." and entry.is_dir()]
+    return sorted(
+        folder.name
+        for folder in folders
+        if not holds_output({name for name in OUTPUT_FILES if os.path.exists(os.path.join(folder.path, name))})
+    )
 
 
 def load_index(root: str | os.PathLike, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> ImageIndex:
@@ -294,9 +300,7 @@ def scan(
     if files and files[0][1] == "":  # images directly in the root: no classes
         classes, per_folder = None, [-1] * len(files)
     else:
-        used = {top for top, _, _ in files}
-        of_output = {directory.split(os.sep, 1)[0] for directory in own_output}
-        classes = [name for name in class_folders(root) if name in used or name not in of_output]
+        classes = class_folders(root)
         position = {name: i for i, name in enumerate(classes)}
         per_folder = [position[top] for top, _, _ in files]
     targets = np.repeat(np.array(per_folder, dtype=np.int32), [len(names) for _, _, names in files])

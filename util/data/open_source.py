@@ -228,7 +228,7 @@ def _train_classes(data_path: Path, config: Config) -> list[str] | None:
         return TarSource(place, config).classes
     if place.is_file():
         return _read_list(place, extensions_of(config.reader)).classes
-    return load_index(place, extensions_of(config.reader)).classes if place != data_path else None
+    return class_folders(place) if place != data_path else None
 
 
 def _refuse_what_is_no_list(path: Path) -> None:
