@@ -57,7 +57,7 @@ from util.run.flags import (
 )
 from util.run.launch import Launch
 from util.run.metrics import log_model, training_operations
-from util.run.optim import param_groups_layer_decay, warn_if_nothing_is_learned
+from util.run.optim import param_groups_layer_decay
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
 from util.seeding import seed_all
 from util.weights.layouts import LoadReport, load_classifier, load_encoder
@@ -202,7 +202,6 @@ def prepare(config: FinetuneConfig, start: Start) -> tuple[Run, DataLoader]:
     sampler = TrainBatchSampler(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
     )
-    warn_if_nothing_is_learned(config, sampler.steps_per_epoch)
     if config.model_ema:
         warn_of_slow_average(config.model_ema_decay, config.epochs * sampler.steps_per_epoch)
     loader = build_loader(dataset, sampler, config, launch.device)

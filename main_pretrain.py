@@ -40,7 +40,7 @@ from util.run.failures import user_errors
 from util.run.features import check_sample, held_out_images, own_features, probe_accuracy, rank_of_features, rank_sample
 from util.run.flags import AT_LEAST_1, AT_LEAST_2, BELOW_1, FRACTION, NOT_NEGATIVE, Config, flag, free, get_parser
 from util.run.metrics import log_model, training_operations
-from util.run.optim import autocast, warn_if_nothing_is_learned
+from util.run.optim import autocast
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
 from util.seeding import keyed_generator, seed_all
 from util.visualize import reconstruction_figure
@@ -170,7 +170,6 @@ def prepare(config: PretrainConfig, start: Start) -> tuple[Run, list[ImageDatase
         config.seed,
         config.mix_images,
     )
-    warn_if_nothing_is_learned(config, sampler.steps_per_epoch)
     loader = build_loader(dataset, sampler, config, launch.device)
     evaluated = []
     if config.knn_every or config.probe_every:

@@ -47,7 +47,7 @@ from util.run.evaluation import train_and_evaluate
 from util.run.failures import user_errors
 from util.run.flags import AT_LEAST_1, FREE, NOT_NEGATIVE, flag, get_parser, with_default
 from util.run.launch import Launch
-from util.run.optim import param_groups_layer_decay, warn_if_nothing_is_learned
+from util.run.optim import param_groups_layer_decay
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
 from util.weights.layouts import load_encoder, require_finite
 
@@ -175,7 +175,6 @@ def prepare(start: Start) -> tuple[Run, DataLoader]:
     sampler = TrainBatchSampler(
         len(dataset), config.batch_size, config.accum_iter, launch.rank, launch.world_size, config.seed
     )
-    warn_if_nothing_is_learned(config, sampler.steps_per_epoch)
     loader = build_loader(dataset, sampler, config, launch.device, collate_pairs)
     validation = build_validation(config, launch)
     model = build_model(config).to(launch.device)

@@ -160,9 +160,14 @@ def holds_output(names: set[str]) -> bool:
     return bool({".claim.json", "check_data.json"} & names) or {"config.json", "times.jsonl"} <= names
 
 
+def is_output(folder: str | os.PathLike) -> bool:
+    """`holds_output` of a folder, of which nothing else is read."""
+    return holds_output({name for name in OUTPUT_FILES if os.path.exists(os.path.join(folder, name))})
+
+
 def shared_folders(folders: Iterable[str]) -> list[str]:
     """What all these paths begin with, as a list of the folders' names."""
-    levels = zip(*(folder.split(os.sep) for folder in folders if folder))
+    levels = zip(*(folder.split(os.sep) if folder else [] for folder in folders))
     return [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels)]
 
 
@@ -197,18 +202,12 @@ def abbreviate(names: list[str], shown: int = 5) -> str:
 
 
 def class_folders(root: str | os.PathLike) -> list[str]:
-    """Names of the folders directly below `root`, hidden ones and those of output left out, sorted as torchvision sorts
-    classes.
+    """Names of the folders directly below `root`, hidden ones left out, sorted as torchvision sorts classes.
 
     Raises UserError when `root` cannot be listed.
     """
     with unreadable_is_user_error(f"cannot list the folder {root}"), os.scandir(root) as entries:
-        folders = [entry for entry in entries if entry.name[0] != "." and entry.is_dir()]
-    return sorted(
-        folder.name
-        for folder in folders
-        if not holds_output({name for name in OUTPUT_FILES if os.path.exists(os.path.join(folder.path, name))})
-    )
+        return sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
 
 
 def load_index(root: str | os.PathLike, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> ImageIndex:
@@ -300,7 +299,7 @@ def scan(
     if files and files[0][1] == "":  # images directly in the root: no classes
         classes, per_folder = None, [-1] * len(files)
     else:
-        classes = class_folders(root)
+        classes = [name for name in class_folders(root) if name not in own_output]
         position = {name: i for i, name in enumerate(classes)}
         per_folder = [position[top] for top, _, _ in files]
     targets = np.repeat(np.array(per_folder, dtype=np.int32), [len(names) for _, _, names in files])
@@ -352,7 +351,7 @@ def _scanned_before(cache: Path, root: str) -> ImageIndex | None:
             with np.load(cache, allow_pickle=False) as arrays:  # zipfile checks every array's CRC
                 table = dict(arrays)
         classes, directories, left_out, hidden, own_output = json.loads(table["others"].tobytes())
-        if not all(holds_output(set(os.listdir(os.path.join(root, folder)))) for folder in own_output):
+        if not all(is_output(os.path.join(root, folder)) for folder in own_output):
             return None
         folders = {}
         found = zip(directories, table["times"].tolist(), table["images"].tolist(), strict=True)

@@ -31,7 +31,7 @@ from util.data.image_index import (
     StringTable,
     abbreviate,
     class_folders,
-    holds_output,
+    is_output,
     load_index,
     shared_folders,
 )
@@ -135,7 +135,7 @@ def _open_files(path: Path, split: str, require_labels: bool, config: Config) ->
         source = TarSource(place, config)
         if place == path:
             _look_for_parts(place, source.classes or (), require_labels)
-        train_classes = _train_classes(path, config) if split == "val" else None
+        train_classes = _train_classes(path, config, source.classes or ()) if split == "val" else None
         if train_classes is not None and source.classes != train_classes:
             different = sorted(set(source.classes or ()) ^ set(train_classes))
             raise UserError(f"{place} and the training images differ in their classes: {abbreviate(different)}")
@@ -144,7 +144,9 @@ def _open_files(path: Path, split: str, require_labels: bool, config: Config) ->
     if config.val_share:
         aside = index.set_aside(config.val_share)
         index = index.select(aside if split == "val" else ~aside)
-    elif split == "val" and index.classes and (train_classes := _train_classes(path, config)) is not None:
+    elif (
+        split == "val" and index.classes and (train_classes := _train_classes(path, config, index.classes)) is not None
+    ):
         index = index.with_classes(train_classes)
     return FileSource(index, config, numbered=place.is_file())
 
@@ -221,14 +223,19 @@ def _index(place: Path, expected: Path, require_labels: bool, config: Config) ->
     return index
 
 
-def _train_classes(data_path: Path, config: Config) -> list[str] | None:
-    """The classes of the training images below `data_path`; None where there are none."""
+def _train_classes(data_path: Path, config: Config, of_validation: Collection[str]) -> list[str] | None:
+    """The classes of the training images below `data_path`; None where there are none.
+
+    The folders that validation images have, too, are not looked into for output: on a network that takes time.
+    """
     place = _place(data_path, "train")
     if place.suffix.lower() == ".tar":
         return TarSource(place, config).classes
     if place.is_file():
         return _read_list(place, extensions_of(config.reader)).classes
-    return class_folders(place) if place != data_path else None
+    if place == data_path:
+        return None
+    return [name for name in class_folders(place) if name in of_validation or not is_output(place / name)]
 
 
 def _refuse_what_is_no_list(path: Path) -> None:
@@ -291,17 +298,14 @@ def _read_list(path: Path, extensions: Sequence[str]) -> ImageIndex:
 def refuse_output_among_images(folder: str, flag: str, data_path: str) -> None:
     """Raise a UserError where pictures in `folder`, which `flag` names, would be taken for images of `data_path`, or it
     for a class: in train/ and val/, or in a folder of images without these if it holds images already and is not left
-    out (see `holds_output`)."""
+    out (see `is_output`)."""
     output, data = Path(folder).resolve(), Path(data_path)
     parts = [place for name in ("train", "val") if (place := data / name).is_dir()]
     if not parts:
         if not data.is_dir() or _place(data, "train") != data or not output.is_dir():
             return
-        walk = os.walk(output)
-        _, _, names = next(walk)
-        if holds_output(set(names)) or not any(
-            name.lower().endswith(IMAGE_EXTENSIONS) for name in itertools.chain(names, *(files for *_, files in walk))
-        ):
+        images = (name for *_, files in os.walk(output) for name in files if name.lower().endswith(IMAGE_EXTENSIONS))
+        if is_output(output) or not any(images):
             return
     if any(output.is_relative_to(place.resolve()) for place in parts or [data]):
         raise UserError(

@@ -44,7 +44,7 @@ from util.run.launch import Launch
 from util.run.logger import RunLog, setup_logging
 from util.run.metrics import SPIKE_HISTORY, StepMeter
 from util.run.nonfinite import NonFiniteError, NonFiniteGuard
-from util.run.optim import make_scaler, resolve_precision, whether_to_compile
+from util.run.optim import make_scaler, resolve_precision, warn_if_nothing_is_learned, whether_to_compile
 from util.run.preemption import Preemption
 from util.run.progress import TrainingBar
 from util.run.provenance import log_environment, write_provenance
@@ -355,6 +355,7 @@ def open_run(
     settings = config.as_dict()
     state = TrainingState(model, optimizer, scaler, settings, progress, model_ema, classes, data, config.PROGRAM)
     steps_per_epoch = loader.batch_sampler.steps_per_epoch
+    warn_if_nothing_is_learned(config, steps_per_epoch)
     if start.checkpoint is not None:
         check_recipe(start.checkpoint, config)
         check_data(start.checkpoint, data)
