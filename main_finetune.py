@@ -180,7 +180,7 @@ def load_for_finetuning(
 
 
 def warn_of_slow_average(decay: float, steps: int) -> None:
-    """Warn where the moving average is mostly of the initial weights still at the end of a run of so many steps."""
+    """Warn if, after `steps` steps, the moving average would still contain much of the initial weights."""
     if (kept := decay**steps) > MOST_INITIAL_WEIGHTS:
         logger.warning(
             "--model_ema_decay %g: after the %d steps of this run, the averaged weights, by which checkpoint-best is "
@@ -231,8 +231,8 @@ def prepare(config: FinetuneConfig, start: Start) -> tuple[Run, DataLoader]:
 
 
 def train(run: Run, validation: DataLoader) -> None:
-    """All epochs, each followed by an evaluation if one is due; the best epoch is that of the averaged weights, where
-    there are any."""
+    """All epochs, each followed by an evaluation if one is due; the best epoch is judged by the averaged weights,
+    if there are any."""
     config, state, progress = run.config, run.state, run.state.progress
     augment = BatchAugmentation(config, state.model.num_classes, run.device)
     result: Evaluation | None = None  # the last one of the plain weights
@@ -255,7 +255,7 @@ def train(run: Run, validation: DataLoader) -> None:
 
 
 def describe_result(config: FinetuneConfig, result: Evaluation, checkpoint: str) -> str:
-    """One line that stands for itself."""
+    """One self-contained line."""
     return (
         f"result: top-1 {result.acc1:.3f}%, top-5 {result.acc5:.3f}%, loss {result.loss:.4f} of {checkpoint} "
         f"({config.model} at {config.input_size[0]}x{config.input_size[1]}) on {result.images} images of "

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 PICTURE_IMAGES = 6
 
-variant = partial(flag, default_before=True)  # older runs, and the authors', were of the method as it was released
+variant = partial(flag, default_before=True)  # older runs, and the authors', used the method as released
 
 
 @dataclass(frozen=True)
@@ -66,19 +66,19 @@ class VariantFlags(Config):
     decoder_depth: int | None = variant(None, "blocks of the decoder (default: the model's)", "N", AT_LEAST_1)
     decoder_num_heads: int | None = variant(None, "heads of the decoder (default: the model's)", "N", AT_LEAST_1)
     mix_embed: bool = variant(False, "add a learned vector to tokens at each stage, one for each image of a mixture")
-    masked_attn: bool = variant(True, "tokens attend to those of their image alone; else to all of their window")
-    mix_images: int = variant(2, "images in a mixture; of 3, --mask_ratio 0.67 shows as much of each", "K", AT_LEAST_2)
+    masked_attn: bool = variant(True, "tokens attend only to their own image's; otherwise to all of their window")
+    mix_images: int = variant(2, "images in a mixture; with 3, use --mask_ratio 0.67 for equal shares", "K", AT_LEAST_2)
     partners: str = variant(
         "pairs",
-        "images are mixed in pairs (tuples), or, with --no_masked_attn, each with those that come after it",
+        "mix images in pairs (tuples), or, with --no_masked_attn, each with the ones after it",
         choices=("pairs", "cycle"),
     )
     mask_per_pair: bool = variant(False, "a mask for each pair instead of one for the whole batch: slow")
-    reconstruct: str = variant("dual", "both (all) images of a mixture, or the first alone", choices=("dual", "single"))
+    reconstruct: str = variant("dual", "both (all) images of a mixture, or only the first", choices=("dual", "single"))
     fill: str = variant(
         "partner",
-        "what takes the place of hidden cells: the partner's, or as in SimMIM, with --no_masked_attn, a learned token, "
-        "zeros (the mean colour) or noise",
+        "what replaces hidden cells: the partner's; or, with --no_masked_attn, a learned token as in SimMIM, zeros "
+        "(the mean colour) or noise",
         choices=("partner", "mask_token", "zero", "noise"),
     )
 
@@ -89,7 +89,7 @@ class PretrainConfig(VariantFlags, ImageTrainingConfig):
     PROGRAM: ClassVar[str] = "main_pretrain.py"
     PRETRAINS: ClassVar[bool] = True
 
-    mask_ratio: float = flag(0.5, "fraction of the cells that is replaced by the partner's", "FRACTION", FRACTION)
+    mask_ratio: float = flag(0.5, "fraction of the cells that are replaced by the partner's", "FRACTION", FRACTION)
     range_mask_ratio: float = flag(
         0.0, "add a random amount from 0 to this to each step's mask ratio", "FRACTION", BELOW_1
     )
@@ -100,7 +100,7 @@ class PretrainConfig(VariantFlags, ImageTrainingConfig):
     knn_every: int = free(0, "test by kNN every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE)
     probe_every: int = free(0, "fit a linear probe every N epochs (0: never)", "EPOCHS", NOT_NEGATIVE)
     rank_every: int = free(
-        0, "measure RankMe, of validation images if there are any, without labels, every N epochs (0: never)", "EPOCHS",
+        0, "measure RankMe, without labels, on validation images if there are any, every N epochs (0: never)", "EPOCHS",
         NOT_NEGATIVE,
     )  # fmt: skip
 
@@ -143,7 +143,7 @@ def rebuild_step(
 
 
 def load_to_go_on(model: MixMAE, config: PretrainConfig, weights: dict[str, Tensor], source: WeightsInfo) -> LoadReport:
-    """Load a pretraining model to train on; says where it was pretrained by another variant of the method."""
+    """Load a pretraining model to continue from; warns if it was pretrained by another variant of the method."""
     before = source.args
     differing = [name for name in METHOD if before.get(name) not in (None, getattr(config, name))]
     if differing:

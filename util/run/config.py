@@ -48,7 +48,7 @@ class WeightFlags(Config):
     model: str | None = flag(
         None,
         f"{', '.join(PRETRAINING_MODELS)} to pretrain; {', '.join(CLASSIFIER_MODELS)} to fine-tune; or the authors' "
-        "mixmim_* names (default: the one recorded with the weights, else one that is chosen)",
+        "mixmim_* names (default: the one recorded with the weights, else chosen)",
         "NAME",
     )
     in_chans: int | None = flag(
@@ -106,7 +106,7 @@ class DecodingFlags(Config):
     ignore_exif: bool = flag(False, "ignore the EXIF orientation of photographs, as the authors' code does")
     reader: str = flag(
         "",
-        "read image files by this function (path -> array H x W x channels), for formats of other kinds",
+        "read image files with this function (path -> array H x W x channels), for other formats",
         "PACKAGE.MODULE:FUNCTION",
     )
     max_pixels: int = flag(
@@ -122,7 +122,7 @@ class DecodingFlags(Config):
 class ReadingFlags(DecodingFlags):
     TITLE: ClassVar[str] = "reading images"
 
-    allow_odd_statistics: bool = free(False, "go on where --mean and --std do not fit the images")
+    allow_odd_statistics: bool = free(False, "continue even if --mean and --std do not fit the images")
     num_workers: int | None = free(
         None,
         "data-loading processes per rank; 0: none, the main one reads (default: one per core of the rank, less one for "
