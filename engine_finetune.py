@@ -25,7 +25,7 @@ def train_one_epoch(run: Run, augment: Callable[[Tensor, Tensor], tuple[Tensor, 
     """Train on what is left of the current epoch; returns the last learning rate.
 
     Args:
-        run: whose model is the classifier.
+        run: its model is the classifier.
         augment: random erasing, mixup and cutmix of a normalised batch; targets may become class distributions.
 
     Raises:
@@ -89,8 +89,8 @@ def evaluate(
 ) -> Evaluation:
     """Classify every image of the loader's data set exactly once over all ranks.
 
-    The counts are whole numbers and losses are summed in float64, so that the result does not depend on the number of
-    ranks or the batch size.
+    Counts are integers, and losses are summed in float64, so that the result does not depend on the number of ranks or
+    the batch size.
 
     Args:
         model: the classifier, not wrapped.
@@ -118,7 +118,7 @@ def evaluate(
         loss_sum += F.cross_entropy(logits, targets, reduction="none").double().sum()
         scores, classes = logits.softmax(dim=1).topk(top, dim=1)
         hits = classes == targets[:, None]
-        # By additions, which a GPU runs on after: bincount and hits as an index wait for the number of results.
+        # By additions, which do not wait for a GPU: bincount, and hits as an index, wait for the number of results.
         counted = torch.stack([torch.ones_like(targets), hits[:, 0], hits.any(dim=1)])
         counts.index_add_(1, targets, counted)
         if keep_predictions:

@@ -1,6 +1,6 @@
 """MixMAE: mixed and masked autoencoder (Liu et al., CVPR 2023, https://arxiv.org/abs/2205.13137).
 
-Two images are mixed token by token, a hierarchical encoder sees the mixture with attention inside each image only,
+Two images are mixed cell by cell, a hierarchical encoder sees the mixture with attention inside each image only,
 and a decoder reconstructs both images from it. The mask has one polarity everywhere: 0 = the token is the image's
 own, 1 = it is replaced by its partner's token, so the image's own content there is hidden. (With more than two images
 in a mixture, k = it is replaced by the k-th partner's.)
@@ -35,16 +35,16 @@ class MixMAE(SwinTransformer):
             embeddings", section 2.3). They start at zero.
         masked_attn: let tokens attend only to those of the same image. False: to all of their window.
         mix_images: images in a mixture, K.
-        partners: 'pairs' (tuples of K images, whose K mixtures have every token once) or 'cycle' (each image with the
-            K-1 after it, so that it meets others in each of its mixtures).
-        reconstruct: 'dual' (every image of a mixture) or 'single' (its first image alone).
+        partners: 'pairs' (tuples of K images, whose K mixtures contain every token once) or 'cycle' (each image with
+            the K-1 after it, so that it meets others in each of its mixtures).
+        reconstruct: 'dual' (every image of a mixture) or 'single' (only its first image).
         fill: what takes the place of hidden tokens: 'partner' (another image's, the method); 'mask_token' (a learned
             token, as in SimMIM), 'zero' or 'noise' (embedded pixels of value 0, the mean, or of Gaussian noise). With
             the last three, one image is reconstructed from what the encoder gives at every cell.
         **encoder: arguments of `SwinTransformer`; an unknown one is a TypeError.
 
     Raises:
-        UserError: when the sides of images are no multiples of `encoder_stride`, the side of a cell in pixels; for
+        UserError: when the sides of images are not multiples of `encoder_stride`, the side of a cell in pixels; for
             settings that exclude each other.
         ValueError: when the decoder is empty.
     """
@@ -110,7 +110,7 @@ class MixMAE(SwinTransformer):
 
     @property
     def uses_groups(self) -> bool:
-        """Whether a token's fate depends on which image of the mixture it is of."""
+        """Whether the encoder treats tokens differently by the image of the mixture that they belong to."""
         return self.masked_attn or self.layers[0].mix_embed is not None
 
     @staticmethod
@@ -160,7 +160,7 @@ class MixMAE(SwinTransformer):
             mask: the mask used, on the CPU.
 
         Raises:
-            UserError: for an odd batch (one that is no multiple of K), and for a mask or ratio that hides no or all
+            UserError: for an odd batch (one that is not a multiple of K), and for a mask or ratio that hides no or all
                 cells.
             ValueError: for a mask of another form.
         """
@@ -277,7 +277,7 @@ class MixMAE(SwinTransformer):
         return mixture
 
     def encode_by_mask(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Mixed tokens -> the last stage's (B, rows, columns, num_features), each image's groups being its mask's."""
+        """Mixed tokens -> the last stage's (B, rows, columns, num_features), with groups from each image's mask."""
         if mask.ndim == 1:
             return self.forward_stages(x, group=mask)[-1]
         if not self.uses_groups:
@@ -295,8 +295,8 @@ class MixMAE(SwinTransformer):
         """Latent (B, L, num_features) -> pixels (B, L, s*s*C) of every cell, from the branch where it was hidden.
 
         The mixture is unmixed into two rows per input, each image's visible tokens with mask tokens elsewhere
-        (dual reconstruction, section 3.3). Only hidden cells are ever predicted. (What differs with other numbers of
-        images and branches: see `forward`; a single branch predicts every cell of its image.)
+        (dual reconstruction, section 3.3). Only hidden cells are ever predicted. (For other numbers of images and
+        branches see `forward`; a single branch predicts every cell of its image.)
         """
         return self.run_part(MixMAE.decode, latent, to_device(mask[..., None], latent.device))
 
@@ -321,8 +321,8 @@ class MixMAE(SwinTransformer):
     def keep_hidden(self, x: Tensor, mask: Tensor) -> Tensor:
         """Both branches (2B, L, D) -> image i's hidden cells (B, L, D): branch 1 where the mask is 1, else branch 2.
 
-        Row i of the second branch reconstructs image B-1-i, hence the flip. Of K branches, ((K-1) * B, L, D): of a cell
-        that branch k shows, first the branch after k, then the next.
+        Row i of the second branch reconstructs image B-1-i, hence the flip. With K branches, ((K-1) * B, L, D): for a
+        cell that branch k shows, first the branch after k, then the next.
         """
         if self.num_branches == 1:
             return x
@@ -341,14 +341,14 @@ class MixMAE(SwinTransformer):
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean squared error over the pixels of all cells (section 3.3); each was hidden from its prediction.
 
-        A single branch predicts visible cells too: with its `mask` they do not count.
+        A single branch predicts visible cells too: given its `mask`, they do not count.
         """
         alone = self.num_branches == 1 and mask is not None
         counts = [to_device(mask[..., None] != 0, imgs.device)] if alone else []
         return self.run_part(MixMAE.mean_error, imgs, pred, *counts)
 
     def mean_error(self, imgs: Tensor, pred: Tensor, counts: Tensor | None = None) -> Tensor:
-        """`forward_loss` on the device alone: `counts` (L, 1) or (B, L, 1) says which cells do."""
+        """`forward_loss` on the device alone: `counts` (L, 1) or (B, L, 1) says which cells count."""
         target = self.patchify(imgs)
         if self.norm_pix_loss:
             mean, std = self.cell_statistics(target)

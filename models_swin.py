@@ -43,13 +43,13 @@ class SwinTransformer(nn.Module):
             attention and MLPs, and of attention weights.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
         global_pool: 'avg', or '' to keep the map of features.
-        strict_img_size: take images of `img_size` alone; False: of any size.
+        strict_img_size: accept only images of `img_size`; False: of any size.
         always_partition: keep windows that are larger than their stage's grid; False: fit them to it.
         output_stride: of the last stage, for tools that ask for it; nothing but `encoder_stride` works.
         device, dtype: where the weights are made, and of which type.
 
-    A side that patches do not divide is padded with zeros at the right and bottom. Windows that the edge cuts are
-    smaller, so that nothing padded is ever attended to. The position embedding is resized to the grid.
+    A side that patches do not divide is padded with zeros at the right and bottom. Windows at the edge are
+    smaller, so that padding is never attended to. The position embedding is resized to the grid.
 
     Raises:
         UserError: for a size below 1, windows that are not square, or another `output_stride`.
@@ -97,7 +97,7 @@ class SwinTransformer(nn.Module):
         self.output_fmt = "NHWC"
         self.one_layout_shape = False  # whether shapes of layouts are independent of the groups
         self.group_sizes_vary = True
-        self.masked_attn = True  # whether tokens attend to their own group alone, where groups are given
+        self.masked_attn = True  # whether tokens attend only to their own group, where groups are given
         self.is_compiled = False
 
         grids = stage_grids(self.img_size, patch_size)
@@ -150,7 +150,7 @@ class SwinTransformer(nn.Module):
         window_ratio: int | Sequence[int] | None = None,
         always_partition: bool | None = None,
     ) -> None:
-        """Make another size the model's own, with timm's names; what is None stays.
+        """Change the sizes that the model is built for, with timm's argument names; what is None stays.
 
         The position embedding is resized to the new grid, and the kernel of the patch embedding to the new patch.
         Windows and their bias tables stay those that were trained, where timm's Swin would scale them with the grid.
@@ -210,7 +210,7 @@ class SwinTransformer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last of `indices`, with norm and head, or these on request; returns the indices."""
+        """Drop the stages after the last of `indices`, norm and head with them or on request; returns the indices."""
         wanted = stage_indices(indices, len(self.layers))
         ends_early = wanted[-1] + 1 < len(self.layers)
         self.layers = self.layers[: wanted[-1] + 1]
@@ -314,7 +314,7 @@ class SwinTransformer(nn.Module):
             norm: apply the final norm to the last stage's features.
             stop_early: compute no stage after the last of `indices`.
             output_fmt: 'NCHW' or 'NHWC'.
-            intermediates_only: return the list alone.
+            intermediates_only: return only the list.
 
         Returns:
             (B, channels, rows, columns) for each stage in the order of the stages, after the features: the normed
@@ -373,7 +373,7 @@ WINDOWS_384 = dict(img_size=384, window_size=(16, 16, 24, 12))
 
 
 def default_cfg(shape: dict) -> dict:
-    """What timm's tools should know of a model of this shape."""
+    """What timm's tools should know about a model of this shape."""
     input_size = shape.get("img_size", 224)
     cells = input_size // (8 * shape.get("patch_size", 4))
     return dict(
