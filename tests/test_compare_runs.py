@@ -1,4 +1,4 @@
-"""`python -m util.compare_runs`: whether two runs are the same, and where they part."""
+"""`python -m util.compare_runs`: whether two runs are the same, and where they diverge."""
 
 import json
 import shutil

@@ -1,1 +1,1 @@
-"""Commands (`python -m util.<command>`), and the rooms that they share with the mains."""
+"""Commands (`python -m util.<command>`), and the packages that they share with the main scripts."""

@@ -1,11 +1,11 @@
-"""What training would read, looked at before hours are spent: faults of the images, and the flags that fit them.
+"""Check the images before hours are spent on training: what is wrong with them, and which flags fit them.
 
     python -m util.check_data /path/to/images
     python -m util.check_data /path/to/images --in_chans 13 --out check --model mixmae_tiny
 
-Every image is read as training reads it. Faults come first; then what the images are, their mean and standard deviation
-as flags, how fast they are read, and a sheet of images as the model will see them. Exit code 1 when something would
-stop training, or make its results wrong.
+Every image is read as training reads it. The report begins with faults, followed by what the images are, their
+mean and standard deviation as flags, and how fast they are read. `--out` adds a sheet of images as the model will see
+them. The exit code is 1 if something would stop training or make its results wrong.
 """
 
 import util.run.startup  # noqa: F401 - before PyTorch
@@ -66,12 +66,12 @@ TIMED_STEPS = 3
 class CheckDataConfig(WeightFlags, DataFlags):
     TITLE: ClassVar[str] = "what to check"
 
-    sample: int = flag(0, "look at this many images from all over the data; 0: at all", "N", NOT_NEGATIVE)
+    sample: int = flag(0, "look at this many images, spread over the data; 0: at all", "N", NOT_NEGATIVE)
     out: str = flag("", "folder for check_data.json and check_data.png (default: none is written)", "DIR")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    description = "Look at the images that training would read. Exit code 1: something would stop or mislead it."
+    description = "Check the images that training would read. Exit code 1: something would stop or mislead training."
     parser = get_parser(CheckDataConfig, description, "python -m util.check_data")
     parser.add_argument("data_path", nargs="?", default=argparse.SUPPRESS, metavar="DIR", help="as --data_path")
     return parser
@@ -81,7 +81,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 class Inspection(Dataset):
-    """`inspection[i]` -> what there is to know of image i: a dict of plain values, with 'error' if it is unreadable."""
+    """`inspection[i]` -> what is known about image i: a dict of plain values, with 'error' if it is unreadable."""
 
     def __init__(self, source: Source, numbers: list[int], config: CheckDataConfig):
         self.source, self.numbers, self.config = source, numbers, config
@@ -171,7 +171,7 @@ def one_thread(_worker: int) -> None:
 
 
 def faults_of(parts: list[Findings], config: CheckDataConfig) -> tuple[list[str], list[str]]:
-    """What would stop training or make its results wrong, and what may be meant that way."""
+    """What would stop training or make its results wrong, and what may be intended."""
     wrong, odd = [], []
     images = [
         image | {"split": part.split, "class": part.classes and part.classes[image["target"]]}

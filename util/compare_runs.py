@@ -1,10 +1,10 @@
-"""Whether two runs are the same, and where they part.
+"""Whether two runs are the same, and where they diverge.
 
     python -m util.compare_runs run_a run_b --out losses.png
 
 It compares what both runs left in their folders: settings, data, versions and commit (config.json), every optimizer
 step's loss, learning rate and gradient norm (steps.jsonl), and every epoch's measures (log.txt). A run that was killed
-and resumed has one history; of a longer run the rest is left out.
+and resumed counts as one; the rest of a longer run is left out.
 """
 
 import util.run.startup  # noqa: F401 - before PyTorch
@@ -59,8 +59,8 @@ class CompareConfig(Config):
 def get_args_parser() -> argparse.ArgumentParser:
     parser = get_parser(
         CompareConfig,
-        "Say whether two runs are the same, and where they part. Exit code: 0 where all numbers that both recorded are "
-        "the same, whatever their settings; 1 where they are not; 2 where the runs cannot be compared.",
+        "Say whether two runs are the same, and where they diverge. Exit code: 0 if all numbers that both recorded are "
+        "the same, whatever their settings; 1 if not; 2 if the runs cannot be compared.",
         "python -m util.compare_runs",
     )
     parser.add_argument("runs", nargs=2, metavar="RUN", help="output folder of a run")

@@ -60,12 +60,12 @@ class CostConfig(Config):
     )
     images_per_second: float | None = flag(
         None,
-        "what one GPU was measured to do in pretraining, from a run's log, instead of --utilisation",
+        "measured speed of one GPU in pretraining, from a run's log, instead of --utilisation",
         "X",
         POSITIVE,
     )
     scaling_efficiency: float | None = flag(
-        None, "speed of several GPUs, relative to as many times that of one (default: 1, assumed)", "SHARE", SHARE
+        None, "speed of N GPUs, relative to N times that of one (default: 1, assumed)", "SHARE", SHARE
     )
 
     def __post_init__(self) -> None:

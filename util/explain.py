@@ -1,8 +1,8 @@
-"""The method on one picture: what a pretraining checkpoint does with a pair of images, step by step.
+"""The method in one picture: what a pretraining checkpoint does with a pair of images, step by step.
 
     python -m util.explain --checkpoint output_dir/checkpoint.pth --images a.jpg b.jpg --out method.png
 
-Nothing in it is an illustration: mask, mixtures, layout of the window, predictions and shapes are those of one forward
+Nothing in it is made up: mask, mixtures, layout of the window, predictions and shapes are those of one forward
 pass of the model.
 """
 
@@ -373,7 +373,7 @@ class ExplainConfig(PictureFlags):
     TITLE: ClassVar[str] = "window"
 
     stage: int | None = flag(
-        None, "whose window is shown (default: the first where a window holds tokens of both images)", "1-4",
+        None, "stage whose window is shown (default: the first where a window holds tokens of both images)", "1-4",
         (lambda value: 1 <= value <= NUM_STAGES, f"must be between 1 and {NUM_STAGES}"),
     )  # fmt: skip
 

@@ -4,9 +4,9 @@
     python -m util.export --checkpoint base_600ep --part pyramid --format torch_export --out pyramid.pt2
     python -m util.export --checkpoint base_600ep --format timm --out encoder  # timm.create_model("local-dir:encoder")
 
-Before a file gets its name, it is loaded back by the program that it is for and compared with the model here, with one
-and with five images. How images are prepared, and the names of the classes, travel inside; `--finetune`, `--eval` and
-`util.predict` read them.
+Before a file gets its final name, the program that it is for loads it back, and it is compared with the model here,
+with one and with five images. It also records how images are prepared, and the names of the classes; `--finetune`,
+`--eval` and `util.predict` read these.
 """
 
 import util.run.startup  # noqa: F401 - before PyTorch
@@ -203,14 +203,15 @@ class ExportConfig(CheckpointFlags, DecodingFlags):
     )  # fmt: skip
     part: str | None = flag(
         None,
-        "logits; the mean of the last stage; the maps of the four stages (default: classifier if there is a head)",
+        "what it returns: logits; the mean of the last stage; the maps of the four stages (default: classifier if "
+        "there is a head)",
         choices=PARTS,
     )
     images: tuple[str, ...] | None = flag(
         None, "images, folders or lists to compare with (default: smooth random ones)", "PATH"
     )
-    seed: int = flag(0, "draws the random images", "N")
-    model_ema: bool = flag(False, "the averaged weights in the checkpoint")
+    seed: int = flag(0, "seed of the random images", "N")
+    model_ema: bool = flag(False, "use the averaged weights in the checkpoint")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,9 +4,10 @@
     torchrun --standalone --nproc_per_node 8 -m util.knn --checkpoint base_600ep --data_path /path/to/imagenet
 
 The protocol is the usual one of self-supervised learning (Wu et al., CVPR 2018, "Instance discrimination", section 3.4;
-DINO, Caron et al., ICCV 2021): training and validation images both as in evaluation (resized, centre crop), features of
-length 1, and each of the k most similar training images votes for its class with exp(similarity / temperature). The
-features here are the mean of the encoder's normed last stage, as the classification head sees them.
+DINO, Caron et al., ICCV 2021): both training and validation images are prepared as in evaluation (resized, centre
+crop), features have length 1, and each of the k most similar training images votes for its class with
+exp(similarity / temperature). The features here are the mean of the encoder's normed last stage, as the classification
+head sees them.
 """
 
 import util.run.startup  # noqa: F401 - before PyTorch

@@ -1,14 +1,14 @@
 """Classes or features of images, in the order in which they are given.
 
-    python -m util.predict --checkpoint finetuned/checkpoint.pth photos/ more/cat.jpg             # shown
+    python -m util.predict --checkpoint finetuned/checkpoint.pth photos/ more/cat.jpg             # printed
     python -m util.predict --checkpoint base_600ep_ft photos/ --out classes.csv                   # the top 5
     python -m util.predict --checkpoint base_600ep list.txt --features --out embeddings.npz       # (images, channels)
     python -m util.predict --checkpoint base_600ep photos/ --dense --out maps.npz                 # the stages' maps
-    torchrun --standalone --nproc_per_node 8 -m util.predict ...                                  # shared out
+    torchrun --standalone --nproc_per_node 8 -m util.predict ...                                  # ranks share them
 
 The checkpoint may also be a model exported by `python -m util.export --format onnx`. Images are prepared as in
 evaluation, with the settings recorded with the weights. An `.npz` holds `paths` and one array per output, with one row
-per image; results wait in files beside `--out`, so that any number of images fits into memory.
+per image; results are collected in files beside `--out`, so that any number of images fits into memory.
 """
 
 import util.run.startup  # noqa: F401 - before PyTorch
@@ -63,11 +63,11 @@ class PredictConfig(CheckpointFlags, ReadingFlags, DeviceFlags, ProcessFlags):
     features: bool = flag(False, "embeddings instead of classes: the mean of the encoder's last stage")
     dense: bool = flag(False, "the maps of the encoder's four stages instead of classes (needs an .npz)")
     top: int = flag(5, "how many classes per image", "K", AT_LEAST_1)
-    out: str = flag("", "what to write, over an older one; without it classes are shown", "FILE.csv|FILE.npz")
+    out: str = flag("", "file to write, replacing an older one; without it, classes are printed", "FILE.csv|FILE.npz")
     bad_images: str = flag(
         "error", "stop at an unreadable image, or name it and leave it out", choices=("error", "skip")
     )
-    model_ema: bool = flag(False, "the averaged weights in the checkpoint")
+    model_ema: bool = flag(False, "use the averaged weights in the checkpoint")
     batch_size: int = flag(64, "images per rank at a time", "N", AT_LEAST_1)
 
     def __post_init__(self) -> None:

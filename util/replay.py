@@ -4,8 +4,8 @@
     python -m util.replay --dump output_dir/nan_dump_rank0.pth --precision fp32   # would that have helped?
 
 The dump, which `--nan_dump` of both mains writes, holds the step's micro-batches with the keys of their randomness, and
-the weights before the step. Masks, drop path, mixup and erasing are therefore what they were, on the same kind of
-device.
+the weights before the step. On the same kind of device, masks, drop path, mixup and erasing are therefore the
+same as in the run.
 """
 
 import util.run.startup  # noqa: F401 - before PyTorch

@@ -1,4 +1,4 @@
-"""One self-contained page about runs: how they went, in what they differ, and whether that is normal.
+"""One self-contained page about runs: how they went, how they differ, and whether that is normal.
 
     python -m util.report output_dir --out report.html
     python -m util.report run_a run_b --out report.html --reference quickstart

@@ -3,8 +3,8 @@
     python -m util.submit pretrain --exp base_600ep --partition P --nodes 2 --ngpus 8 --timeout 4320 --data_path DIR
     python -m util.submit finetune --partition P --data_path DIR -- --model swin_base_w14 --finetune base_600ep
 
-With `--exp` the recipe is what `sh exp/<exp>/<task>.sh print ...` prints, so it stands in one place; flags after `--`
-are passed to the script and override the recipe. Logs and the pickled job lie in the job folder; so does the output,
+With `--exp` the recipe is what `sh exp/<exp>/<task>.sh print ...` prints, so it is defined in one place; flags after
+`--` are passed to the script and override the recipe. Logs and the pickled job are in the job folder; so is the output,
 unless a flag or the recipe says otherwise.
 """
 

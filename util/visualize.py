@@ -3,8 +3,8 @@
     python -m util.visualize --checkpoint output_dir/checkpoint.pth --images /path/to/images --out picture.png
 
 Every row shows an image, the mixture that the encoder sees, the image with its hidden cells filled in, and the image
-predicted as a whole. Rows come in pairs, since images are mixed in pairs. A model that learns to predict hidden cells
-alone (`--reconstruct single`, `--fill`) has no fourth column, and one that mixes no images no pairs.
+predicted as a whole. Rows come in pairs, since images are mixed in pairs. For a model that learns to predict only
+hidden cells (`--reconstruct single`, `--fill`) there is no fourth column; for one that mixes no images, no pairs.
 """
 
 import util.run.startup  # noqa: F401 - before PyTorch
