@@ -59,8 +59,8 @@ class WeightFlags(Config):
     )
     mean: tuple[float, ...] | None = flag(
         None,
-        "mean of each channel, in 0..1 for 8-bit images, else in the images' own units (default: that of the weights, "
-        "else ImageNet's for 3 channels and 0.5 for others)",
+        "mean of each channel, in 0..1 for pictures of 8 or 16 bits, else in the images' own units (default: that of "
+        "the weights, else ImageNet's for 3 channels and 0.5 for others)",
         "X",
     )
     std: tuple[float, ...] | None = flag(
@@ -235,7 +235,7 @@ class RunFlags(Config):
     save_steps: int = free(0, "optimizer steps between checkpoints; 0: epochs only", "STEPS", NOT_NEGATIVE)
     keep_checkpoints: int = free(3, "how many of the last checkpoints to keep", "K", AT_LEAST_1)
     keep_every: int = free(100, "epochs between checkpoints kept permanently; 0: none", "EPOCHS", NOT_NEGATIVE)
-    nan_dump: bool = free(False, "on a non-finite loss, write the batch and the state into output_dir")
+    nan_dump: bool = free(False, "on a non-finite loss or gradient, write the batch and the state into output_dir")
 
 
 @dataclass(frozen=True)

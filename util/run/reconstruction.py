@@ -50,7 +50,7 @@ class PictureFlags(CheckpointFlags, DecodingFlags):
         None, "share of the cells to hide (default: as in the run that made the weights, else 0.5)", "SHARE", FRACTION
     )
     channels: tuple[int, ...] | None = flag(None, "one or three channels to show, from 0 (default: the first)", "C")
-    seed: int = flag(0, "draws the images and the mask", "N")
+    seed: int = flag(0, "seed of the images that are drawn and of the mask", "N")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -50,7 +50,7 @@ class WeightSettings:
     input_size: tuple[int, int]  # height, width
     patch_size: int | None  # None: the model's own
     window_size: tuple[int, ...] | None  # likewise
-    mean: tuple[float, ...]  # per channel; of values in 0..1 for 8-bit images, else in the images' own units
+    mean: tuple[float, ...]  # per channel; in 0..1 for pictures of 8 or 16 bits, else in the images' own units
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
