@@ -13,6 +13,7 @@ from PIL import Image
 
 from util.data.coco import AsItIs, Flip, build_coco_dataset, decode_mask, read_annotations, run_lengths
 from util.data.decoding import BadImageError
+from util.data.sources import shared_with_training
 from util.dense.average_precision import MEASURES, average_precision, encode_mask, results_of
 from util.errors import UserError
 
@@ -79,11 +80,13 @@ WRONG = {
     "no list": (lambda content: content.pop("annotations"), r"not in COCO's format \(lacks 'annotations'\)"),
     "no size": (lambda content: content["images"][0].pop("height"), r"not in COCO's format \(lacks 'height'\)"),
     "no image": (set_first(image_id=99), r"image that is not in 'images': annotation 1 \(image_id 99\); add it, or"),
+    "a string": (set_first(image_id="101"), r"not in 'images': annotation 1 \(image_id '101'\)"),
     "no class": (set_first(category_id=4), r"category that is not in 'categories': annotation 1 \(category_id 4\)"),
     "no box": (set_first(bbox=[1, 2, None, 3]), r"without a box: annotation 1 \(\[1, 2, None, 3\]\); 'bbox' is left"),
     "outside": (
         set_first(bbox=[60, 2, 30, 9]),
-        r"annotation 1 \(from 60, 2 to 90, 11 in an image of 72x72\); repair them, or --bad_boxes clip",
+        r"annotation 1 \(from 60, 2 to 90, 11 in an image of 72x72\); "
+        "'bbox' is left, top, width and height in pixels: repair them, or --bad_boxes clip",
     ),
     "no area": (set_first(bbox=[10, 2, 0, 9]), r"a side below 0.1 pixels: annotation 1 \(from 10, 2 to 10, 11 in an"),
     "almost no area": (set_first(bbox=[10, 2, 1e-6, 9]), "a side below 0.1 pixels: annotation 1 "),
@@ -105,6 +108,14 @@ WRONG = {
     "class in a list": (set_first(category_id=[7]), r"not in 'categories': annotation 1 \(category_id \[7\]\)"),
     "id in a list": (set_first(id=[2], iscrowd=1, bbox=[0]), r"without a box: annotation \[2\] \(\[0\]\)"),
     "same image": (lambda content: content["images"].append(content["images"][2]), "the same image id more than once"),
+    "same file": (
+        lambda content: content["images"][2].update(file_name="1.jpg"),
+        "the same file name more than once: 1.jpg",
+    ),
+    "shares": (
+        lambda content: [a.update(bbox=[side / 72 for side in a["bbox"]]) for a in content["annotations"]],
+        "all boxes lie between 0 and 1, as shares of their images: 'bbox' is in pixels",
+    ),
     "same id": (set_first(id=2), "the same annotation id more than once: 2"),
     "same category": (
         lambda content: content["categories"].append({"id": 9, "name": "disc"}),
@@ -140,11 +151,12 @@ def test_wrong_boxes_can_be_clipped_or_left_out(coco, tmp_path, caplog):
     assert rounded.boxes[0].tolist() == pytest.approx([0, 2, 29.6, 72])
 
 
-def test_without_boxes_there_is_nothing_to_train_on(coco, tmp_path):
+def test_without_boxes_there_is_nothing_to_train_on(coco, tmp_path, caplog):
     path = spoil(coco, tmp_path, lambda content: content.update(annotations=[]))
     with pytest.raises(UserError, match=rf"{path} has no boxes to train on"):
         build_coco_dataset(coco_settings(coco, train_json=str(path)), "train", AsItIs())
-    assert len(read_annotations(path).boxes) == 0  # of images that are evaluated, that may be
+    build_coco_dataset(coco_settings(coco, val_json=str(path)), "val", AsItIs())  # that may be
+    assert f"{path} has no boxes (crowds do not count), so there is no average precision" in caplog.text
 
 
 def test_missing_files_are_named(coco, tmp_path):
@@ -158,6 +170,30 @@ def test_missing_files_are_named(coco, tmp_path):
     with pytest.raises(UserError, match=r"names the image '0.jpg', which is in none of .*/val2017"):
         (tmp_path / "val2017.json").write_text(path.read_text())
         build_coco_dataset(coco_settings(tmp_path, val_json="val2017.json"), "val", AsItIs())
+
+
+def test_images_may_lie_beside_their_annotations(coco, tmp_path):
+    """As Roboflow exports them; and the first image does not decide alone where they are."""
+    own = shutil.copytree(coco / "val", tmp_path / "valid")
+    path = shutil.copy(coco / "annotations/instances_val.json", own / "_annotations.coco.json")
+    source = build_coco_dataset(coco_settings(tmp_path, val_json=str(path)), "val", AsItIs()).source
+    assert source.path(0) == str(own / "0.jpg")
+    (own / "0.jpg").unlink()
+    with pytest.raises(UserError, match=r"1 of the 5 images that .* names are not in .*valid: \['0.jpg'\]"):
+        build_coco_dataset(coco_settings(tmp_path, val_json=str(path)), "val", AsItIs())
+
+
+def test_images_of_both_files_are_counted(coco, tmp_path):
+    """Though both name them in one folder, and neither has all of the other's."""
+
+    def shorten(content: dict) -> None:
+        content["images"].pop()
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 107]
+
+    path = spoil(coco, tmp_path, shorten)
+    settings = coco_settings(coco, train_json=str(path), val_json="annotations/instances_train.json")
+    train, val = (build_coco_dataset(settings, split, AsItIs()).source for split in ("train", "val"))
+    assert shared_with_training(train, val) == (7, 8)
 
 
 def test_all_images_are_looked_for_before_training(coco, tmp_path):
@@ -234,7 +270,15 @@ def numbered_from_0(content: dict) -> None:
         annotation["id"] -= 1
 
 
-@pytest.mark.parametrize("change", [without("area"), crowd_without_a_mask, numbered_from_0], ids=range(3))
+def numbers_in_strings(content: dict) -> None:
+    for entry in content["images"] + content["annotations"]:
+        entry |= {key: str(entry[key]) for key in ("height", "width", "iscrowd") if key in entry}
+
+
+CHANGES = [without("area"), crowd_without_a_mask, numbered_from_0, numbers_in_strings]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=range(4))
 def test_perfect_detections_are_perfect_whatever_a_file_leaves_out(coco, tmp_path, change):
     path = spoil(coco, tmp_path, change, "val")
     measured = average_precision(path, perfect_results(coco), masks=True)

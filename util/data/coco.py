@@ -2,7 +2,7 @@
 
 `--data_path DIR` holds `annotations/` with one JSON file for training and one for validation, `*train*.json` and
 `*val*.json` (where there are several, `instances_*` of them), and the images that these name, in `train2017/` for
-`instances_train2017.json`, or in `images/train2017/`, `train/`, `images/`, or DIR itself.
+`instances_train2017.json`, or in `images/train2017/`, `train/`, `images/`, DIR itself, or beside the JSON file.
 """
 
 import importlib.util
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 Target = dict[str, Tensor]  # boxes (n, 4) float32, labels (n,) int64, and where asked for masks (n, h, w) uint8
 TOLERANCE = 1.0  # pixels that a box may lie outside its image: many programs round so
+FIRST = 8  # images by which their folder is found
 SMALLEST_SIDE = 0.1  # of a box, in pixels: a smaller one may be rounded to nothing where it is resized, in float32
 
 
@@ -126,6 +127,8 @@ def build_coco_dataset(config: Config, split: str, transform: Callable) -> Image
     source = CocoSource(annotations, find_images(Path(config.data_path), annotations, split), config)
     if split == "train" and not len(annotations.boxes):
         raise UserError(f"{path} has no boxes to train on: crowds, and what --bad_boxes clip leaves out, do not count")
+    if not len(annotations.boxes):
+        logger.warning("%s has no boxes (crowds do not count), so there is no average precision", path)
     dataset = dataset_of(source, split, transform, config)
     for _ in read_sample(dataset):
         pass  # they can be read
@@ -161,16 +164,16 @@ def find_annotations(data_path: Path, split: str, given: str = "") -> Path:
 
 
 def find_images(data_path: Path, annotations: Annotations, split: str) -> Path:
-    """The folder of the images. Raises UserError where none has the first one, or that folder lacks others."""
-    name, first = annotations.path.stem.removeprefix("instances_"), annotations.names[0]
+    """The folder of the images. Raises UserError where none has any of the first ones, or that folder lacks some."""
+    name, names = annotations.path.stem.removeprefix("instances_"), list(annotations.names)
     tried = [data_path / place for place in (name, f"images/{name}", split, f"images/{split}", "images", "")]
-    folder = next((folder for folder in tried if (folder / first).is_file()), None)
+    tried.append(annotations.path.parent)
+    folder = next((folder for folder in tried if any((folder / name).is_file() for name in names[:FIRST])), None)
     if folder is None:
         raise UserError(
-            f"{annotations.path} names the image {first!r}, which is in none of {', '.join(map(str, tried))}: put the "
-            "images in one of them"
+            f"{annotations.path} names the image {names[0]!r}, which is in none of {', '.join(map(str, tried))}: put "
+            "the images in one of them"
         )
-    names = list(annotations.names)
     with unreadable_is_user_error(f"cannot read {folder}"):  # once: on a network each file would take a millisecond
         parents = {parent for parent in map(os.path.dirname, names) if (folder / parent).is_dir()}
         there = {os.path.join(parent, file) for parent in parents for file in os.listdir(folder / parent)}
@@ -204,7 +207,7 @@ def read_annotations(path: Path, masks: bool = False, clip: bool = False) -> Ann
         sizes = np.array([(image["height"], image["width"]) for image in images], dtype=np.int64).reshape(-1, 2)
         classes = {category["id"]: category["name"] for category in sorted(categories, key=lambda entry: entry["id"])}
         annotations = content["annotations"]
-        crowds = [bool(annotation.get("iscrowd", 0)) for annotation in annotations]
+        crowds = list(map(is_crowd, annotations))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(
@@ -214,6 +217,7 @@ def read_annotations(path: Path, masks: bool = False, clip: bool = False) -> Ann
     _refuse(path, "no image or no category", [] if images and categories else ["the file"], "list them in it")
     for what, values in (
         ("image id", [image["id"] for image in images]),
+        ("file name", [image["file_name"] for image in images]),
         ("annotation id", [annotation.get("id") for annotation in annotations]),
         ("category id", [category["id"] for category in categories]),
         ("category name", [category["name"] for category in categories]),
@@ -226,7 +230,7 @@ def read_annotations(path: Path, masks: bool = False, clip: bool = False) -> Ann
         ("category_id", classes, "of a category that is not in 'categories'"),
     ):
         wrong = [
-            f"annotation {annotation.get('id')} ({key} {annotation.get(key)})"
+            f"annotation {annotation.get('id')} ({key} {annotation.get(key)!r})"
             for annotation in annotations
             if not isinstance(annotation.get(key), Hashable) or annotation.get(key) not in known
         ]
@@ -241,6 +245,8 @@ def read_annotations(path: Path, masks: bool = False, clip: bool = False) -> Ann
     boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     boxes = boxes.astype(np.float32)
+    if len(boxes) and boxes.max() <= 1:
+        raise UserError(f"{path}: all boxes lie between 0 and 1, as shares of their images: 'bbox' is in pixels")
     kept = _check_boxes(path, annotations, boxes, sizes[numbers][:, ::-1], clip) & ~np.array(crowds, dtype=bool)
     if masks:
         wrong = [
@@ -274,6 +280,11 @@ def _refuse(path: Path, what: str, wrong: list[str], advice: str) -> None:
         raise UserError(f"{path}: {what}: {', '.join(wrong[:3])}{more}; {advice}")
 
 
+def is_crowd(annotation: dict[str, Any]) -> bool:
+    """Whether it is of a crowd; by default not. Raises ValueError for what is no number, in a string or not."""
+    return bool(int(annotation.get("iscrowd") or 0))
+
+
 def _are_numbers(values: Any) -> bool:
     numbers = isinstance(values, list) and {int, float}.issuperset(map(type, values))
     return numbers and all(map(math.isfinite, values))
@@ -297,7 +308,8 @@ def _check_boxes(path: Path, annotations: list[dict], boxes: np.ndarray, sides: 
     if not clip:
         _refuse(
             path, f"boxes outside their images or with a side below {SMALLEST_SIDE} pixels", wrong,
-            "repair them, or --bad_boxes clip cuts them at the edge and leaves out what then has almost no area",
+            "'bbox' is left, top, width and height in pixels: repair them, or --bad_boxes clip cuts them at the edge "
+            "and leaves out what then has almost no area",
         )  # fmt: skip
     if wrong:
         logger.warning(

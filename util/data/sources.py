@@ -261,8 +261,8 @@ def shared_with_training(train: Source, val: Source) -> tuple[int, int]:
     """
     if not isinstance(train, FileSource) or not isinstance(val, FileSource):
         return 0, 0
-    if not train.numbered and train.index.root == val.index.root:  # one folder: given twice, or divided by --val_share
-        return (len(val) if train.fingerprint == val.fingerprint else 0), len(val)
+    if not train.numbered and train.index.root == val.index.root:  # one folder: given twice, or divided in some way
+        return len(set(val.index.names).intersection(train.index.names)), len(val)
     trained_on = {folder[1:] for folder in train.index.folders.values()}
     if linked := sum(folder[0] for folder in val.index.folders.values() if folder[1:] in trained_on):
         return linked, len(val)

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from util.data.coco import Annotations, decode_mask, why_no_mask
+from util.data.coco import Annotations, decode_mask, is_crowd, why_no_mask
 from util.errors import unreadable_is_user_error
 
 Result = dict[str, Any]  # image_id, category_id, score, bbox (left, top, width, height) and perhaps segmentation
@@ -58,6 +58,8 @@ def average_precision(path: Path, results: list[Result], masks: bool) -> dict[st
     from pycocotools.cocoeval import COCOeval
 
     content = json.loads(path.read_bytes())
+    for image in content["images"]:  # as `read_annotations` takes them: pycocotools wants no floats, nor strings
+        image |= {side: int(image[side]) for side in ("height", "width")}
     kinds = {"bbox": "box", "segm": "mask"} if masks else {"bbox": "box"}
     measured = {}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its own table
@@ -96,7 +98,7 @@ def true_annotations(content: dict[str, Any], kind: str) -> list[dict[str, Any]]
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     annotations = []
     for number, given in enumerate(content["annotations"], start=1):
-        annotation, size = given | {"id": number, "iscrowd": int(bool(given.get("iscrowd")))}, sizes[given["image_id"]]
+        annotation, size = given | {"id": number, "iscrowd": int(is_crowd(given))}, sizes[given["image_id"]]
         if kind == "segm" and why_no_mask(given.get("segmentation"), *size):
             continue
         if not isinstance(given.get("area"), int | float):
