@@ -215,6 +215,9 @@ def test_what_cannot_be_is_said_before_training(coco, trained, tmp_path, capfd):
         "--min_lr",
         1e-4,
     )
+    evaluation = (*there, "--eval", "--finetune", trained / "checkpoint.pth")
+    message = r"checkpoint.pth does not fit these flags, leave them out: --detector faster_rcnn \(it has mask_rcnn\)"
+    fails(mask_rcnn, capfd, message, *evaluation, "--detector", "faster_rcnn")
     missing = (*flags, "--data_path", coco, "--train_json", spoil(coco, tmp_path, set_first(image_id=99)))
     fails(mask_rcnn, capfd, "image that is not in 'images'", *missing)
 

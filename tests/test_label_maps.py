@@ -12,8 +12,10 @@ from PIL import Image
 
 import models_mixmae  # noqa: F401 - registers the models
 from util.data import label_maps
+from util.data.datasets import SAMPLE
 from util.data.decoding import BadImageError
 from util.data.label_maps import IGNORED, RandomScaleAndCrop, Whole, build_segmentation_dataset
+from util.data.sources import spread
 from util.dense.segmentation_pictures import class_colors
 from util.errors import UserError
 
@@ -93,6 +95,20 @@ def test_bad_labels_each_have_their_message(tmp_path):
         build_segmentation_dataset(pair_settings(tmp_path), "train", Whole(32))
 
 
+def test_one_class_in_all_label_maps_is_an_error(tmp_path):
+    """As in masks of 0 and 255, where 255 is ignored; not where another class is outside the sample."""
+    make_pairs(tmp_path, {"train": SAMPLE + 2}, (8, 8))
+    paths = sorted((tmp_path / "masks/train").iterdir())
+    for path in paths:
+        Image.fromarray(np.uint8([[0, 255]]).repeat(8, 0).repeat(4, 1)).save(path)
+    message = r"masks/train have one class alone, 'class 0', beside .* \(255\).* 0 and 255 must become 0 and 1"
+    with pytest.raises(UserError, match=message):
+        build_segmentation_dataset(pair_settings(tmp_path), "train", Whole(8))
+    unseen = (set(range(len(paths))) - set(spread(len(paths), SAMPLE))).pop()
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(paths[unseen])
+    build_segmentation_dataset(pair_settings(tmp_path), "train", Whole(8))
+
+
 def test_bad_folders_and_names_each_have_their_message(tmp_path):
     with pytest.raises(UserError, match="has no label maps: neither annotations/ nor masks/; there must be"):
         label_maps.find_layout(str(tmp_path))
@@ -100,7 +116,7 @@ def test_bad_folders_and_names_each_have_their_message(tmp_path):
     with pytest.raises(UserError, match="images/val does not exist: the val images are in"):
         build_segmentation_dataset(pair_settings(tmp_path), "val", Whole(32))
     assert label_maps.number_of_classes(str(tmp_path), None) == 3
-    with pytest.raises(UserError, match=r"--nb_classes is 4, but .* names 3 classes: .'class 0'"):
+    with pytest.raises(UserError, match=r"--nb_classes is 4 .given, or .* names 3 classes: .'class 0'"):
         label_maps.number_of_classes(str(tmp_path), 4)
     (tmp_path / "classes.txt").write_text("one\none\n")
     with pytest.raises(UserError, match=r"classes.txt has a name twice: .'one'"):

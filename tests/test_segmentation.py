@@ -38,8 +38,9 @@ from util.dense.segmentation_pictures import class_colors, overlay, segmentation
 from util.dense.upernet import UPerNet, enlarge, segmentation_loss
 from util.run.checkpoint_folder import CheckpointFolder
 from util.run.flags import given_flags
-from util.weights.file import read_checkpoint
+from util.weights.file import CheckpointError, read_checkpoint
 from util.weights.layouts import load_encoder
+from util.weights.parts import load_part
 from util.weights.source import read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -355,12 +356,24 @@ def test_an_encoder_is_taken_from_pretraining_and_from_another_segmenter(place, 
     assert own.keys() == expected.keys() and all(torch.equal(own[name], expected[name]) for name in own)
 
 
+def test_a_segmenters_encoder_gives_maps_elsewhere(place):
+    """It has no norm for pooled features."""
+    weights, info = read_weights(place / "reference/checkpoint.pth")
+    part, _, _ = load_part(weights, info, part="pyramid")
+    segmenter = small_model().eval()
+    segmenter.load_state_dict(read_checkpoint(place / "reference/checkpoint.pth")["model"])
+    imgs = torch.randn(2, 3, 32, 32)
+    assert all(map(torch.equal, part(imgs), segmenter.encoder.body(imgs)))
+    with pytest.raises(CheckpointError, match=r"a detector or segmenter, which has no norm .* .util.predict --dense"):
+        load_part(weights, info)
+
+
 def test_mistakes_are_explained_before_training(place, tmp_path, capfd):
     flags = (*RECIPE, "--epochs", 1, "--output_dir", tmp_path / "out")
     fails(upernet, capfd, "--data_path is missing: give a folder with images/ and annotations/", *flags)
     fails(upernet, capfd, "has no label maps: neither annotations/ nor masks/", *flags, "--data_path", tmp_path)
     flags = (*flags, "--data_path", place / "data")
-    fails(upernet, capfd, "--nb_classes is 5, but .* names 3 classes", *flags, "--nb_classes", 5)
+    fails(upernet, capfd, "--nb_classes is 5 .given, or recorded .* names 3 classes", *flags, "--nb_classes", 5)
     fails(upernet, capfd, "--head_channels must be a multiple of 32, got 40", *flags, "--head_channels", 40)
     fails(upernet, capfd, "--predictions .* goes with --eval", *flags, "--predictions", tmp_path)
     classifier = tmp_path / "classifier.pth"
@@ -370,7 +383,10 @@ def test_mistakes_are_explained_before_training(place, tmp_path, capfd):
     (other / "classes.txt").write_text("class 0\nclass 2\nclass 1\n")
     message = r"classes of the data are not those of .*checkpoint.pth: \['class 2 / class 1', 'class 1 / class 2'\]"
     checkpoint = place / "reference/checkpoint.pth"
-    fails(upernet, capfd, message, *flags, "--data_path", other, "--eval", "--finetune", checkpoint)
+    evaluation = (*flags, "--eval", "--finetune", checkpoint)
+    fails(upernet, capfd, message, *evaluation, "--data_path", other)
+    message = r"does not fit these flags, leave them out: --head_channels 64 \(it has 32\)$"
+    fails(upernet, capfd, message, *evaluation, "--head_channels", 64)
 
 
 @pytest.mark.parametrize("script", ["finetune.sh", "eval.sh"])

@@ -37,11 +37,11 @@ from util.data.label_maps import (
 )
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import Normalize
-from util.dense.config import DenseConfig, open_to_evaluate, settings_to_train
+from util.dense.config import DenseConfig, load_to_evaluate, open_to_evaluate, settings_to_train
 from util.dense.encoder import DenseEncoder
 from util.dense.upernet import UPerNet, segmentation_loss
 from util.run import distributed
-from util.run.checks import check_statistics
+from util.run.checks import check_overlap, check_statistics
 from util.run.config import TrainingConfig
 from util.run.evaluation import train_and_evaluate
 from util.run.failures import user_errors
@@ -49,7 +49,7 @@ from util.run.flags import AT_LEAST_1, FREE, NOT_NEGATIVE, flag, get_parser, wit
 from util.run.launch import Launch
 from util.run.optim import param_groups_layer_decay
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
-from util.weights.layouts import load_encoder, require_finite
+from util.weights.layouts import load_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +177,7 @@ def prepare(start: Start) -> tuple[Run, DataLoader]:
     )
     loader = build_loader(dataset, sampler, config, launch.device, collate_pairs)
     validation = build_validation(config, launch)
+    check_overlap(dataset, validation.dataset)
     model = build_model(config).to(launch.device)
     logger.info(
         "UPerNet on %s at %dx%d, %d classes: %.1f M parameters, %s", config.model, *config.input_size,
@@ -237,8 +238,7 @@ def evaluate_only(given: SegmentationConfig, launch: Launch) -> None:
     validation = build_validation(config, launch)
     check_class_names(validation.dataset.classes, checkpoint["classes"], source)
     model = build_model(replace(config, input_size=trained_size))
-    model.load_state_dict(checkpoint["model"])
-    require_finite(model, source)
+    load_to_evaluate(model, checkpoint, source, config)
     keep = None
     if config.predictions:
         from util.dense.segmentation_pictures import PredictionFolder

@@ -31,11 +31,11 @@ from util.data.datasets import build_loader
 from util.data.samplers import EvalBatchSampler, TrainBatchSampler
 from util.data.transforms import Normalize
 from util.dense.average_precision import Result, write_results
-from util.dense.config import DenseConfig, open_to_evaluate, settings_to_train
+from util.dense.config import DenseConfig, load_to_evaluate, open_to_evaluate, settings_to_train
 from util.dense.detector import build_detector
 from util.errors import UserError, require_writable
 from util.run import distributed
-from util.run.checks import check_statistics
+from util.run.checks import check_overlap, check_statistics
 from util.run.config import TrainingConfig
 from util.run.evaluation import train_and_evaluate
 from util.run.failures import user_errors
@@ -43,7 +43,7 @@ from util.run.flags import AT_LEAST_1, FREE, flag, get_parser, with_default
 from util.run.launch import Launch
 from util.run.optim import param_groups_layer_decay
 from util.run.session import Run, Start, find_start, launch_run, open_run, orderly_end
-from util.weights.layouts import load_encoder, require_finite
+from util.weights.layouts import load_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,7 @@ def prepare(start: Start) -> tuple[Run, DataLoader]:
     dataset.source.number_classes_as(classes, "the checkpoint to resume")
     validation = build_validation(config, launch)
     validation.dataset.source.number_classes_as(classes, "training")
+    check_overlap(dataset, validation.dataset)
     for images, split in ((dataset, "train"), (validation.dataset, "val")):
         check_statistics(config, images, f"{config.data_path} ({split})")
     sampler = TrainBatchSampler(
@@ -166,7 +167,7 @@ def train(run: Run, validation: DataLoader) -> None:
 
     measured = train_and_evaluate(run, train_one_epoch, measure, best_by="box_AP")
     logger.info(describe_result(config, measured, f"{config.output_dir}/checkpoint.pth", len(validation.dataset)))
-    if progress.best is not None:
+    if progress.best is not None and progress.best >= 0:
         logger.info("best box AP of all epochs: %.2f%% (checkpoint-best.pth)", progress.best)
 
 
@@ -180,10 +181,11 @@ def show(run: Run, validation: DataLoader, results: list[Result]) -> None:
 
 
 def describe_result(config: DetectionConfig, measured: dict[str, float], checkpoint: str, images: int) -> str:
-    """One line that stands for itself."""
-    values = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in measured.items())
+    """One line that stands for itself; without measures that no annotation is for, which are -1."""
+    values = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in measured.items() if value >= 0]
     what = f"{checkpoint} ({config.detector} on {config.model})"
-    return f"result: {values} of {what} on {images} images of {config.data_path}"
+    measures = ", ".join(values) or "no average precision, for want of boxes,"
+    return f"result: {measures} of {what} on {images} images of {config.data_path}"
 
 
 def evaluate_only(given: DetectionConfig, launch: Launch) -> None:
@@ -193,8 +195,7 @@ def evaluate_only(given: DetectionConfig, launch: Launch) -> None:
     validation.dataset.source.number_classes_as(checkpoint["classes"], source)
     check_statistics(config, validation.dataset, config.data_path)
     model = build_detector(config, len(checkpoint["classes"]))
-    model.load_state_dict(checkpoint["model"])
-    require_finite(model, source)
+    load_to_evaluate(model, checkpoint, source, config)
     if config.predictions and launch.rank == 0:
         require_writable(config.predictions, "--predictions")
     normalize = Normalize(config.mean, config.std).to(launch.device)

@@ -12,6 +12,7 @@ ignored in both (`--ignore_label`, `--reduce_zero_label`). The classes' names ar
 line, or in ADE20K's objectInfo150.txt.
 """
 
+import contextlib
 import logging
 import os
 import random
@@ -100,7 +101,10 @@ def number_of_classes(data_path: str, given: int | None) -> int:
             f"--nb_classes is missing: give the number of classes, or their names in {data_path}/classes.txt"
         )
     if None not in (given, names) and len(names) != given:
-        raise UserError(f"--nb_classes is {given}, but {data_path} names {len(names)} classes: {abbreviate(names)}")
+        raise UserError(
+            f"--nb_classes is {given} (given, or recorded with the weights), but {data_path} names {len(names)} "
+            f"classes: {abbreviate(names)}"
+        )
     number = given if given is not None else len(names)
     if not 2 <= number <= MOST_CLASSES:
         raise UserError(f"the number of classes must be between 2 and {MOST_CLASSES}, got {number}")
@@ -177,7 +181,7 @@ class LabelMapSource(FileSource):
         if missing := sorted(own - maps):
             raise UserError(
                 f"{len(missing)} of the {len(self)} images in {images} have no label map in {labels}: "
-                f"{abbreviate(missing)}"
+                f"{abbreviate(missing)}; each has its image's name, and ends in .png"
             )
         if unused := sorted(maps - own):
             logger.warning("%s: %d label maps have no image in %s: %s", labels, len(unused), images, abbreviate(unused))
@@ -193,6 +197,22 @@ class LabelMapSource(FileSource):
     def labels(self) -> str:
         """Changes when the label maps' files of a sample have other sizes."""
         return digest(np.array(sizes_of_sample(len(self), self.label_path), "<i8"))
+
+    def require_two_classes(self, found: set[int]) -> None:
+        """Raise a UserError if no label map has another class than `found`; reads them until one has."""
+        for i in range(len(self)):
+            if len(found) > 1:
+                return
+            with contextlib.suppress(BadImageError):  # is for those who read the image
+                found = found | set(np.unique(self.numbers.classes_of(read_label_map(self.label_path(i)))).tolist())
+                found -= {IGNORED}
+        if len(found) == 1:
+            ignored, first = ", ".join(map(str, sorted(self.numbers.ignored))), self.numbers.first
+            raise UserError(
+                f"the label maps in {self.folder} have one class alone, {self.classes[found.pop()]!r}, beside what is "
+                f"ignored ({ignored}): there is nothing to learn. Classes are numbered, so masks of 0 and 255 must "
+                f"become {first} and {first + 1}"
+            )
 
     def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, torch.Tensor]:
         """Image (in_chans, h, w) and labels (h, w) uint8: classes, and IGNORED. Raises BadImageError or OSError."""
@@ -228,13 +248,15 @@ def build_segmentation_dataset(config: Config, split: str, transform: Callable) 
         names = read_class_names(config.data_path) or [str(i) for i in range(config.nb_classes)]
         source = LabelMapSource(str(images), str(labels), numbers, names, config)
     dataset = dataset_of(source, split, transform, config)
-    labelled = [bool((labels != IGNORED).any()) for labels in read_sample(dataset)]
+    found = [set(np.unique(classes).tolist()) - {IGNORED} for classes in read_sample(dataset)]
     ignored = list(map(str, sorted(numbers.ignored)))
-    if not any(labelled):
+    if not any(found):
         raise UserError(
-            f"the label maps in {labels} label no pixel: in a sample of {len(labelled)}, all pixels are "
+            f"the label maps in {labels} label no pixel: in a sample of {len(found)}, all pixels are "
             f"{' or '.join(ignored)}, which is ignored; see --ignore_label and --reduce_zero_label"
         )
+    if split == "train":
+        source.require_two_classes(set.union(*found))
     logger.info(
         "%s: %d images with label maps (classes %d to %d, ignored %s), from %s", split, len(dataset), numbers.first,
         numbers.first + config.nb_classes - 1, " and ".join(ignored), images,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
+from torch import nn
+
 from util.errors import UserError
 from util.run.config import DataFlags, TrainingConfig, resolve
 from util.run.distributed import once_per_node
@@ -18,9 +20,12 @@ from util.run.launch import Launch
 from util.run.session import Start
 from util.run.state import program_of
 from util.weights.file import CheckpointError, read_checkpoint
+from util.weights.layouts import require_finite
 from util.weights.settings import weight_settings
 
 logger = logging.getLogger(__name__)
+
+SHAPING = ("model", "in_chans", "patch_size", "detector", "nb_classes", "head_channels")  # what weights must fit
 
 C = TypeVar("C", bound="DenseConfig")
 
@@ -99,6 +104,24 @@ def open_to_evaluate(given: C, launch: Launch) -> tuple[C, dict[str, Any], str]:
     recorded = checkpoint["args"]
     settings = weight_settings(recorded, source, given.as_dict())
     return with_task_settings(resolve(given, launch, settings, given.DEFAULTS), recorded), checkpoint, source
+
+
+def load_to_evaluate(model: nn.Module, checkpoint: Mapping[str, Any], source: str, config: DenseConfig) -> None:
+    """Load what `open_to_evaluate` has opened into a model of its configuration.
+
+    Raises:
+        CheckpointError: flags ask for another model, or the weights are not finite.
+    """
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        own, flags = checkpoint["args"], {name: getattr(config, name, None) for name in SHAPING}
+        other = {name: value for name, value in flags.items() if value not in (None, own.get(name))}
+        if not other:
+            raise
+        given = ", ".join(f"--{name} {value} (it has {own.get(name)})" for name, value in other.items())
+        raise CheckpointError(f"{source} does not fit these flags, leave them out: {given}") from error
+    require_finite(model, source)
 
 
 def choose_recipe(given: DenseConfig, launch: Launch, known: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,6 +70,8 @@ def load_part(
     settings = weight_settings(info.args, info.source, given)
     number = count_classes(weights, info) if part == "classifier" else 0
     model = timm.create_model(settings.model, num_classes=number, **model_arguments(settings))
+    if part == "pyramid":
+        model.norm = nn.Identity()  # maps are taken before it, and detectors have none
     report = (load_classifier if number else load_encoder)(model, weights, info)
     if settings.window_size is None:
         settings = replace(settings, window_size=tuple(stage.window for stage in model.layers))
