@@ -209,7 +209,7 @@ def _why_it_does_not_fit(wrong: list[str], state_dict: StateDict, shapes: dict[s
             f"was trained on images with {given[1]} channels, the model takes {expected[1]}: "
             f"set --in_chans {given[1]}, or pretrain on images with {expected[1]} channels"
         )
-    if all(name.startswith("norm.") for name in wrong):
+    if set(wrong) == {"norm.weight", "norm.bias"} and state_dict.keys().isdisjoint(wrong):
         return (
             "holds the encoder of a detector or segmenter, which has no norm after its last stage, and so no pooled "
             "features: take its maps (util.predict --dense, util.export --part pyramid), or the weights that it was "
