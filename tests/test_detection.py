@@ -145,8 +145,10 @@ def test_average_precision_is_pycocotools_of_what_is_written(coco, trained, tmp_
     )
     for kind, name in (("bbox", "box"), ("segm", "mask")):
         expected = precision_by_hand(coco / "annotations/instances_val.json", results, kind)
-        assert [last[f"test_{name}_{measure}"] for measure in MEASURES] == pytest.approx(expected, abs=1e-9)
-        assert float(found[f"{name} AP"]) == pytest.approx(expected[0], abs=0.006)
+        expected = {f"test_{name}_{measure}": value for measure, value in zip(MEASURES, expected) if value >= 0}
+        own = {key: value for key, value in last.items() if key.startswith(f"test_{name}_")}
+        assert 3 < len(own) < 6 and own == pytest.approx(expected, abs=1e-9)  # no object is large
+        assert float(found[f"{name} AP"]) == pytest.approx(expected[f"test_{name}_AP"], abs=0.006)
     assert Image.open(trained / "detections/epoch0002.png").width > 2 * 576
     (tmp_path / "b.json").write_text("an older one")
     two = Trial(tmp_path, "--eval", *flags, "--predictions", tmp_path / "b.json", ranks=2, main=mask_rcnn).finish()

@@ -163,7 +163,8 @@ def train(run: Run, validation: DataLoader) -> None:
         measured, results = evaluate(run.state.model, validation, run.normalize, run.device)
         if progress.epoch < config.epochs:
             show(run, validation, results)
-        return measured
+        # Curves and reports have no use for the -1 of measures that no annotation is for; the best epoch needs its own.
+        return {name: value for name, value in measured.items() if value >= 0 or name == "box_AP"}
 
     measured = train_and_evaluate(run, train_one_epoch, measure, best_by="box_AP")
     logger.info(describe_result(config, measured, f"{config.output_dir}/checkpoint.pth", len(validation.dataset)))
