@@ -276,7 +276,7 @@ def test_reports_that_cannot_be_written(data, checkpoint, tmp_path, capfd):
         fails(main_finetune, capfd, r"error: ", *flags, "--predictions", path)
     image = next((data / "val").rglob("*.png"))
     content = image.read_bytes()
-    fails(main_finetune, capfd, f"{image} exists, and is not replaced", *flags, "--predictions", image)
+    fails(main_finetune, capfd, f"{image} exists and is not replaced", *flags, "--predictions", image)
     assert image.read_bytes() == content
     training = [flag for flag in flags if flag != "--eval"]
     for report in (["--per_class"], ["--predictions", "predictions.csv"]):

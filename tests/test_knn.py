@@ -193,7 +193,7 @@ def test_a_result_that_cannot_be_written_is_said_before_the_work(checkpoint, ima
     monkeypatch.setattr(knn, "evaluate", lambda args: pytest.fail("evaluated first"))
     shared = ["--checkpoint", checkpoint, "--data_path", images, "--num_workers", "0", "--device", "cpu"]
     fails(knn, capfd, r"error: .*Is a directory", *shared, "--out", tmp_path)
-    fails(knn, capfd, "exists, and is not replaced, since a result would be a .json file", *shared, "--out", checkpoint)
+    fails(knn, capfd, "exists and is not replaced, since a result would be a .json file", *shared, "--out", checkpoint)
 
 
 def test_a_checkpoint_that_records_nonsense_is_said_in_one_line(checkpoint, images, tmp_path, capfd):

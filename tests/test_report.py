@@ -261,7 +261,7 @@ def test_mistakes_are_explained(runs, tmp_path, capfd):
         ["--out", runs[0] / "log.txt"],
         ["--out", tmp_path / "a.html", "--save_reference", runs[0] / "log.txt"],
     ):
-        fails(util.report, capfd, "log.txt exists, and is not replaced", runs[0], *flags)
+        fails(util.report, capfd, "log.txt exists and is not replaced", runs[0], *flags)
     assert (runs[0] / "log.txt").stat().st_size
 
 

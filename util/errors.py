@@ -1,4 +1,4 @@
-"""The classes of the errors that are meant for people."""
+"""Errors that are meant for people."""
 
 import contextlib
 import os
@@ -7,15 +7,15 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something that whoever started the program can put right.
+    """Something that the user can correct.
 
     Its message says what was given, what is allowed and what to do, and is all that is shown. Every other exception is
-    a fault of the program and keeps its traceback.
+    a bug in the program and keeps its traceback.
     """
 
 
 class RunError(RuntimeError):
-    """Something that ends a run although the program may be right; its message, too, is for people."""
+    """Something that ends a run although the program may be correct; its message, too, is for people."""
 
 
 @contextlib.contextmanager
@@ -28,12 +28,12 @@ def unreadable_is_user_error(what: str) -> Iterator[None]:
 
 
 def require_writable(path: str, flag: str, ending: str = ".json") -> None:
-    """Raise a UserError where results cannot be written to the file that `flag` names, or would replace one that is no
-    older result, since its name has another `ending`. To be called before the work that would be lost; what is in the
-    file stays."""
+    """Raise a UserError if results cannot be written to the file that `flag` names, or would replace one that is not an
+    older result, since its name has another `ending`. Call it before the work that would be lost; the file's content
+    stays."""
     if os.path.isfile(path) and os.path.getsize(path) and not path.lower().endswith(ending):
         raise UserError(
-            f"{flag} {path} exists, and is not replaced, since a result would be a {ending} file: give another name"
+            f"{flag} {path} exists and is not replaced, since a result would be a {ending} file: give another name"
         )
     with unreadable_is_user_error(f"{flag} {path} cannot be written"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 Every random draw of a run is keyed by what it belongs to: a sample's augmentation by (seed, epoch, index), a step's
 mask and drop path by (seed, step, micro-batch). Nothing has to be saved to resume a run exactly, and the number of
-data-loader workers changes nothing.
+data-loader workers has no effect.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ def derive_seed(*keys: int | str) -> int:
 
 
 def seed_all(*keys: int | str) -> None:
-    """Seed the global generators of `random`, numpy and torch (with CUDA's, where it is in use) from `keys`."""
+    """Seed the global generators of `random`, numpy and torch (and CUDA's, if it is in use) from `keys`."""
     seed = derive_seed(*keys)
     random.seed(seed)
     np.random.seed(seed % 2**32)
