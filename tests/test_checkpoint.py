@@ -305,7 +305,7 @@ def test_a_training_checkpoint_of_mmengine_says_how_to_make_plain_weights_of_it(
     message = str(caught.value)
     assert "epoch_3.pth is refused" in message and "mmengine.logging.history_buffer.HistoryBuffer" in message
     assert "nothing was run" in message and "tools/model_converters/publish_model.py" in message
-    assert "save its 'state_dict' alone with torch.save" in message
+    assert "save only its 'state_dict' with torch.save" in message
 
 
 def test_every_error_is_one_for_the_user(tmp_path):
@@ -372,7 +372,7 @@ def test_a_checkpoint_that_contains_itself(tmp_path):
     endless = {}
     endless["model"] = endless
     torch.save(endless, tmp_path / "endless.pth")
-    with pytest.raises(CheckpointError, match="is not a checkpoint: it holds itself"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint: it contains itself"):
         read_checkpoint(tmp_path / "endless.pth")
 
 

@@ -179,7 +179,7 @@ def test_nb_classes_does_not_contradict_itself(data, trained, tmp_path, capfd):
 def test_damaged_names(trained, tmp_path):
     for classes in ("blue", ["a", "a", "b"], [1, 2, 3]):
         path = without_names(trained, tmp_path / "damaged.pth", classes=classes)
-        with pytest.raises(CheckpointError, match="which are no different names"):
+        with pytest.raises(CheckpointError, match="which are not distinct names"):
             read_weights(path)
     assert recorded_classes({"classes": ["of", "another program"]}, "x") is None
 

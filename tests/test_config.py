@@ -298,7 +298,7 @@ def test_settings_of_weights_have_one_set_of_fallbacks():
     assert weight_settings(theirs, "a", {"input_size": [192, 224]}).input_size == (192, 224)
     with pytest.raises(UserError, match="a does not record which model it is: give --model"):
         weight_settings({}, "a")
-    with pytest.raises(UserError, match="a records mean='x', which is no value of --mean"):
+    with pytest.raises(UserError, match="a records mean='x', which is not a value of --mean"):
         weight_settings({"model": "mixmae_tiny", "mean": "x"}, "a")
 
 

@@ -211,7 +211,7 @@ def test_weights_that_cannot_be_evaluated(data, checkpoint, tmp_path, capfd):
 
     pretraining = timm.create_model("mixmae_quickstart", **SHAPE)
     write_checkpoint(tmp_path / "pretrained.pth", {"model": pretraining.state_dict()})
-    message = r"pretrained\.pth holds a pretraining model without a classification head, so it tells no classes"
+    message = r"pretrained\.pth holds a pretraining model without a classification head, so it cannot classify"
     fails(main_finetune, capfd, message, *shared, "--finetune", tmp_path / "pretrained.pth")
 
     five = timm.create_model("swin_quickstart", num_classes=5, **SHAPE)

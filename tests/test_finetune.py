@@ -130,7 +130,7 @@ def test_a_head_is_kept_where_it_fits(data, pretrained, tmp_path, capfd):
         for name in CLASSES[:2]:
             (tmp_path / "data" / split / name).symlink_to(data / split / name)
     run(main_finetune, *shared, "--data_path", tmp_path / "data", "--output_dir", two)
-    assert "re-initialised, being of another size in the file: head.weight, head.bias" in capfd.readouterr().out
+    assert "re-initialised, as their size in the file differs: head.weight, head.bias" in capfd.readouterr().out
     assert read_checkpoint(two / "checkpoint.pth")["model"]["head.weight"].std() == pytest.approx(2e-5, rel=0.2)
 
 

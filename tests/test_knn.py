@@ -205,7 +205,7 @@ def test_a_checkpoint_that_records_nonsense_is_said_in_one_line(checkpoint, imag
     endless = {"model": content["model"], "args": {}}
     endless["args"]["self"] = endless
     torch.save(endless, odd)
-    fails(knn, capfd, "it holds itself", "--checkpoint", odd, "--data_path", images, "--device", "cpu")
+    fails(knn, capfd, "it contains itself", "--checkpoint", odd, "--data_path", images, "--device", "cpu")
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ def test_an_encoder_keeps_the_head_it_can_use_and_says_what_it_does_with_the_res
     before = wider.head.weight.clone()
     report = load_encoder(wider, source.state_dict(), "a.pth")
     assert report.reinitialised == ["head.weight", "head.bias"] and torch.equal(wider.head.weight, before)
-    assert "re-initialised, being of another size in the file: head.weight, head.bias" in str(report)
+    assert "re-initialised, as their size in the file differs: head.weight, head.bias" in str(report)
     report = load_encoder(probe, source.state_dict(), "a.pth")
     assert report.unexpected == ["head.weight", "head.bias"] and "2 in the file ignored" in str(report)
 
@@ -383,7 +383,7 @@ def test_a_classifier_is_asked_for_and_a_pretraining_file_given():
     message = refusal(load_classifier, classifier(), classifier(num_classes=0).state_dict())
     assert "holds an encoder without a classification head" in message
     message = refusal(load_classifier, classifier(num_classes=9), classifier().state_dict())
-    assert "classifies 5 classes, the model 9: they must be the same" in message
+    assert "has 5 classes, the model 9: they must be the same" in message
 
 
 def test_a_pretraining_file_is_asked_for_and_a_classifier_given():
@@ -455,7 +455,7 @@ def test_a_download_is_checked_by_its_contents(cache, monkeypatch):
     monkeypatch.setitem(PUBLISHED, "small", Published("an-id", "swin_quickstart"))
     right = file_bytes({"model": timm.create_model("swin_quickstart").state_dict()})
     other = file_bytes({"model": classifier().state_dict()})
-    for content, message in ((b"<html>quota exceeded</html>", "is a web page"), (other, "another shape|classifies 5")):
+    for content, message in ((b"<html>quota exceeded</html>", "is a web page"), (other, "another shape|has 5")):
         pretend_gdown(monkeypatch, content)
         with pytest.raises(CheckpointError, match=f"the download of small is not that checkpoint: .*({message})"):
             read_weights("small")

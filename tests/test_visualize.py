@@ -269,7 +269,7 @@ def test_as_much_is_hidden_as_in_training_unless_a_flag_says_more(tmp_path, chec
     own, same, less = ((tmp_path / name).read_bytes() for name in ("own.png", "same.png", "less.png"))
     assert own == same != less
     for value in ("much", 1.5, True):
-        with pytest.raises(ValueError, match=f"records mask_ratio={value!r}, which is no value of --mask_ratio"):
+        with pytest.raises(ValueError, match=f"records mask_ratio={value!r}, which is not a value of --mask_ratio"):
             mask_ratio_of(save_model(tmp_path / "odd.pth", small_model(), mask_ratio=value))
 
 

@@ -1,7 +1,7 @@
 """Files of weights: written whole or not at all, verified before use, and never executed.
 
 A file that this project writes is an ordinary `torch.save` archive with a seal as its zip comment: the time of saving
-and the SHA-256 of every byte before the digest. It finds any damage, also where the zip's own CRCs do not look.
+and the SHA-256 of every byte before the digest. It reveals any damage, also where the zip's own CRCs do not reach.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from util.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-RECORD = "mixmae"  # under which exported files keep what belongs to their weights, as JSON
+RECORD = "mixmae"  # key under which exported files keep what belongs to their weights, as JSON
 FORMAT = 1  # the number under 'format' in our files: raised when an older reader could misread a newer file
 
 SEAL = re.compile(rb"mixmae seal time=(\d{20}) sha256=([0-9a-f]{64})")
@@ -39,7 +39,7 @@ SEAL_SIZE = len("mixmae seal time=") + 20 + len(" sha256=") + 64
 CONTROL_BYTES = frozenset(range(32)) - frozenset(b"\t\n\f\r")  # no text holds them, every pickle, zip, ... does
 ZIP_END, ZIP_END_SIZE = b"PK\x05\x06", 22  # a zip's last record; its last two bytes are the length of the comment
 
-# What the authors' files hold besides: paths (submitit's output_dir) become pure ones, which never touch the disk.
+# What the authors' files also hold: paths (submitit's output_dir) become pure ones, which never touch the disk.
 HARMLESS = [argparse.Namespace] + [
     (pathlib.PurePath, f"{module}.{name}")
     for module in ("pathlib", "pathlib._local")
@@ -48,10 +48,10 @@ HARMLESS = [argparse.Namespace] + [
 PLAIN_TYPES = (type(None), bool, int, float, str, torch.Size, torch.dtype, Tensor, nn.Parameter)
 
 # What to do about a file that holds objects of other classes.
-OF_UNKNOWN_ORIGIN = "If you trust its origin, save its state dict alone with torch.save and give that"
+OF_UNKNOWN_ORIGIN = "If you trust its origin, save only its state dict with torch.save and give that"
 OF_MMENGINE = (
-    "It is a training checkpoint of mmengine: make a file of plain weights of it with mmpretrain's "
-    "tools/model_converters/publish_model.py, or load it where it was trained and save its 'state_dict' alone with "
+    "It is a training checkpoint of mmengine: convert it to a file of plain weights with mmpretrain's "
+    "tools/model_converters/publish_model.py, or load it where it was trained and save only its 'state_dict' with "
     "torch.save"
 )
 
@@ -87,7 +87,7 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any], later_
             if hasattr(os, "posix_fadvise"):  # so that reading it back asks the disk, not the cache
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if file_hash(temporary) != digest:
-            raise OSError(f"{temporary} reads back other bytes than were written: the disk is failing")
+            raise OSError(f"{temporary} reads back other bytes than those written: the disk is failing")
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
@@ -98,7 +98,7 @@ class _HashingWriter:
     """What `torch.save` writes to: passes the bytes on to `file` and hashes all but the last two.
 
     Those are the length of the archive's comment, which the seal changes. `seal()` raises the error of the first write
-    that failed, for torch's C++ writer would turn it into a RuntimeError.
+    that failed, as torch's C++ writer would turn it into a RuntimeError.
     """
 
     def __init__(self, file: BinaryIO):
@@ -135,12 +135,12 @@ class _HashingWriter:
 
 
 def temporary_path(path: Path) -> Path:
-    """A hidden name beside `path` for a file in the making; its host and process tell whose leftover it is."""
+    """A hidden name beside `path` for an unfinished file; host and process in it tell whose leftover it is."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder that the user named, and say so, for it may be a typing error."""
+    """Make a folder that the user named, and log it, as the name may be a typo."""
     if not folder.is_dir():
         folder.mkdir(parents=True)
         logger.info("made the folder %s", folder)
@@ -185,8 +185,8 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False, verify: bool = 
     Args:
         path: the file.
         mmap: the tensors stay in the file until they are used, in memory that processes share. The file must not be
-            changed meanwhile; it may be removed, or another take its name, as ours do.
-        verify: read all bytes first, by their checksums. False where that has been done already.
+            changed meanwhile; it may be removed, or replaced by another, as ours are.
+        verify: check all bytes first, by their checksums. False if that has been done already.
 
     Raises:
         CheckpointError: no such file, damaged, unsafe, or not a file of weights.
@@ -205,7 +205,7 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False, verify: bool = 
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {error}") from error
     except RecursionError as error:
-        raise CheckpointError(f"{path} is not a checkpoint: it holds itself") from error
+        raise CheckpointError(f"{path} is not a checkpoint: it contains itself") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a dict of weights: not a checkpoint")
     refuse_newer(checkpoint, path)
@@ -310,7 +310,7 @@ def _restricted_load(path: Path, mmap: bool) -> Any:
     """`torch.load(weights_only=True)` that knows the plain types of the authors' files, with one message per error."""
     try:
         with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exception says once what is wrong with a file
+            warnings.simplefilter("ignore")  # the exception already gives the reason
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise

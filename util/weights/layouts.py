@@ -1,4 +1,4 @@
-"""Layouts of weights: other programs' names and orders into ours, and into a model of any image size, with a report."""
+"""Layouts of weights: other programs' names and orders to ours, and into a model of any image size, with a report."""
 
 import re
 from collections.abc import Iterable
@@ -64,14 +64,14 @@ class LoadReport:
     missing: list[str]  # in the model, not in the file; left at their initial values
     unexpected: list[str]  # in the file, not in the model; ignored
     reinitialised: list[str]  # in both, with different shapes; left at their initial values
-    moved: list[str]  # mix embeddings, in the file alone; moved into biases, which gives images alone the same features
+    moved: list[str]  # mix embeddings, only in the file; moved into biases, which gives single images the same features
 
     def __str__(self) -> str:
         parts = [f"loaded {len(self.loaded)} tensors from {self.source}"]
         if self.resized:
             parts.append(f"{len(self.resized)} of them resized ({_listed(self.resized, most=2)})")
         if self.reinitialised:
-            parts.append(f"re-initialised, being of another size in the file: {_listed(self.reinitialised)}")
+            parts.append(f"re-initialised, as their size in the file differs: {_listed(self.reinitialised)}")
         if self.moved:
             parts.append("mix embeddings left out: an image's own are added to biases, which gives the same features")
         if self.missing:
@@ -113,12 +113,12 @@ def load_classifier(model: nn.Module, state_dict: StateDict, source: object) -> 
     """
     expected, given = model.state_dict()["head.weight"].shape[0], count_classes(state_dict, source)
     if expected != given:
-        raise CheckpointError(f"{source} classifies {given} classes, the model {expected}: they must be the same")
+        raise CheckpointError(f"{source} has {given} classes, the model {expected}: they must be the same")
     return _load(model, state_dict, source, ignored=DECODER)
 
 
 def count_classes(state_dict: StateDict, source: object) -> int:
-    """How many classes the head of a classifier tells apart.
+    """The number of classes of a classifier's head.
 
     Raises:
         CheckpointError: there is no head.
@@ -127,7 +127,7 @@ def count_classes(state_dict: StateDict, source: object) -> int:
         has_decoder = any(name.startswith(("decoder_", MMPRETRAIN_DECODER)) for name in state_dict)
         raise CheckpointError(
             f"{source} holds {'a pretraining model' if has_decoder else 'an encoder'} without a classification head, "
-            "so it tells no classes: fine-tune it first (main_finetune.py --finetune), or take its features "
+            "so it cannot classify: fine-tune it first (main_finetune.py --finetune), or take its features "
             "(util.predict --features or --dense, util.export --part encoder or pyramid)"
         )
     return len(state_dict["head.weight"])
@@ -136,8 +136,8 @@ def count_classes(state_dict: StateDict, source: object) -> int:
 def load_pretraining(model: nn.Module, state_dict: StateDict, source: object) -> LoadReport:
     """Load a whole pretraining model, decoder included, to train on or to reconstruct; resizes as `load_encoder` does.
 
-    What not every pretraining model has, mix embeddings and the token that fills hidden cells, keeps its initial values
-    where the file has none that fit.
+    Mix embeddings and the token that fills hidden cells, which not every pretraining model has, keep their initial
+    values if the file has none that fit.
 
     Raises:
         CheckpointError: the file is not a pretraining checkpoint of this model, or its weights are not finite.
@@ -160,7 +160,7 @@ def _load(
 ) -> LoadReport:
     """The one implementation: every tensor of the model must come from the file, and every tensor of the file be used.
 
-    Exempt are the model's tensors whose names begin as in `optional` and the file's whose names begin as in `ignored`.
+    Exempt are the model's tensors whose names begin with `optional` and the file's whose names begin with `ignored`.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     given_names, state_dict = state_dict.keys(), for_model(state_dict, model)
@@ -186,8 +186,8 @@ def _load(
 
 
 def require_finite(model: nn.Module, source: object) -> None:
-    """Raise a CheckpointError where a model has weights from `source` that are not finite: all results would be NaN, of
-    which the first class is the best. (Before they are in the model, a large file would be read twice.)"""
+    """Raise a CheckpointError if a model has weights from `source` that are not finite: all results would be NaN, and
+    the first class would always win. (Checking before they are in the model would read a large file twice.)"""
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What of a trained model is used elsewhere (its classes, its embedding or its maps), and what travels with it."""
+"""The part of a trained model that is used elsewhere (its classes, embedding or maps), and the record with it."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -59,12 +59,12 @@ def load_part(
     """A part of trained weights, ready to be used, its settings, and the report of loading.
 
     Args:
-        weights, info: of `read_weights`.
+        weights, info: from `read_weights`.
         given: flags that override what is recorded, as for `weight_settings`.
         part: one of `PARTS`; None: the classifier if the weights have a head, else the encoder.
 
     Raises:
-        UserError: the weights do not say which model they are, or do not fit it, or have no head.
+        UserError: the weights do not record their model, or do not fit it, or have no head.
     """
     part = part or ("classifier" if "head.weight" in weights else "encoder")
     settings = weight_settings(info.args, info.source, given)
@@ -84,7 +84,7 @@ def load_part(
 
 
 def make_record(part: Part, settings: WeightSettings, info: WeightsInfo, crop_ratio: float) -> dict[str, Any]:
-    """What a file must tell for its images to be prepared and its outputs to be understood; plain values."""
+    """What a file must record for its images to be prepared and its outputs understood; plain values."""
     return {
         "format": FORMAT,
         "part": part.name,
@@ -98,7 +98,7 @@ def make_record(part: Part, settings: WeightSettings, info: WeightsInfo, crop_ra
 
 
 def parse_record(text: str, source: object) -> tuple[dict[str, Any], WeightsInfo]:
-    """The record of an exported file, and what `read_weights` would tell of it.
+    """The record of an exported file, and what `read_weights` would return about it.
 
     Raises:
         CheckpointError: no record of ours, or one of a newer version.
@@ -110,7 +110,7 @@ def parse_record(text: str, source: object) -> tuple[dict[str, Any], WeightsInfo
             raise ValueError
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{source} was not written by `python -m util.export`: it does not tell how its images are prepared"
+            f"{source} was not written by `python -m util.export`: it does not record how its images are prepared"
         ) from error
     refuse_newer(record, source)
     classes = recorded_classes(record, source)
@@ -121,7 +121,7 @@ def parse_record(text: str, source: object) -> tuple[dict[str, Any], WeightsInfo
 
 
 def open_onnx(path: Path) -> tuple[Runner, dict[str, Any], WeightsInfo]:
-    """An exported ONNX file in onnxruntime, on a GPU where that package has one; its record; where it came from.
+    """An exported ONNX file in onnxruntime, on a GPU if that package supports one; its record; where it came from.
 
     Raises:
         UserError: onnxruntime is not installed.

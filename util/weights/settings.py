@@ -1,6 +1,6 @@
 """The settings that belong to weights: which model they fit, and how its images are prepared.
 
-Whoever uses a checkpoint gets them from `weight_settings`, so that all commands agree on what a file leaves open.
+All commands get them from `weight_settings`, so that they agree on what a file leaves open.
 """
 
 import logging
@@ -43,7 +43,7 @@ AUTHORS_CLASSIFIER_NAMES = {
 
 @dataclass(frozen=True)
 class WeightSettings:
-    """What has to be known to build the model of some weights and to prepare images for it."""
+    """What has to be known to build the model for some weights and to prepare images for it."""
 
     model: str
     in_chans: int
@@ -78,15 +78,15 @@ def weight_settings(
 ) -> WeightSettings:
     """The settings for weights that are used: what is given, else what is recorded with them, else the model's own.
 
-    Sizes that are recorded for another encoder do not count. Neither do statistics of another number of channels: these
-    are then ImageNet's for 3 channels, and mean 0.5 and standard deviation 0.25 for others.
+    Sizes that are recorded for another encoder are ignored. So are statistics of another number of channels: these are
+    then ImageNet's for 3 channels, and mean 0.5 and standard deviation 0.25 for others.
 
     Args:
-        recorded: the arguments stored with the weights; {} where there are none.
+        recorded: the arguments stored with the weights; {} if there are none.
         source: what the weights are called, for messages.
         given: flags by name, which take precedence; None and missing ones are not given.
         pretraining: whether the model is to be a pretraining model, rather than a classifier or encoder.
-        defaults: by name, for what neither says; without a model in it, an unknown model is an error.
+        defaults: by name, for what neither has; without a model in it, weights that record none are an error.
 
     Raises:
         UserError: an unknown model, a record of another type, statistics that do not fit the channels.
@@ -134,10 +134,10 @@ def weight_settings(
 
 
 def resolve_model_name(name: str, pretraining: bool, origin: str = "--model") -> str:
-    """Our name of a model given by our name or the authors'; where no pretraining model is wanted, its encoder's.
+    """Our name of a model given by our name or the authors'; if no pretraining model is wanted, its encoder's.
 
     Raises:
-        UserError: for an unknown name, or a classifier where a pretraining model is wanted; says what is known.
+        UserError: for an unknown name, or a classifier if a pretraining model is wanted; lists the known ones.
     """
     if pretraining and name in CLASSIFIER_MODELS:
         raise UserError(
@@ -153,7 +153,7 @@ def resolve_model_name(name: str, pretraining: bool, origin: str = "--model") ->
 
 
 def encoder_of(name: str) -> str:
-    """The encoder in a model that is given by our name or the authors'; the name itself where it is not known."""
+    """The encoder in a model that is given by our name or the authors'; the name itself if it is not known."""
     ours = AUTHORS_CLASSIFIER_NAMES.get(name) or AUTHORS_PRETRAINING_NAMES.get(name, name)
     return ENCODERS.get(ours, ours)
 
@@ -164,7 +164,7 @@ def is_authors_name(name: str, ours: str) -> bool:
 
 
 def model_arguments(settings: Any) -> dict[str, Any]:
-    """The arguments of a model's constructor in settings or in a configuration; the others stay the model's own."""
+    """The arguments of a model's constructor in settings or in a configuration; the others keep its defaults."""
     arguments = {
         "in_chans": settings.in_chans,
         "img_size": settings.input_size,
@@ -178,11 +178,11 @@ MIXING = (  # arguments of `MixMAE` that a checkpoint records by the same names
     "decoder_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss", "range_mask_ratio",
     "mix_embed", "masked_attn", "mix_images", "partners", "reconstruct", "fill",
 )  # fmt: skip
-METHOD = (*MIXING, "mask_ratio", "mask_per_pair")  # all that makes a variant of the method
+METHOD = (*MIXING, "mask_ratio", "mask_per_pair")  # everything that defines a variant of the method
 
 
 def mixing_arguments(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a pretraining model besides its encoder's, of a configuration or recorded with weights."""
+    """The arguments of a pretraining model besides its encoder's, from a configuration or recorded with weights."""
     return {name: recorded[name] for name in MIXING if recorded.get(name) is not None}
 
 
@@ -207,4 +207,4 @@ def check_recorded(recorded: Mapping[str, Any], source: str) -> None:
     for names, is_legal in rules.items():
         for name in names:
             if recorded.get(name) is not None and not is_legal(recorded[name]):
-                raise CheckpointError(f"{source} records {name}={recorded[name]!r}, which is no value of --{name}")
+                raise CheckpointError(f"{source} records {name}={recorded[name]!r}, which is not a value of --{name}")

@@ -38,14 +38,14 @@ def read_weights(
 ) -> tuple[dict[str, Tensor], WeightsInfo]:
     """The weights that `source` names, under the names that the authors' checkpoints use, and where they came from.
 
-    Derived tensors (`relative_position_index`, `attn_mask`) are left out, wrappers' prefixes (`module.`) are taken off
+    Derived tensors (`relative_position_index`, `attn_mask`) are left out, wrappers' prefixes (`module.`) are removed
     and mmpretrain's MixMIM names and patch-merging order are converted. Tensors stay in the file until they are used.
 
     Args:
         source: a file; the name of a published checkpoint (`base_600ep`, see `PUBLISHED`); or an
             `https://` link with its hash: `https://.../file.pth#sha256=<hex>`, or a name that ends in `-<hex>.pth`.
         ema: take the averaged weights, ours (kept by `--model_ema`) or those of timm's training script.
-        verify: read all bytes first, by their checksums. False where that has been done already.
+        verify: check all bytes first, by their checksums. False if that has been done already.
 
     Raises:
         CheckpointError: nothing there, damaged, unsafe, or no (averaged) weights in it.
@@ -71,14 +71,14 @@ def read_weights(
 def recorded_classes(checkpoint: dict[str, Any], source: object) -> list[str] | None:
     """The names of the classes that a checkpoint of a classifier records, in the order of the head's rows.
 
-    None in files of other programs, and older ones of this program. Raises CheckpointError for what are no names.
+    None in files of other programs, and older ones of this program. Raises CheckpointError unless names are distinct.
     """
     classes = checkpoint.get("classes") if checkpoint.get("format") is not None else None
     if classes is None:
         return None
     named = isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
     if not named or len(set(classes)) != len(classes):
-        raise CheckpointError(f"{source} records classes={str(classes)[:200]}, which are no different names")
+        raise CheckpointError(f"{source} records classes={str(classes)[:200]}, which are not distinct names")
     return list(classes)
 
 
@@ -87,9 +87,9 @@ def recorded_classes(checkpoint: dict[str, Any], source: object) -> list[str] | 
 
 @dataclass(frozen=True)
 class Published:
-    """A published checkpoint: of the authors' table on Google Drive, or behind a link whose name ends in its hash.
+    """A published checkpoint: from the authors' table on Google Drive, or behind a link whose name ends in its hash.
 
-    The hashes of the authors' are not published: these downloads are checked by names and shapes.
+    The authors published no hashes: their downloads are checked by names and shapes.
     """
 
     drive_id: str  # '' for a link
@@ -123,7 +123,7 @@ def locate(source: str, verify: bool = True) -> tuple[Path, bool]:
 
     Args:
         source: what the user gave.
-        verify: compare the file behind a link with the link's hash. False where that has been done already.
+        verify: compare the file behind a link with the link's hash. False if that has been done already.
 
     Returns:
         The file, and whether its bytes are known to be right: those behind a link are.
@@ -146,7 +146,7 @@ def locate(source: str, verify: bool = True) -> tuple[Path, bool]:
 
 
 def locate_published(name: str) -> Path:
-    """The file of one of the authors' checkpoints, from the cache or from Google Drive by the optional `gdown`."""
+    """The file of one of the authors' checkpoints, from the cache or from Google Drive with the optional `gdown`."""
     published = PUBLISHED[name]
     path = cache_folder() / f"mixmae_{name}.pth"
     by_hand = f"download {published.link} in a browser and put the file at {path}"
@@ -214,9 +214,9 @@ def cache_folder() -> Path:
 
 
 def _downloaded_once(path: Path, download: Callable[[Path], None]) -> Path:
-    """`path`, made by `download(target)` if it is not there: by one process of a machine while the others wait.
+    """`path`, made by `download(target)` if it is not there: by one process on a machine while the others wait.
 
-    `target` takes the name `path` when it is whole, so the file is used without a lock, also in a read-only folder.
+    `target` takes the name `path` when it is complete, so the file is used without a lock, also in a read-only folder.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
