@@ -82,11 +82,11 @@ WRONG = {
     "no image": (set_first(image_id=99), r"image that is not in 'images': annotation 1 \(image_id 99\); add it, or"),
     "a string": (set_first(image_id="101"), r"not in 'images': annotation 1 \(image_id '101'\)"),
     "no class": (set_first(category_id=4), r"category that is not in 'categories': annotation 1 \(category_id 4\)"),
-    "no box": (set_first(bbox=[1, 2, None, 3]), r"without a box: annotation 1 \(\[1, 2, None, 3\]\); 'bbox' is left"),
+    "no box": (set_first(bbox=[1, 2, None, 3]), r"s without a box: annotation 1 \(\[1, 2, None, 3\]\); 'bbox' is left"),
     "outside": (
         set_first(bbox=[60, 2, 30, 9]),
         r"annotation 1 \(from 60, 2 to 90, 11 in an image of 72x72\); "
-        "'bbox' is left, top, width and height in pixels: repair them, or --bad_boxes clip",
+        "'bbox' is left, top, width and height in pixels: repair them, or let --bad_boxes clip",
     ),
     "no area": (set_first(bbox=[10, 2, 0, 9]), r"a side below 0.1 pixels: annotation 1 \(from 10, 2 to 10, 11 in an"),
     "almost no area": (set_first(bbox=[10, 2, 1e-6, 9]), "a side below 0.1 pixels: annotation 1 "),
@@ -100,7 +100,7 @@ WRONG = {
     ),
     "runs": (
         set_first(segmentation={"size": [72, 72], "counts": ["a", 3]}),
-        r"annotation 1 \(its mask has no 'counts', the lengths of runs\)",
+        r"annotation 1 \(its mask has no 'counts', the run lengths\)",
     ),
     "no mask": (set_first(segmentation=[]), r"annotation 1 \(no 'segmentation'\); repair them; --detector faster_rcnn"),
     "polygon": (set_first(segmentation=[[1, 2, 3]]), r"a polygon is a list of x, y, x, y, ... of at least three"),
@@ -164,7 +164,7 @@ def test_missing_files_are_named(coco, tmp_path):
         build_coco_dataset(coco_settings(tmp_path), "train", AsItIs())
     with pytest.raises(UserError, match=r"--data_path .*/nowhere is not a folder: give one with annotations/"):
         build_coco_dataset(coco_settings(tmp_path / "nowhere"), "train", AsItIs())
-    with pytest.raises(UserError, match=r"--val_json nothing\.json does not exist"):
+    with pytest.raises(UserError, match=r"--val_json nothing\.json exists neither"):
         build_coco_dataset(coco_settings(coco, val_json="nothing.json"), "val", AsItIs())
     path = coco / "annotations/instances_val.json"
     with pytest.raises(UserError, match=r"names the image '0.jpg', which is in none of .*/val2017"):

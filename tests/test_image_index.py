@@ -249,10 +249,10 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
         assert (paths(index), index.classes) == expected
         assert class_folders(root) == expected[1]
         assert index.left_out == {".jxl": 2, ".psd": 1, ".txt": 1, "": 3, "broken link": 1} and index.hidden == 3
-        assert f"{root}: left out are 2 .jxl, 1 .psd, which this program does not read: convert" in caplog.text
-        assert "left out are 1 links that lead to no image" in caplog.text
-        assert "left out are files that do not end like images: 3 without ending, 1 .txt" in caplog.text
-        assert "left out are 3 hidden images or folders" in caplog.text
+        assert f"{root}: left out 2 .jxl, 1 .psd, which this program does not read: convert" in caplog.text
+        assert "left out 1 links that lead to no image" in caplog.text
+        assert "left out files without an image's ending: 3 without ending, 1 .txt" in caplog.text
+        assert "left out 3 hidden images or folders" in caplog.text
     hidden_root = tree(tmp_path / ".data", ["a/1.jpg"])
     assert len(load_index(hidden_root)) == 1  # what was asked for is not left out
 
@@ -267,7 +267,7 @@ def test_folders_of_runs_and_checks_are_left_out(tmp_path, caplog):
         with caplog.at_level(logging.INFO):
             index = load_index(root)
         assert paths(index) == expected and "run" not in index.folders and index.left_out["own output"] == 2
-    assert f"{root}: left out are 2 folders with the output of a run or of check_data" in caplog.text
+    assert f"{root}: left out 2 folders with the output of a run or of check_data" in caplog.text
     assert len(load_index(root / "run")) == 1  # what was asked for is not left out
     (root / "run" / "times.jsonl").unlink()
     assert len(load_index(root)) == len(expected) + 1

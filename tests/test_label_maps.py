@@ -72,8 +72,8 @@ def test_bad_labels_each_have_their_message(tmp_path):
     file = re.escape(str(bad))
     refused(rf"1\.png.*label map {file} has 32 x 16 pixels, the image 32 x 32", good[:16])
     refused(
-        rf"label map {file} has the value \['7'\], which is no class: with --nb_classes 3 these are 0 to 2, and 255 is "
-        "ignored",
+        rf"label map {file} has the value \['7'\], which is not a class: with --nb_classes 3 these are 0 to 2, and 255 "
+        "is ignored",
         np.where(good == 2, np.uint8(7), good),
     )
     refused("these are 1 to 3, and 0 and 255 is", good + np.uint8(4), reduce_zero_label=True)
@@ -82,7 +82,7 @@ def test_bad_labels_each_have_their_message(tmp_path):
     refused(f"label map {file} cannot be read")
     Image.fromarray(good.T[:, :20]).save(bad)
     Image.open(tmp_path / "images" / "train" / "1.png").resize((32, 20)).save(tmp_path / "images" / "train" / "1.png")
-    with pytest.raises(BadImageError, match="turned by its EXIF tag: --ignore_exif"):
+    with pytest.raises(BadImageError, match=r"did its EXIF tag turn the photograph\? --ignore_exif"):
         build_segmentation_dataset(pair_settings(tmp_path), "train", Whole(32))
     bad.unlink()
     refused(r"1 of the 2 images in .*images/train have no label map in .*masks/train: \['1\.png'\]")

@@ -99,13 +99,13 @@ def test_missing_images_of_a_list_are_told_before_training(folders, tmp_path, ca
     for split, number in (("val", 1), ("train", 2)):
         for i in range(number):
             (folders / split / "bee" / f"000{i}.png").unlink()
-        message = rf"{number} images do not exist, of a sample of the \d+: \['{folders}/{split}/bee/0000.png'"
+        message = rf"{number} images of a sample of the \d+ do not exist: \['{folders}/{split}/bee/0000.png'"
         fails(main_finetune, capfd, message, *flags)
         assert not (tmp_path / "out" / "steps.jsonl").exists()
         if split == "val":
             make_images(folders / "val" / "bee", 1, (16, 16))
     run(main_finetune, *flags, "--bad_images", "skip", "--max_bad_images", "0.1")
-    assert "2 images do not exist, of a sample of the 30" in capfd.readouterr().out
+    assert "2 images of a sample of the 30 do not exist" in capfd.readouterr().out
 
 
 def test_folders_win_over_lists_of_their_name(folders, caplog):
@@ -148,7 +148,7 @@ def test_validation_images_that_were_trained_on_are_told(folders, tmp_path, capl
     check_overlap(train, val)
     expected = {"the same folder": "30 of 30", "a linked folder": "4 of 12", "a copy": "28 of 29"}
     assert (f"{expected.get(how)} validation images are training images too" in caplog.text) == (how != "apart")
-    assert ("whose images count again: ['bee/again', 'bee/more']" in caplog.text) == (how == "a linked folder")
+    assert ("whose images are repeated: ['bee/again', 'bee/more']" in caplog.text) == (how == "a linked folder")
 
 
 def test_looking_for_shared_images_is_cheap_in_a_large_folder(monkeypatch):
@@ -267,12 +267,12 @@ def test_where_nothing_can_be_divided(folders, tmp_path, capfd):
     fails(
         main_finetune,
         capfd,
-        r"--val_share 0\.2 divides the images, but .*val is there: use one of both",
+        r"--val_share 0\.2 divides the images, but .*val exists: use one of the two",
         *flags,
         folders,
     )
     place = lists(folders, tmp_path / "lists")
-    fails(main_finetune, capfd, r"but .*val\.txt is there", *flags, place / "train.txt")
+    fails(main_finetune, capfd, r"but .*val\.txt exists", *flags, place / "train.txt")
     fails(
         main_finetune,
         capfd,

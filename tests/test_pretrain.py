@@ -231,10 +231,10 @@ def test_a_run_beside_its_images_is_no_image_of_the_next_one(tmp_path, capfd, mo
         run(main_pretrain, *SMALL, "--data_path", ".", "--vis_every", "1", "--epochs", "1", "--output_dir", out)
         said = capfd.readouterr().out
         assert "train: 8 images, 1 classes" in said and (tmp_path / "train" / out / "reconstructions").is_dir()
-    assert "left out are 2 folders with the output of a run" in said
+    assert "left out 2 folders with the output of a run" in said
     for data, out in ((".", "."), (".", "a"), ("..", "../train/new")):
         message = (
-            f"{re.escape(out)} is among the images of --data_path {re.escape(data)}, and pictures in it would become"
+            f"{re.escape(out)} is among the images of --data_path {re.escape(data)}, and pictures in it would be used"
         )
         fails(main_pretrain, capfd, message, *SMALL, "--data_path", data, "--output_dir", out)
         fails(util.check_data, capfd, message, data, "--out", out)

@@ -93,7 +93,7 @@ def test_what_cannot_be_an_image_says_why(monkeypatch):
         decode(data, 13, max_pixels=400)
     with pytest.raises(BadImageError):
         decode(data[: len(data) // 2], 13)
-    with pytest.raises(BadImageError, match=r"the axes of the TIFF file are .*: an image has Y, X and bands at most"):
+    with pytest.raises(BadImageError, match=r"axes of the TIFF file are .*: an image has Y, X and at most one more"):
         decode(tiff(np.zeros((3, 4, 20, 24), np.uint16), imagej=True), 5)
     monkeypatch.setattr(decoding, "tifffile", None)
     with pytest.raises(BadImageError, match="pip install tifffile"):

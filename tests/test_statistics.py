@@ -94,7 +94,7 @@ def test_what_is_not_an_error(images, mean, std):
 
 def test_constant_and_identical_images_are_a_warning():
     flat = [torch.tensor([value, 3, 9], dtype=torch.uint8).view(3, 1, 1).expand(3, 9, 9) for value in (0, 200)]
-    for images, expected in ((flat, "one colour all over"), (photos()[:1] * 3, "are identical")):
+    for images, expected in ((flat, "a single colour"), (photos()[:1] * 3, "are identical")):
         error, warning = check_images(images, IMAGENET_MEAN, IMAGENET_STD)
         assert not error and expected in warning
     very_dark = [image // 20 for image in photos()]
@@ -277,7 +277,7 @@ def test_validation_images_in_other_units_stop_what_reads_them(tmp_path, capfd):
         np.save(path, np.load(path) / 10_000)
     shared = [*QUICK, *SHAPE[2:], "--in_chans", "2", "--data_path", data]
     message = (
-        r"data \(val\): normalised by .* far from 0 and 1\. Measured on 8 of them: .*\. Bring them into the units of"
+        r"data \(val\): normalised with .* far from 0 and 1\. Measured on 8 of them: .*\. Bring them into the units of"
     )
     train = ["--model", "mixmae_quickstart", *shared, "--output_dir", out]
     fails(main_pretrain, capfd, message, *train, "--knn_every", "1")

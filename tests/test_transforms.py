@@ -215,7 +215,7 @@ def test_each_word_of_an_augmentation_is_checked(word):
 @pytest.mark.parametrize(
     "aa, said",
     [
-        ("rand-m999", "--aa rand-m999: magnitudes above 10 count as 10; -mmax999 allows more"),
+        ("rand-m999", "--aa rand-m999: magnitudes above 10 are reduced to 10; -mmax999 allows more"),
         ("rand-m10", ""),
         ("rand-m15-mmax15", ""),
         ("augmix-mstd0.5-m11", "above 10"),

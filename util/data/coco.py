@@ -1,7 +1,7 @@
 """Images with boxes and masks, in COCO's format.
 
 `--data_path DIR` holds `annotations/` with one JSON file for training and one for validation, `*train*.json` and
-`*val*.json` (where there are several, `instances_*` of them), and the images that these name, in `train2017/` for
+`*val*.json` (if there are several, the `instances_*` ones), and the images that these name, in `train2017/` for
 `instances_train2017.json`, or in `images/train2017/`, `train/`, `images/`, DIR itself, or beside the JSON file.
 """
 
@@ -30,15 +30,15 @@ from util.errors import UserError, unreadable_is_user_error
 
 logger = logging.getLogger(__name__)
 
-Target = dict[str, Tensor]  # boxes (n, 4) float32, labels (n,) int64, and where asked for masks (n, h, w) uint8
-TOLERANCE = 1.0  # pixels that a box may lie outside its image: many programs round so
+Target = dict[str, Tensor]  # boxes (n, 4) float32, labels (n,) int64, and, if asked for, masks (n, h, w) uint8
+TOLERANCE = 1.0  # pixels that a box may extend beyond its image, as many programs round
 FIRST = 8  # images by which their folder is found
-SMALLEST_SIDE = 0.1  # of a box, in pixels: a smaller one may be rounded to nothing where it is resized, in float32
+SMALLEST_SIDE = 0.1  # of a box, in pixels: a smaller one may be rounded to nothing when it is resized, in float32
 
 
 @dataclass
 class Annotations:
-    """What a JSON file says of its images, in arrays that forked processes share. Regions of crowds are left out."""
+    """The content of a JSON file, without crowd regions, in arrays that forked processes share."""
 
     path: Path
     names: StringTable  # of the image files
@@ -49,7 +49,7 @@ class Annotations:
     labels: np.ndarray  # (boxes,) positions in `classes`
     masks: StringTable | None  # JSON of each segmentation
     classes: list[str]  # names of the categories, by their ids
-    category_ids: list[int | None]  # of `classes`; None for one that the file does not have
+    category_ids: list[int | None]  # of `classes`; None for those that the file lacks
 
 
 class CocoSource(FileSource):
@@ -93,7 +93,7 @@ class CocoSource(FileSource):
 
     def number_classes_as(self, classes: Sequence[str], owner: str) -> None:
         """Renumber the labels in the order of `classes`, those of the weights called `owner`, matched by name. Raises
-        UserError where one is unknown."""
+        UserError if one is unknown."""
         if unknown := sorted(set(self.classes) - set(classes)):
             raise UserError(
                 f"{self.annotations.path} has categories that {owner} does not know: {abbreviate(unknown)}; it knows "
@@ -103,7 +103,7 @@ class CocoSource(FileSource):
         positions = np.array([classes.index(name) for name in self.classes], dtype=annotations.labels.dtype)
         ids = dict(zip(self.classes, annotations.category_ids))
         annotations.labels = positions[annotations.labels]
-        # A category that this file does not have cannot be named in it: results of it are left out.
+        # A category that this file lacks has no id in it: results for it are left out.
         annotations.category_ids = [ids.get(name) for name in classes]
         annotations.classes = self.classes = list(classes)
 
@@ -117,7 +117,7 @@ def build_coco_dataset(config: Config, split: str, transform: Callable) -> Image
     An unreadable image in 'val' is an error, also with --bad_images skip.
 
     Raises:
-        UserError: files are missing, or annotations are wrong; says which.
+        UserError: files are missing, or annotations are wrong; names them.
     """
     if importlib.util.find_spec("pycocotools") is None:
         what = "reading masks" if config.detector == "mask_rcnn" else "average precision"
@@ -131,7 +131,7 @@ def build_coco_dataset(config: Config, split: str, transform: Callable) -> Image
         logger.warning("%s has no boxes (crowds do not count), so there is no average precision", path)
     dataset = dataset_of(source, split, transform, config)
     for _ in read_sample(dataset):
-        pass  # they can be read
+        pass  # raises if one cannot be read
     starts = np.concatenate([[0], annotations.ends[:-1]])
     logger.info(
         "%s: %d images, %d of them without boxes, %d boxes of %d classes, from %s",
@@ -145,7 +145,7 @@ def find_annotations(data_path: Path, split: str, given: str = "") -> Path:
     if given:
         found = [path for path in (Path(given), data_path / given) if path.is_file()]
         if not found:
-            raise UserError(f"--{split}_json {given} does not exist, neither here nor in {data_path}")
+            raise UserError(f"--{split}_json {given} exists neither here nor in {data_path}")
         return found[0]
     if not data_path.is_dir():
         raise UserError(f"--data_path {data_path} is not a folder: give one with annotations/ and images in it")
@@ -164,7 +164,7 @@ def find_annotations(data_path: Path, split: str, given: str = "") -> Path:
 
 
 def find_images(data_path: Path, annotations: Annotations, split: str) -> Path:
-    """The folder of the images. Raises UserError where none has any of the first ones, or that folder lacks some."""
+    """The folder of the images. Raises UserError if none has any of the first ones, or if that folder lacks some."""
     name, names = annotations.path.stem.removeprefix("instances_"), list(annotations.names)
     tried = [data_path / place for place in (name, f"images/{name}", split, f"images/{split}", "images", "")]
     tried.append(annotations.path.parent)
@@ -177,7 +177,7 @@ def find_images(data_path: Path, annotations: Annotations, split: str) -> Path:
     with unreadable_is_user_error(f"cannot read {folder}"):  # once: on a network each file would take a millisecond
         parents = {parent for parent in map(os.path.dirname, names) if (folder / parent).is_dir()}
         there = {os.path.join(parent, file) for parent in parents for file in os.listdir(folder / parent)}
-    # A file system may know a name in other spellings than it lists.
+    # A file system may accept a name in other spellings than the one it lists.
     if missing := [name for name in names if name not in there and not (folder / name).is_file()]:
         raise UserError(
             f"{len(missing)} of the {len(names)} images that {annotations.path} names are not in {folder}: "
@@ -195,7 +195,7 @@ def read_annotations(path: Path, masks: bool = False, clip: bool = False) -> Ann
         clip: clip boxes to their images and leave out those of almost no area, instead of raising an error.
 
     Raises:
-        UserError: the file is not in COCO's format, or says what cannot be; names the annotations.
+        UserError: the file is not in COCO's format, or its content is impossible; names the annotations.
     """
     with unreadable_is_user_error(f"cannot read {path}"):
         text = path.read_bytes()
@@ -223,24 +223,24 @@ def read_annotations(path: Path, masks: bool = False, clip: bool = False) -> Ann
         ("category name", [category["name"] for category in categories]),
     ):
         twice = [value for value, count in Counter(map(str, values)).items() if count > 1]
-        _refuse(path, f"the same {what} more than once", twice, "give each one of its own")
+        _refuse(path, f"the same {what} more than once", twice, "give each its own")
 
     for key, known, what in (
-        ("image_id", by_id, "of an image that is not in 'images'"),
-        ("category_id", classes, "of a category that is not in 'categories'"),
+        ("image_id", by_id, "an image that is not in 'images'"),
+        ("category_id", classes, "a category that is not in 'categories'"),
     ):
         wrong = [
             f"annotation {annotation.get('id')} ({key} {annotation.get(key)!r})"
             for annotation in annotations
             if not isinstance(annotation.get(key), Hashable) or annotation.get(key) not in known
         ]
-        _refuse(path, what, wrong, "add it, or remove them")
+        _refuse(path, what, wrong, "add it, or remove the annotations")
     wrong = [
         f"annotation {annotation.get('id')} ({annotation.get('bbox')})"
         for annotation in annotations
         if not _are_numbers(annotation.get("bbox")) or len(annotation["bbox"]) != 4
     ]
-    _refuse(path, "without a box", wrong, "'bbox' is left, top, width and height in pixels")
+    _refuse(path, "annotations without a box", wrong, "'bbox' is left, top, width and height in pixels")
     numbers = np.array([by_id[annotation["image_id"]] for annotation in annotations], dtype=np.int64)
     boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
@@ -254,7 +254,10 @@ def read_annotations(path: Path, masks: bool = False, clip: bool = False) -> Ann
             for annotation, number, keep in zip(annotations, numbers, kept)
             if keep and (why := why_no_mask(annotation.get("segmentation"), *sizes[number].tolist()))
         ]
-        _refuse(path, "without a mask of its image", wrong, "repair them; --detector faster_rcnn needs no masks")
+        _refuse(
+            path, "annotations without a mask of their image", wrong,
+            "repair them; --detector faster_rcnn needs no masks",
+        )  # fmt: skip
     order = np.flatnonzero(kept)
     order = order[np.argsort(numbers[order], kind="stable")]
     positions = {category: position for position, category in enumerate(classes)}
@@ -291,7 +294,7 @@ def _are_numbers(values: Any) -> bool:
 
 
 def _check_boxes(path: Path, annotations: list[dict], boxes: np.ndarray, sides: np.ndarray, clip: bool) -> np.ndarray:
-    """Clip `boxes` (n, 4) to the images, with sides (n, 2) width and height, in place; which have area, (n,) bool.
+    """Clip `boxes` (n, 4) to images of `sides` (n, 2), width and height, in place; returns which have area, (n,) bool.
 
     Raises:
         UserError: without `clip`, for one that lies outside by more than rounding, or has almost no area.
@@ -308,8 +311,8 @@ def _check_boxes(path: Path, annotations: list[dict], boxes: np.ndarray, sides: 
     if not clip:
         _refuse(
             path, f"boxes outside their images or with a side below {SMALLEST_SIDE} pixels", wrong,
-            "'bbox' is left, top, width and height in pixels: repair them, or --bad_boxes clip cuts them at the edge "
-            "and leaves out what then has almost no area",
+            "'bbox' is left, top, width and height in pixels: repair them, or let --bad_boxes clip cut them at the edge "
+            "and leave out what then has almost no area",
         )  # fmt: skip
     if wrong:
         logger.warning(
@@ -320,7 +323,7 @@ def _check_boxes(path: Path, annotations: list[dict], boxes: np.ndarray, sides: 
 
 
 def why_no_mask(segmentation: Any, height: int, width: int) -> str:
-    """Why a segmentation of COCO's format is no mask of an image of that size; '' if it is one."""
+    """Why a segmentation of COCO's format is not a mask of an image of that size; '' if it is one."""
     if isinstance(segmentation, dict):
         if segmentation.get("size") != [height, width]:
             size = segmentation.get("size")
@@ -329,7 +332,7 @@ def why_no_mask(segmentation: Any, height: int, width: int) -> str:
         if isinstance(counts, str):
             return ""
         if not isinstance(counts, list) or not {int}.issuperset(map(type, counts)) or min(counts, default=0) < 0:
-            return "its mask has no 'counts', the lengths of runs"
+            return "its mask has no 'counts', the run lengths"
         return "" if sum(counts) == height * width else f"its mask has {sum(counts)} pixels, its image {height * width}"
     if not isinstance(segmentation, list) or not segmentation:
         return "no 'segmentation'"
@@ -342,7 +345,7 @@ def decode_mask(segmentation: dict | list, height: int, width: int) -> np.ndarra
     """A segmentation of COCO's format (polygons or run lengths) as a mask (height, width) of uint8.
 
     Raises:
-        BadImageError: run lengths that are not of this size.
+        BadImageError: run lengths that do not add up to this size.
     """
     from pycocotools import mask
 
@@ -352,15 +355,15 @@ def decode_mask(segmentation: dict | list, height: int, width: int) -> np.ndarra
         if isinstance(segmentation["counts"], list):
             segmentation = mask.frPyObjects(segmentation, height, width)
         if sum(run_lengths(segmentation["counts"])) != height * width:  # pycocotools would leave the rest undefined
-            raise ValueError("its runs are of another size")
+            raise ValueError("its run lengths add up to another size")
         return mask.decode(segmentation)
     except (ValueError, TypeError) as error:
         raise BadImageError(f"a mask of {width}x{height} cannot be decoded: {error}") from error
 
 
 def run_lengths(counts: str | bytes) -> list[int]:
-    """The lengths in COCO's compressed run-length code: 5 bits in each character, from the third run on differences to
-    the run before the last."""
+    """The lengths in COCO's compressed run-length code: 5 bits in each character; from the fourth run on, differences
+    from the run two before."""
     runs, value, shift = [], 0, 0
     for byte in counts.encode() if isinstance(counts, str) else counts:
         bits = byte - 48
@@ -392,7 +395,7 @@ class Flip:
 
 
 class AsItIs:
-    """Of evaluation: an image with its target."""
+    """For evaluation: an image and its target, unchanged."""
 
     takes_target = True
 

@@ -1,7 +1,7 @@
-"""`--reader PACKAGE.MODULE:FUNCTION`: somebody's own function that reads image files, for formats of all other kinds.
+"""`--reader PACKAGE.MODULE:FUNCTION`: the user's own function that reads image files, for other formats.
 
 The function takes a path and returns an array (H, W, in_chans), or (H, W) for one channel, as a `.npy` file would hold
-it. Its attribute `extensions`, if it has one, says which files of a folder it reads: `read.extensions = (".dcm",)`.
+it. Its attribute `extensions`, if it has one, names the files of a folder that it reads: `read.extensions = (".dcm",)`.
 """
 
 import importlib
@@ -15,10 +15,10 @@ from util.errors import UserError
 
 
 def find_reader(name: str) -> Callable[[str], Any]:
-    """The function that `name` ('package.module:function') says.
+    """The function that `name` ('package.module:function') names.
 
     Raises:
-        UserError: there is none; says why.
+        UserError: it cannot be imported; says why.
     """
     module, _, function = name.partition(":")
     try:
@@ -31,7 +31,7 @@ def find_reader(name: str) -> Callable[[str], Any]:
 
 
 def extensions_of(reader: str) -> tuple[str, ...]:
-    """The ends of the names of files that are images, in lower case; `reader` is '' for our own decoders."""
+    """The endings of image files' names, in lower case; `reader` is '' for our own decoders."""
     return tuple(getattr(find_reader(reader), "extensions", IMAGE_EXTENSIONS)) if reader else IMAGE_EXTENSIONS
 
 

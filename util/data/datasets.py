@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 REPLACEMENT_TRIES = 100
 SAMPLE = 32  # images that are looked at before a run
-LARGEST = 100.0  # magnitude of an image in its units: wrong ones differ by 1e2 to 1e4 (a sample may have 14 altogether)
+LARGEST = 100.0  # magnitude of an image: wrong units differ by factors of 1e2 to 1e4 (a whole sample may reach 14)
 MOST_FAR = 0.01  # share of the images that may be larger
 ENOUGH = 2000  # images, to estimate this share
-NEAR, FAR = 1, 2  # what is known of an image; 0 before it is read
+NEAR, FAR = 1, 2  # what is known about an image; 0 before it is read
 # Forked workers share the index of a data set; Linux's own default since Python 3.14 would send each a copy.
 WORKERS = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 
@@ -41,19 +41,19 @@ WORKERS = multiprocessing.get_context("fork" if sys.platform == "linux" else Non
 class ImageDataset(Dataset):
     """`dataset[(epoch, index)]` -> (image (C, H, W) after the transform, target).
 
-    Targets are classes, -1 without labels; or what else the source gives, such as boxes, for a transform that says
+    Targets are classes, -1 without labels; or whatever else the source gives, such as boxes, for a transform with
     `takes_target`, which then gets both and returns both.
 
-    Images are uint8, or float32 where the first image has more than 8 bits (see util.data.decoding). Before a transform
+    Images are uint8, or float32 if the first image has more than 8 bits (see util.data.decoding). Before a transform
     all generators are seeded with (seed, epoch, index): a sample depends on nothing else, neither on the worker that
     makes it nor on the samples before it. (With num_workers 0 the generators are those of the training process.)
 
-    A transform gets a tensor (C, h, w). One that says `takes_encoded` may also get an `EncodedJpeg`, to decode what it
-    needs of it.
+    A transform gets a tensor (C, h, w). One with `takes_encoded` may also get an `EncodedJpeg`, to decode only
+    what it needs.
 
-    An image that cannot be read is a BadImageError that names it. With `skip_bad`, another image takes its place, drawn
-    with the key (seed, epoch, index); it is logged once and counted, exactly across the workers of this process, and
-    when more than `max_bad_share` of the data set has turned out bad, that is a BadImageError.
+    An image that cannot be read raises a BadImageError that names it. With `skip_bad`, another image takes its place,
+    drawn with the key (seed, epoch, index); it is logged once and counted, exactly, across the workers of this process,
+    and a BadImageError is raised when more than `max_bad_share` of the data set has turned out bad.
     """
 
     pixels: PixelType | None = None  # of all images; not known before the first is read
@@ -64,13 +64,13 @@ class ImageDataset(Dataset):
         self.source, self.transform, self.seed = source, transform, seed
         self.skip_bad, self.max_bad_share = skip_bad, max_bad_share
         self.classes = source.classes
-        self._numbers: np.ndarray | None = None  # of the source's classes in `classes`, where they differ
+        self._numbers: np.ndarray | None = None  # of the source's classes in `classes`, if they differ
         self._bad = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # shared with the workers
         self._lock = WORKERS.Lock()
         self._statistics: tuple[torch.Tensor, torch.Tensor] | None = None  # (C, 1, 1) each
         self._looked_at: torch.Tensor | None = None  # NEAR or FAR of each image; shared with the workers
         self._stop_when_far = False
-        self._reduced = torch.zeros(1, dtype=torch.uint8).share_memory_()  # whether an image lost bits, and it was said
+        self._reduced = torch.zeros(1, dtype=torch.uint8).share_memory_()  # whether bits were lost: logged once
         self.pixels = self._first_image_pixels()
 
     def __len__(self) -> int:
@@ -103,18 +103,17 @@ class ImageDataset(Dataset):
 
     @property
     def targets(self) -> np.ndarray | None:
-        """The labels of all images where they are known without reading them."""
+        """The labels of all images, if they are known without reading them."""
         targets = None if self.classes is None else self.source.targets
         return targets if targets is None or self._numbers is None else self._numbers[targets]
 
     def fingerprint(self) -> dict[str, int | str]:
-        """What tells this data set from what it was before a change; plain values, for a checkpoint.
+        """Plain values that change when the data set does, for a checkpoint.
 
-        Raises BadImageError for files that are not there, in the sample whose sizes this looks at; with `skip_bad`,
-        warns.
+        Raises BadImageError if files are missing in the sample whose sizes are included; with `skip_bad`, warns.
         """
         if missing := self.source.missing:
-            message = f"{len(missing)} images do not exist, of a sample of the {len(self)}: {abbreviate(missing)}"
+            message = f"{len(missing)} images of a sample of the {len(self)} do not exist: {abbreviate(missing)}"
             if not self.skip_bad:
                 raise BadImageError(message)
             logger.warning("%s", message)
@@ -127,9 +126,9 @@ class ImageDataset(Dataset):
     def number_labels_as(self, classes: Sequence[str], owner: str, exactly: bool = False) -> None:
         """Renumber the labels in the order of `classes`, matched by name; they belong to `owner` (for messages).
 
-        Data that tell numbers are matched with names that are numbers (folders 0 to 11 count as 0, 1, 10, 11, 2, ...);
-        with other names they are taken as positions, with a warning. To be called before the data set is read. Raises
-        UserError when it has a class that is not among `classes` (with `exactly` also the reverse).
+        Labels that are numbers are matched with names that are numbers (folders 0 to 11 are in order 0, 1, 10, 11,
+        2, ...); with other names they are taken as positions, with a warning. Call it before the data set is read.
+        Raises UserError when it has a class that is not among `classes` (with `exactly` also the reverse).
         """
         own, by_number = self.source.classes, self.source.numbered and all(map(str.isdigit, classes))
         if own is not None and (by_number or not self.source.numbered):
@@ -148,21 +147,21 @@ class ImageDataset(Dataset):
     def watch(self, mean: Sequence[float], std: Sequence[float], stop: bool) -> None:
         """Compare each image of more than 8 bits with `mean` and `std` when this process or a worker first reads it.
 
-        Compared is what is read, before the transform. A warning names the first image that is far from them. With
+        Images are compared as read, before the transform. A warning names the first one that is far from them. With
         `stop`, a BadImageError is raised, whatever `skip_bad` is, when more than one image is, and more than `MOST_FAR`
-        of those read so far (while these are few: of the whole data set, or of `ENOUGH`). To be called before other
+        of those read so far (while these are few: of the whole data set, or of `ENOUGH`). Call it before other
         processes read the data set.
         """
-        if self.pixels is not PixelType.BYTES:  # of bytes, the sample says all of their units
+        if self.pixels is not PixelType.BYTES:  # the units of bytes are clear from the sample
             self._statistics = tuple(torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
             self._looked_at = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
             self._stop_when_far = stop
 
     def sample(self, most: int = SAMPLE, seconds: float = 1.0) -> list[torch.Tensor]:
-        """Images from all over the data set, as they are read, without a transform: nothing random is drawn.
+        """Images from all over the data set, as read, without a transform: no random numbers are drawn.
 
-        At most `most`, and no more after `seconds` once there are a few. Unreadable ones are left out. Of a set that is
-        streamed, the first ones; it then begins again.
+        At most `most`, and no more after `seconds` once there are a few. Unreadable ones are left out. From a streamed
+        set, the first ones; the stream then begins again.
         """
         evenly = [i * len(self) // min(most, len(self)) for i in range(min(most, len(self)))]
         images, start = [], time.monotonic()
@@ -176,7 +175,7 @@ class ImageDataset(Dataset):
         return images
 
     def _first_image_pixels(self) -> PixelType:
-        """The pixel type of the first image, or with `skip_bad` the first readable one: all become it."""
+        """The pixel type of the first image, or with `skip_bad` the first readable one: all are converted to it."""
         tries, reasons = min(len(self), REPLACEMENT_TRIES), []
         for index in range(tries):
             try:
@@ -213,8 +212,8 @@ class ImageDataset(Dataset):
         if dtype == torch.uint16 and self.pixels is PixelType.BYTES and not self._reduced[0]:
             self._reduced[0] = 1
             logger.warning(
-                "%s has 16 bits, and is reduced to 8 like others: the first image, %s, has 8. To keep all bits, let an "
-                "image of 16 be the first", self.path_of(index), self.path_of(0),
+                "%s has 16 bits and is reduced to 8, as others will be: the first image, %s, has 8. To keep all bits, "
+                "make a 16-bit image the first", self.path_of(index), self.path_of(0),
             )  # fmt: skip
 
     def _look_at(self, index: int, image: torch.Tensor) -> None:
@@ -228,8 +227,8 @@ class ImageDataset(Dataset):
             self._looked_at[index] = FAR
         if first:
             logger.warning(
-                "image %s is far from --mean and --std: normalised by them, its values are about %.3g in size, where 1 "
-                "is usual%s", self.path_of(index), size,
+                "image %s is far from --mean and --std: normalised with them, its values are about %.3g in size; 1 is "
+                "usual%s", self.path_of(index), size,
                 f". Training stops when more than {MOST_FAR:.0%} of the images are" if self._stop_when_far else "",
             )  # fmt: skip
 
@@ -238,8 +237,8 @@ class ImageDataset(Dataset):
         if far > max(1, MOST_FAR * max(looked_at, min(len(self), ENOUGH))):
             raise BadImageError(
                 f"{far} of {looked_at} images read so far are far from --mean and --std, as if in another unit; the "
-                f"last one: {self.path_of(index)}. Bring all images into one unit, or give the --mean and --std that "
-                "python -m util.check_data measures; --allow_odd_statistics goes on all the same"
+                f"last one: {self.path_of(index)}. Convert all images to one unit, or give the --mean and --std that "
+                "python -m util.check_data measures; --allow_odd_statistics continues all the same"
             )
 
     def _record_bad(self, index: int, error: BadImageError) -> None:
@@ -275,10 +274,10 @@ class NumberedImages(ImageDataset):
 
 
 def read_sample(dataset: ImageDataset) -> Iterator[Any]:
-    """The targets of images from all over the data set, which say where in these something is, such as boxes.
+    """The targets of images from all over the data set, which locate things in them, such as boxes.
 
-    At the end a warning names photographs that their EXIF tag turns or mirrors without a change of their size, which
-    would show (as it does where they lie on their side).
+    At the end, a warning names photographs that their EXIF tag turns or mirrors without changing their size; a change
+    (when they are turned on their side) would show.
 
     Raises:
         BadImageError: for an image or target that cannot be used, unless these are skipped.
@@ -297,7 +296,7 @@ def read_sample(dataset: ImageDataset) -> Iterator[Any]:
     if turned:
         logger.warning(
             "%d of %d photographs in a sample are turned upside down or mirrored by their EXIF tag; annotations are "
-            "taken to be of them so; if they are of the pixels as stored, give --ignore_exif: %s",
+            "assumed to fit the result; if they fit the pixels as stored, give --ignore_exif: %s",
             len(turned), len(numbers), abbreviate(turned),
         )  # fmt: skip
 
@@ -311,7 +310,7 @@ def match_classes(own: Sequence[str], classes: Sequence[str], owner: str, exactl
         differences += [f"only in {owner}: {abbreviate(lacking)}"] if lacking else []
         raise UserError(
             f"the data and {owner} differ in the names of their classes: {'; '.join(differences)}. Give the class "
-            "folders the names that they had; or fine-tune on other classes by --finetune with --reset_head"
+            "folders the names that they had; or fine-tune on other classes with --finetune and --reset_head"
         )
     return np.array([position[name] for name in own], dtype=np.int32)
 
@@ -329,8 +328,8 @@ def check_targets(targets: torch.Tensor, nb_classes: int) -> None:
 def build_dataset(config: Config, split: str, transform: Callable, require_labels: bool | None = None) -> ImageDataset:
     """The data set of `split` ('train' or 'val') that `config` names (see util.data.open_source).
 
-    `require_labels`: unlabelled images and empty class folders are errors (default: of 'val'). 'val' has the classes of
-    the training folder. Evaluation never skips an image: a bad one in 'val' is an error. Raises UserError (a missing
+    `require_labels`: unlabelled images and empty class folders are errors (default: for 'val'). 'val' has the classes
+    of the training folder. Evaluation never skips an image: a bad one in 'val' is an error. Raises UserError (a missing
     path, no images, other channels than config.in_chans, ...).
     """
     with unreadable_is_user_error(f"cannot read --data_path {config.data_path}"):
@@ -342,7 +341,7 @@ def build_dataset(config: Config, split: str, transform: Callable, require_label
 
 
 def dataset_of(source: Source, split: str, transform: Callable, config: Config) -> ImageDataset:
-    """The images of `source`; --bad_images skip is for training alone."""
+    """The images of `source`; --bad_images skip is for training only."""
     skip_bad = config.bad_images == "skip" and split == "train"
     return ImageDataset(source, transform, config.seed, skip_bad, config.max_bad_images)
 
@@ -356,10 +355,10 @@ def build_loader(
 ) -> DataLoader:
     """A loader of what `collate_fn` makes of the samples of each list of keys that `batch_sampler` yields.
 
-    By default these are (images (B, C, H, W), targets (B,) int64).
+    By default, these are (images (B, C, H, W), targets (B,) int64).
 
     `device` is where the batches are used. Workers ignore the signals that ask a job to stop, which reach all of its
-    processes: the training process decides, and takes them along when it exits.
+    processes: the training process decides, and ends them when it exits.
     """
     workers = config.num_workers > 0
     return DataLoader(

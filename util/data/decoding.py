@@ -1,9 +1,9 @@
 """Bytes to images: tensors of a chosen number of channels, by fast JPEG and PNG decoders or by Pillow.
 
-What becomes of each kind of file, for in_chans 3 (RGB) and 1 (grey):
+How each kind of file is read, for in_chans 3 (RGB) and 1 (grey):
 
     JPEG                        decoded by torchvision's libjpeg, with the same pixels as Pillow's
-      above a million pixels    where a crop of it becomes small, at a fraction of its size: see `EncodedJpeg`
+      above a million pixels    if a crop of it becomes small, at a fraction of its size: see `EncodedJpeg`
     EXIF orientation            applied, unless `ignore_exif`: torchvision's ImageFolder does not apply it
     grey image                  in_chans 3: its value in all three channels
     RGB image                   in_chans 1: luma (ITU-R 601)
@@ -11,11 +11,11 @@ What becomes of each kind of file, for in_chans 3 (RGB) and 1 (grey):
     palette, transparency       palette expanded, alpha dropped, as torchvision's ImageFolder does
     16 bits: PNG, grey TIFF     all bits kept: float32 in 0..1, value / 65535 (12-bit data in them reach 0.0625);
       and PGM                   so --mean and --std are in 0..1 as for 8 bits, and a set may mix both
-    16-bit colour TIFF          as PNG, with the package tifffile; else refused, for Pillow would reduce them to 8 bits
+    16-bit colour TIFF          as PNG, with the package tifffile; else refused, as Pillow would reduce it to 8 bits
     16-bit colour PPM           refused likewise
     floating-point TIFF         as a .npy array, with tifffile; else refused
     HEIC                        with the package pillow-heif
-    AVIF                        where Pillow was built with it
+    AVIF                        if Pillow was built with it
     animation, several pages    the first frame
     1 x 1, 20,000 x 100         images like any other
     above `max_pixels`          refused before any pixel is decoded (a decompression bomb)
@@ -23,12 +23,12 @@ What becomes of each kind of file, for in_chans 3 (RGB) and 1 (grey):
     damaged bytes inside JPEG   what libjpeg makes of them, as with Pillow: the format has no checksum
 
 `.npy` files hold arrays (H, W, in_chans), or (H, W) for one channel; any in_chans. So do TIFF files of several bands
-(pages of one band each, too), with tifffile:
+(also as pages of one band each), with tifffile:
 
     uint8                       uint8, normalised like a photo (value / 255)
     uint16, int16, int32, float16, float32, float64
                                 float32 in the file's own units: --mean and --std are in these units too
-    not a number, infinite      refused
+    NaN, infinity               refused
 
 A data set has one pixel type, that of its first image: see `PixelType`.
 """
@@ -51,7 +51,7 @@ try:  # the operator itself: the function around it warns on every call that it 
     import torchvision.io  # noqa: F401 - registers the operator
 
     decode_jpeg, decode_png = torch.ops.image.decode_jpeg, torch.ops.image.decode_png
-except (ImportError, AttributeError):  # without it, Pillow decodes everything (but 16-bit colour)
+except (ImportError, AttributeError):  # without it, Pillow decodes everything (except 16-bit colour)
     decode_jpeg = decode_png = None
 
 try:
@@ -73,7 +73,7 @@ if features.check("avif"):
 if pillow_heif is not None:
     pillow_heif.register_heif_opener()
     PILLOW_FORMATS, IMAGE_EXTENSIONS = [*PILLOW_FORMATS, "HEIF"], (*IMAGE_EXTENSIONS, ".heic", ".heif")
-DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")  # of Pillow: one number of more than 8 bits per pixel
+DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's, with one number of more than 8 bits per pixel
 BITS_PER_SAMPLE = 258  # TIFF's tag
 TIFF_SIGNS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ARRAY_TYPES = ("uint8", "uint16", "int16", "int32", "float16", "float32", "float64")
@@ -99,14 +99,14 @@ class EncodedJpeg:
 
     @functools.cached_property
     def pixels(self) -> torch.Tensor:
-        """All of them, of shape `shape`. Raises BadImageError."""
+        """All pixels, of shape `shape`. Raises BadImageError."""
         in_chans = self.shape[0]
         # Grey from colour is Pillow's work: libjpeg would skip clamping the colours first, which shows.
         if decode_jpeg is not None and self._header.components in (1, in_chans):
             try:
                 encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
                 return turn(decode_jpeg(encoded, in_chans, False), self.orientation)  # mode: 1 grey, 3 RGB; as stored
-            except RuntimeError:  # Pillow may still read it, or says what is wrong
+            except RuntimeError:  # Pillow may still read it, or give the reason
                 pass
         image = _decode_with_pillow(self._data, in_chans, ignore_exif=True, max_pixels=math.prod(self.shape[1:]))
         return turn(image, self.orientation)
@@ -124,13 +124,13 @@ class EncodedJpeg:
         stored_size = size[::-1] if TURNS[self.orientation][0] else size
         try:
             image = decode_reduced(self._data, self.shape[0], factor, stored, stored_size)
-        except Exception:  # Pillow raises nearly anything; decoding all pixels says what is wrong
+        except Exception:  # Pillow raises nearly anything; decoding all pixels gives the reason
             return None
         return turn(image, self.orientation)
 
 
 def decoded(image: "torch.Tensor | EncodedJpeg") -> torch.Tensor:
-    """The pixels of what `open_image` gave. Raises BadImageError."""
+    """The pixels of what `open_image` returned. Raises BadImageError."""
     return image.pixels if isinstance(image, EncodedJpeg) else image
 
 
@@ -191,8 +191,8 @@ def _decode_with_pillow(data: bytes, in_chans: int, ignore_exif: bool, max_pixel
                     return _decode_tiff(data, in_chans, max_pixels)
                 if loses_bits:
                     raise BadImageError(
-                        "16 bits per colour in a file that is read with 8: use a grey image, PNG or .npy, or for TIFF "
-                        "pip install tifffile"
+                        "16 bits per colour in a file that Pillow reads as 8: use a grey image, PNG or .npy, or for "
+                        "TIFF pip install tifffile"
                     )
                 return from_pillow(image, in_chans, ignore_exif, max_pixels)
     except BadImageError:
@@ -215,7 +215,7 @@ def _decode_tiff(data: bytes, in_chans: int, max_pixels: int) -> torch.Tensor:
             sizes = {axis: size for axis, size in zip(series.axes, series.shape) if axis in "YX" or size > 1}
             bands = [axis for axis in sizes if axis not in "YX"]
             if not {"Y", "X"} <= sizes.keys() or len(bands) > 1:
-                raise BadImageError(f"the axes of the TIFF file are {sizes}: an image has Y, X and bands at most")
+                raise BadImageError(f"the axes of the TIFF file are {sizes}: an image has Y, X and at most one more")
             _check_pixels(sizes["Y"], sizes["X"], max_pixels)
             parts = [part for page in series.pages for part in zip(page.dataoffsets, page.databytecounts)]
             if max(offset + count for offset, count in parts) > len(data):  # tifffile would make them zeros
@@ -235,15 +235,15 @@ def _decode_tiff(data: bytes, in_chans: int, max_pixels: int) -> torch.Tensor:
                 f"the TIFF file has {pages} pages of {height} x {width} pixels, {in_chans} are needed "
                 f"(--in_chans {in_chans})"
             )
-            if width == in_chans:  # what tifffile makes of (H, W, bands) when it is not told
+            if width == in_chans:  # what tifffile makes of (H, W, bands) unless told otherwise
                 message += (
-                    f". If it was written from an array ({pages}, {height}, {in_chans}), write it by "
+                    f". If it was written from an array ({pages}, {height}, {in_chans}), write it with "
                     'tifffile.imwrite(..., planarconfig="contig", photometric="minisblack")'
                 )
             raise BadImageError(message)
-        array = array[:, :, :1]  # pages that are no bands: the first
+        array = array[:, :, :1]  # pages that are not bands: the first
     image = image_of(array, in_chans, max_pixels)
-    # In one or three channels a picture, as a PNG of 16 bits.
+    # With one or three channels it is a picture, like a 16-bit PNG.
     return image.to(torch.uint16) if in_chans in (1, 3) and array.dtype == np.uint16 else image
 
 
@@ -277,7 +277,7 @@ def _has_more_bits(image: Image.Image, data: bytes) -> bool:
 
 
 class PixelType(enum.Enum):
-    """What the pixels of a data set are: what its first image has."""
+    """The type of a data set's pixels: that of its first image."""
 
     BYTES = torch.uint8  # 8 bits; pictures of 16 are reduced to 8
     DEEP_PICTURES = torch.uint16  # float32 in 0..1; pictures of 8 bits too
@@ -285,11 +285,11 @@ class PixelType(enum.Enum):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the images that `convert` gives."""
+        """Of the images that `convert` returns."""
         return torch.uint8 if self is PixelType.BYTES else torch.float32
 
     def convert(self, image: torch.Tensor | EncodedJpeg) -> torch.Tensor | EncodedJpeg:
-        """What `open_image` gave, as an image of this type. Raises BadImageError when it cannot be one."""
+        """What `open_image` returned, as an image of this type. Raises BadImageError when it cannot be one."""
         if self is not PixelType.BYTES:
             image = decoded(image)
         if self is not PixelType.ARRAYS and image.dtype == torch.uint16:
@@ -313,7 +313,7 @@ def _decode_array(data: bytes, in_chans: int, max_pixels: int) -> torch.Tensor:
 
 
 def image_of(array: np.ndarray, in_chans: int, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """An array (H, W, in_chans), or (H, W) for one channel, as an image (in_chans, H, W): uint8, or float32 of others.
+    """An array (H, W, in_chans), or (H, W) for one channel, as an image (in_chans, H, W): uint8, else float32.
 
     Raises BadImageError for another shape or type, and for values that are not finite.
     """
@@ -328,7 +328,7 @@ def image_of(array: np.ndarray, in_chans: int, max_pixels: int = MAX_PIXELS) -> 
         array = array.astype(np.float32)
         if not np.isfinite(array).all():
             raise BadImageError("the array holds values that are not finite (in float32)")
-    # Writable, as PyTorch wants it; a copy where somebody's reader gives another kind.
+    # Writable, as PyTorch wants it; a copy if a user's reader returns another kind.
     return torch.from_numpy(np.require(array, requirements="CW")).permute(2, 0, 1)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from util.errors import UserError
 
 INK, MUTED, HAIRLINE, LIGHT = "#1d2129", "#667080", "#d9dde3", "#f1f3f5"
-# Of the images in a mixture. The first two are told apart by every kind of colour vision, and on black and on white.
+# Of the images in a mixture. The first two differ to every kind of colour vision, and show on black and on white.
 COLOURS = {"A": "#2f7fe8", "B": "#f0821e", "C": "#3a9d5d", "D": "#b04fc4", "E": "#c23b4b", "F": "#0f9aa8"}
 OUTLINE = 3  # width of the contours of cells, in pixels
 
@@ -34,8 +34,8 @@ def shown_channels(in_chans: int, channels: Sequence[int] | None = None) -> tupl
 class Display:
     """Turns normalised images into 8-bit ones, all with the same scale.
 
-    Images of one or three channels with values from 0 to 1, as files of 8 bits have them, are shown as they are. Of
-    others nobody knows which value is white: every channel is scaled from the 1st to the 99th percentile of `imgs`.
+    Images of one or three channels with values from 0 to 1, as files of 8 bits have them, are shown as they are. For
+    others it is unknown which value is white: every channel is scaled from the 1st to the 99th percentile of `imgs`.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Display:
         return pixels if len(self.channels) == 3 else pixels.repeat(3, axis=-1)
 
     def caption(self, in_chans: int) -> list[str]:
-        """Sentences that say what is shown, where that is not obvious."""
+        """Sentences that describe what is shown, if that is not obvious."""
         sentences = []
         if in_chans not in (1, 3) or self.channels not in ((0,), (0, 1, 2)):
             names = " ".join(map(str, self.channels))
@@ -73,14 +73,14 @@ class Display:
 
 
 def without_formulas(legend) -> None:
-    """Show the texts of a matplotlib legend as they are: between two `$` in a name it would read a formula."""
+    """Show the texts of a matplotlib legend as they are: a name with two `$` would become a formula."""
     for text in legend.get_texts():
         text.set_parse_math(False)
 
 
 def render(figure) -> Image.Image:
     """A matplotlib figure as a picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # of all ranks of a run, one draws
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # only one rank of a run draws
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -88,7 +88,7 @@ def render(figure) -> Image.Image:
 
 
 def enlarge(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An image (H, W, 3) at `size` (width, height): its pixels as blocks where the factor is whole, else smoothly."""
+    """An image (H, W, 3) at `size` (width, height): its pixels as blocks if the factor is whole, else smoothly."""
     method = Image.Resampling.LANCZOS if size[0] % image.shape[1] else Image.Resampling.NEAREST
     return np.array(Image.fromarray(image).resize(size, method))
 

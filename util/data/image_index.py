@@ -5,12 +5,12 @@ because reading a Python object writes to its reference count. Here all names ar
 workers share.
 
 Hidden files and folders (`.thumbs/`, `._photo.jpg`) are left out, and counted; so are images that cannot be read
-(`.heic`), links to images that are not there, and other files, by the endings of their names. So are folders in which
-a run keeps its output, or `util.check_data`: their pictures are of images, and none to train on.
+(`.heic`), links to images that are not there, and other files, by the endings of their names. So are the output
+folders of runs and of `util.check_data`: their pictures show images, but are not for training.
 
 The cache is in $MIXMAE_CACHE, else $XDG_CACHE_HOME/mixmae, else ~/.cache/mixmae; never in the data folder. It is valid
-as long as every directory of the tree (but those with output) has the modification and change times that it had when it
-was scanned: adding, removing or renaming an entry changes its directory's times. Changing the content of a file does
+as long as every directory of the tree (except those with output) has the modification and change times that it had when
+it was scanned: adding, removing or renaming an entry changes its directory's times. Changing the content of a file does
 not, and need not. The cache files are plain numpy arrays, replaced atomically; a damaged one is scanned again.
 """
 
@@ -34,7 +34,7 @@ from util.errors import UserError, unreadable_is_user_error
 
 logger = logging.getLogger(__name__)
 
-# Images all the same, which `util.data.decoding` does not read.
+# Images too, but `util.data.decoding` does not read them.
 UNREADABLE_EXTENSIONS = tuple(
     ".heic .heif .avif .jxl .jp2 .j2k .svg .psd .exr .hdr .dcm .dng .raw .cr2 .cr3 .nef .arw .raf .orf .rw2".split()
 )
@@ -46,10 +46,10 @@ CACHE_FORMAT = 6
 # A directory changed this shortly before its scan may change again without its times moving (coarse clocks).
 SETTLED_AFTER_NS = 2_000_000_000
 TICK_NS = 50_000_000  # of such clocks on a local disk
-SECONDS_PER_LINE = 10.0  # about a long scan
+SECONDS_PER_LINE = 10.0  # of the log, during a long scan
 LONGEST_WAIT = 3600  # seconds for another process's scan; after that, this process scans for itself
 
-# What could not be written to these files: a run opens its images twice, to choose settings and to train.
+# Tables that are not in their cache files: a run opens its images twice, to choose settings and to train.
 _not_cached: dict[Path, dict[str, np.ndarray]] = {}
 
 
@@ -86,9 +86,9 @@ class ImageIndex:
     targets: np.ndarray
     classes: list[str] | None
     left_out: dict[str, int] = field(default_factory=dict)  # ending of a name, BROKEN_LINK or OWN_OUTPUT -> how many
-    hidden: int = 0  # images and folders left out, their names beginning with a dot
+    hidden: int = 0  # images and folders left out, as their names begin with a dot
     # Folders below `root` ('' is itself) with images in them -> the number of these, device and inode: the folder, by
-    # whatever links it was found. Of all images, in a selection too.
+    # whatever links it was found. Of all images, also in a selection.
     folders: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -107,7 +107,7 @@ class ImageIndex:
         return [name for i, name in enumerate(self.classes or []) if i not in used]
 
     def with_classes(self, classes: list[str]) -> "ImageIndex":
-        """The same images, with targets that count in `classes` (a validation set takes the training set's).
+        """The same images, with targets that are positions in `classes` (a validation set takes the training set's).
 
         Raises UserError when an image's class is not among `classes`.
         """
@@ -124,7 +124,7 @@ class ImageIndex:
         """Which images are kept for validation, (number of images,) bool: `share` of each class.
 
         At least one of each, and not all. Images are chosen by hashes of their names: the same ones on every machine
-        and for every seed, and others added later hardly change which. Raises UserError when none would be chosen.
+        and for every seed, and adding others hardly changes which. Raises UserError when none would be chosen.
         """
         hashes = [hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in self.names]
         order = np.lexsort((np.frombuffer(b"".join(hashes), dtype=">u8"), self.targets))
@@ -142,7 +142,7 @@ class ImageIndex:
 
 
 def digest(*parts: bytes | np.ndarray) -> str:
-    """32 hexadecimal digits that differ where the parts, put together, do."""
+    """A hash of the concatenated parts, as 32 hexadecimal digits."""
     hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
         hasher.update(part)
@@ -150,44 +150,44 @@ def digest(*parts: bytes | np.ndarray) -> str:
 
 
 def ending(name: str) -> str:
-    """The extension that files are counted by: '' also for numbers, as in IM.0001, IM.0002, ..."""
+    """The extension by which a file is counted: '' also for numbers, as in IM.0001, IM.0002, ..."""
     extension = os.path.splitext(name.lower())[1]
     return "" if extension[1:].isdigit() else extension
 
 
 def holds_output(names: set[str]) -> bool:
-    """Whether a folder with files of these names is that of a run (or of one that just began) or of a check of data."""
+    """Whether a folder with files of these names is the output of a run (perhaps just begun) or of check_data."""
     return bool({".claim.json", "check_data.json"} & names) or {"config.json", "times.jsonl"} <= names
 
 
 def is_output(folder: str | os.PathLike) -> bool:
-    """`holds_output` of a folder, of which nothing else is read."""
+    """`holds_output` for a folder; nothing else in it is read."""
     return holds_output({name for name in OUTPUT_FILES if os.path.exists(os.path.join(folder, name))})
 
 
 def shared_folders(folders: Iterable[str]) -> list[str]:
-    """What all these paths begin with, as a list of the folders' names."""
+    """The common beginning of all these paths, as a list of folder names."""
     levels = zip(*(folder.split(os.sep) if folder else [] for folder in folders))
     return [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels)]
 
 
 def report_left_out(place: str, left_out: Mapping[str, int], hidden: int) -> None:
-    """Log what of a folder or tar is no image that can be used: what looks like one as a warning."""
+    """Log which files of a folder or tar are not used: those that look like images as a warning."""
     images = {name: count for name, count in left_out.items() if name in UNREADABLE_EXTENSIONS}
     others = {name or "without ending": count for name, count in left_out.items() if name not in images}
     if broken := others.pop(BROKEN_LINK, 0):
-        logger.warning("%s: left out are %d links that lead to no image", place, broken)
+        logger.warning("%s: left out %d links that lead to no image", place, broken)
     if own := others.pop(OWN_OUTPUT, 0):
-        logger.warning("%s: left out are %d folders with the output of a run or of check_data", place, own)
+        logger.warning("%s: left out %d folders with the output of a run or of check_data", place, own)
     if images:
         logger.warning(
-            "%s: left out are %s, which this program does not read: convert them to JPEG, PNG or .npy to use them",
+            "%s: left out %s, which this program does not read: convert them to JPEG, PNG or .npy to use them",
             place, _counts(images),
         )  # fmt: skip
     if others:
-        logger.info("%s: left out are files that do not end like images: %s", place, _counts(others))
+        logger.info("%s: left out files without an image's ending: %s", place, _counts(others))
     if hidden:
-        logger.info("%s: left out are %d hidden images or folders (a dot begins the name)", place, hidden)
+        logger.info("%s: left out %d hidden images or folders (names that begin with a dot)", place, hidden)
 
 
 def _counts(files: Mapping[str, int], shown: int = 5) -> str:
@@ -230,7 +230,7 @@ def load_index(root: str | os.PathLike, extensions: Sequence[str] = IMAGE_EXTENS
     often = Counter(folder[1:] for folder in index.folders.values())
     if same := sorted(name for name, folder in index.folders.items() if often[folder[1:]] > 1):
         logger.warning(
-            "%s: links lead to folders that are there already, whose images count again: %s", root, abbreviate(same)
+            "%s: links lead to folders that are included already, whose images are repeated: %s", root, abbreviate(same)
         )
     if len(index) == 0:
         packed = sorted(name for name in index.left_out if name in (*ARCHIVES, ".tar"))
@@ -242,10 +242,10 @@ def load_index(root: str | os.PathLike, extensions: Sequence[str] = IMAGE_EXTENS
 def scan(
     root: str, extensions: tuple[str, ...] = IMAGE_EXTENSIONS
 ) -> tuple[ImageIndex, list[str], np.ndarray, list[str]]:
-    """Walk the tree under `root`, following links, without what is hidden: names that begin with a dot.
+    """Walk the tree under `root`, following links, without hidden files and folders, whose names begin with a dot.
 
-    Returns the index, all directories (relative to `root`) that it is of, their (mtime, ctime) in ns, (n, 2) int64, and
-    those that are left out as output. Raises UserError when a directory cannot be listed.
+    Returns the index, all directories (relative to `root`) that it covers, their (mtime, ctime) in ns, (n, 2) int64,
+    and those that are left out as output. Raises UserError when a directory cannot be listed.
     """
     directories, times, files, folders = [], [], [], {}  # files: (class, directory, sorted names)
     left_out, hidden, own_output = Counter(), 0, set()
@@ -345,7 +345,7 @@ def _cache_file(root: str, extensions: tuple[str, ...]) -> Path:
 
 
 def _scanned_before(cache: Path, root: str) -> ImageIndex | None:
-    """The index by an earlier scan, if there was one, its cache file is whole, and no directory has changed since."""
+    """The index from an earlier scan, if there was one, its cache file is whole, and no directory has changed since."""
     try:
         if (table := _not_cached.get(cache)) is None:
             with np.load(cache, allow_pickle=False) as arrays:  # zipfile checks every array's CRC
@@ -372,7 +372,7 @@ def _scanned_before(cache: Path, root: str) -> ImageIndex | None:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`. Where the cache folder cannot be written or locked, do without."""
+    """Hold an exclusive lock on `path`. If the cache folder cannot be written or locked, do without."""
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""JPEG files: what their headers say, the EXIF orientation, and decoding a part of one at a fraction of its size."""
+"""JPEG files: their headers, the EXIF orientation, and decoding a part of one at a fraction of its size."""
 
 import io
 import warnings
@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 ORIENTATION = 0x0112  # EXIF's tag
-# EXIF orientation -> what makes the stored pixels upright: whether rows and columns change places, and then whether the
-# order of the rows and that of the columns is reversed.
+# EXIF orientation -> what makes the stored pixels upright: whether rows and columns are transposed, and then whether
+# the order of the rows and that of the columns is reversed.
 TURNS = {
     1: (False, False, False),
     2: (False, False, True),
@@ -21,9 +21,9 @@ TURNS = {
     7: (True, True, True),
     8: (True, True, False),
 }
-# libjpeg decodes at these fractions of a side, 1 / n, at a fraction of the cost of all pixels -> how many pixels an
-# image has from which on that is faster (`tests/benchmark.py data`). What is saved grows with the image, but half of
-# decoding, the entropy coding, remains; and Pillow, which is needed for it, resizes more slowly than PyTorch.
+# n -> pixels of an image from which decoding at 1 / n of each side is faster (`tests/benchmark.py data`): libjpeg does
+# that at a fraction of the cost of all pixels. The saving grows with the image, but half of decoding, the entropy
+# coding, remains; and Pillow, which is needed for it, resizes more slowly than PyTorch.
 REDUCTIONS = {8: 1_000_000, 4: 1_000_000, 2: 4_000_000}
 
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -50,12 +50,12 @@ def read_header(data: bytes) -> JpegHeader | None:
         if marker in (0xFF, 0x01) or 0xD0 <= marker <= 0xD7:  # padding; markers without content
             position += 1 if marker == 0xFF else 2
             continue
-        if marker < 0xC0 or marker in (0xD8, 0xD9):  # no marker, or an image that begins or ends here
+        if marker < 0xC0 or marker in (0xD8, 0xD9):  # not a marker, or an image that begins or ends here
             return None
         if marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
             height, width = int.from_bytes(content[1:3], "big"), int.from_bytes(content[3:5], "big")
             return JpegHeader(height, width, data[position + 9], orientation or 1)
-        if orientation is None and marker == 0xE1 and content[:6] == b"Exif\0\0":  # the first counts
+        if orientation is None and marker == 0xE1 and content[:6] == b"Exif\0\0":  # the first one applies
             orientation = _orientation(content)
         position += 2 + length
     return None
@@ -74,7 +74,7 @@ def _orientation(exif: bytes) -> int:
 
 
 def turn(image: torch.Tensor, orientation: int) -> torch.Tensor:
-    """Stored pixels (C, H, W) of an EXIF orientation, made upright."""
+    """Stored pixels (C, H, W) with an EXIF orientation, made upright."""
     transposed, *reversed_axes = TURNS[orientation]
     image = image.transpose(1, 2) if transposed else image
     axes = [axis for axis, is_reversed in zip((1, 2), reversed_axes) if is_reversed]
@@ -91,17 +91,17 @@ def stored_box(box: Box, upright: tuple[int, int], orientation: int) -> Box:
 
 
 def reduction(pixels: int, box: Box, size: tuple[int, int]) -> int:
-    """By how much both sides of an image of so many pixels are divided while it is decoded; 1: all are decoded.
+    """The factor by which both sides of an image of so many pixels are reduced in decoding; 1: not at all.
 
-    As much as possible, while `box` keeps at least the pixels of each side of `size`, to which it will be resized; and
-    only where that is faster.
+    As large as possible while `box` keeps at least the pixels of each side of `size`, to which it will be resized; and
+    only if that is faster.
     """
     most = min(box[2] / size[0], box[3] / size[1])
     return next((factor for factor, least in REDUCTIONS.items() if factor <= most and pixels >= least), 1)
 
 
 def decode_reduced(data: bytes, in_chans: int, factor: int, box: Box, size: tuple[int, int]) -> torch.Tensor:
-    """The `box` of an image as stored, bicubic with antialiasing to `size`, from 1 / `factor` of its rows and columns.
+    """The `box` of an image as stored, resized to `size` (bicubic, antialiased), from 1 / `factor` of rows and columns.
 
     The box need not lie on the grid of the remaining pixels: its edges are at fractions of them. Returns (in_chans,
     *size) uint8. Raises whatever Pillow raises on a damaged file.

@@ -1,9 +1,9 @@
 """Images with label maps, for semantic segmentation: pairs of files, and transforms of both.
 
-`--data_path DIR` is one of two layouts; below their folders, however nested, every image has a PNG of the same name:
+`--data_path DIR` has one of two layouts; in their folders, however nested, every image has a PNG of the same name:
 
     ADE20K's own    DIR/images/training, DIR/annotations/training; DIR/images/validation, DIR/annotations/validation.
-                    In label maps 0 is no class, which is ignored, and classes are numbered from 1.
+                    In label maps, 0 is not a class and is ignored; classes are numbered from 1.
     pairs           DIR/images/train, DIR/masks/train; DIR/images/val, DIR/masks/val.
                     Classes are numbered from 0.
 
@@ -38,13 +38,13 @@ from util.errors import UserError, unreadable_is_user_error
 
 logger = logging.getLogger(__name__)
 
-IGNORED = 255  # of pixels that count nowhere, after reading
+IGNORED = 255  # label of ignored pixels, after reading
 ILLEGAL = 254  # neither a class nor ignored
 MOST_CLASSES = 254
-LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # of Pillow: one number per pixel
-MOST_OF_ONE_CLASS = 0.75  # of the labelled pixels of a crop for training, if that can be had
+LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's, with one number per pixel
+MOST_OF_ONE_CLASS = 0.75  # of the labelled pixels of a crop for training, if possible
 TRIES = 10
-LONGEST = 4  # a photograph's long side in evaluation, at most, in short sides
+LONGEST = 4  # long side of a photograph in evaluation, at most, in short sides
 
 
 # --- Folders ---
@@ -66,7 +66,7 @@ LAYOUTS = (
 
 
 def find_layout(data_path: str) -> Layout:
-    """The layout of a folder. Raises UserError where it has none, or both."""
+    """The layout of a folder. Raises UserError if it has none, or both."""
     if not os.path.isdir(data_path):
         raise UserError(f"--data_path {data_path} is not a folder: give one with images/ and label maps in it")
     found = [layout for layout in LAYOUTS if (Path(data_path) / layout.labels).is_dir()]
@@ -78,7 +78,7 @@ def find_layout(data_path: str) -> Layout:
 
 
 def read_class_names(data_path: str) -> list[str] | None:
-    """The names of the classes, in the order of their numbers; None where no file has them. Raises UserError."""
+    """The names of the classes, in the order of their numbers; None if no file has them. Raises UserError."""
     path, table = Path(data_path) / "classes.txt", Path(data_path) / "objectInfo150.txt"
     with unreadable_is_user_error(f"cannot read the names of the classes in {data_path}"):
         if path.is_file():
@@ -112,12 +112,12 @@ def number_of_classes(data_path: str, given: int | None) -> int:
 
 
 def check_class_names(own: list[str], recorded: list[str], owner: str) -> None:
-    """Raise a UserError where the data and a model, the `recorded` classes of which `owner` has, differ in names."""
+    """Raise a UserError if the data's class names differ from the `recorded` ones of `owner`, a model."""
     if own != recorded and not any(all(map(str.isdigit, names)) for names in (own, recorded)):
         different = [f"{a} / {b}" for a, b in zip(own, recorded) if a != b]
         raise UserError(
             f"the classes of the data are not those of {owner}: {abbreviate(different)} (data / model). Give them the "
-            "same names in the same order; or train on other classes by --finetune"
+            "same names in the same order; or train on other classes with --finetune"
         )
 
 
@@ -135,15 +135,15 @@ class LabelNumbers:
         self.table[list(self.ignored)] = IGNORED
 
     def classes_of(self, values: np.ndarray) -> np.ndarray:
-        """The values of a label map as uint8 classes. Raises BadImageError for one that is no class, nor ignored."""
+        """The values of a label map as uint8 classes. Raises BadImageError for one neither a class nor ignored."""
         classes = self.table[values]
         if (classes == ILLEGAL).any():
             wrong = [str(value) for value in np.unique(values[classes == ILLEGAL])]
             last = self.first + self.nb_classes - 1
             raise BadImageError(
-                f"has the value {abbreviate(wrong)}, which is no class: with --nb_classes {self.nb_classes} these are "
-                f"{self.first} to {last}, and {' and '.join(map(str, sorted(self.ignored)))} is ignored. Correct the "
-                "label map, or --nb_classes, --ignore_label or --reduce_zero_label"
+                f"has the value {abbreviate(wrong)}, which is not a class: with --nb_classes {self.nb_classes} these "
+                f"are {self.first} to {last}, and {' and '.join(map(str, sorted(self.ignored)))} is ignored. Correct "
+                "the label map, or --nb_classes, --ignore_label or --reduce_zero_label"
             )
         return classes
 
@@ -187,7 +187,7 @@ class LabelMapSource(FileSource):
             logger.warning("%s: %d label maps have no image in %s: %s", labels, len(unused), images, abbreviate(unused))
 
     def label_name(self, i: int) -> str:
-        """Of its label map, below the folder of these."""
+        """The path of its label map in the folder of these."""
         return f"{os.path.splitext(self.index.names[i])[0]}.png"
 
     def label_path(self, i: int) -> str:
@@ -195,7 +195,7 @@ class LabelMapSource(FileSource):
 
     @property
     def labels(self) -> str:
-        """Changes when the label maps' files of a sample have other sizes."""
+        """Changes when the sizes of the label maps of a sample change."""
         return digest(np.array(sizes_of_sample(len(self), self.label_path), "<i8"))
 
     def require_two_classes(self, found: set[int]) -> None:
@@ -225,7 +225,7 @@ class LabelMapSource(FileSource):
             own, other = (f"{width} x {height}" for height, width in (labels.shape, image.shape[1:]))
             hint = ""
             if labels.shape == tuple(image.shape[:0:-1]):
-                hint = " (as a photograph's is, when it is turned by its EXIF tag: --ignore_exif leaves it as stored)"
+                hint = " (did its EXIF tag turn the photograph? --ignore_exif leaves it as stored)"
             raise BadImageError(f"its label map {self.label_path(i)} has {own} pixels, the image {other}{hint}")
         return image, labels
 
@@ -233,8 +233,8 @@ class LabelMapSource(FileSource):
 def build_segmentation_dataset(config: Config, split: str, transform: Callable) -> ImageDataset:
     """The data set of `split` ('train' or 'val') in `config.data_path`; its targets are labels (h, w) uint8.
 
-    Images and label maps of a sample are read. Raises BadImageError for one that cannot be used, unless these are
-    skipped, and UserError.
+    Images and label maps of a sample are read. Raises BadImageError for one that cannot be used, unless bad images
+    are skipped, and UserError.
     """
     layout = find_layout(config.data_path)
     numbers = LabelNumbers(config.nb_classes, config.ignore_label, config.reduce_zero_label)
@@ -277,7 +277,7 @@ class RandomScaleAndCrop:
     """Image and labels for training: a random scale, a random crop, mirrored half of the time.
 
     Args:
-        size: rows and columns of the result. Where the scaled image is smaller, it is padded at the right and bottom,
+        size: rows and columns of the result. If the scaled image is smaller, it is padded at the right and bottom,
             with `fill` and IGNORED.
         short_side: of the image at scale 1.
         scale: range of the random scale.
@@ -305,7 +305,7 @@ class RandomScaleAndCrop:
         factor = self.short_side / min(height, width) * random.uniform(*self.scale)
         # What becomes `size`, or all there is, in pixels of the original
         rows, columns = (min(side, max(1, round(out / factor))) for side, out in zip((height, width), self.size))
-        # By the whole image's sides: where that reaches `size`, rounding the cut's would leave an empty edge.
+        # From the whole image's sides: if these reach `size`, rounding the cut's would leave an empty edge.
         scaled = tuple(min(out, max(1, round(side * factor))) for side, out in zip((height, width), self.size))
         for _ in range(TRIES):
             box = random.randint(0, height - rows), random.randint(0, width - columns), rows, columns
@@ -336,7 +336,7 @@ class RandomScaleAndCrop:
 class Whole:
     """Image and labels for evaluation: the image with this short side, its labels as they are.
 
-    An image more than LONGEST times as long as that becomes smaller. JPEGs are decoded as a whole.
+    An image more than LONGEST times as long as that becomes smaller. JPEGs are decoded in full.
     """
 
     takes_target = True
@@ -352,7 +352,7 @@ class Whole:
 
 
 def nearest(labels: torch.Tensor, box: tuple[int, int, int, int], size: tuple[int, int]) -> torch.Tensor:
-    """The `box` (top, left, height, width) of labels (h, w) at another `size`: each pixel that of the nearest."""
+    """The `box` (top, left, height, width) of labels (h, w) resized to `size`, by nearest neighbour."""
     top, left, height, width = box
     rows = top + ((torch.arange(size[0]) + 0.5) * (height / size[0])).long()
     columns = left + ((torch.arange(size[1]) + 0.5) * (width / size[1])).long()

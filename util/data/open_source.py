@@ -1,11 +1,11 @@
 """Where images come from: what `--data_path` and `--dataset` name, opened.
 
-`--data_path DIR` holds `train/` (and `val/`) with one folder per class, as torchvision's ImageFolder; for pretraining
-also a folder of images without classes, however nested, directly in DIR or in DIR/train.
+`--data_path DIR` holds `train/` (and `val/`) with one folder per class, as for torchvision's ImageFolder; for
+pretraining also a folder of images without classes, however nested, directly in DIR or in DIR/train.
 `--data_path LIST` is a text file with one image per line, relative to the list's folder, optionally followed by a space
-or tab and an integer label: `photos/cat 2.jpg 17`. A number is a label only behind a known image extension, so names
+or tab and an integer label: `photos/cat 2.jpg 17`. A number is a label only after a known image extension, so names
 may contain spaces. Validation reads `val.txt` beside it. `--data_path DIR` with `DIR/train.txt` and `DIR/val.txt` does
-the same, where there are no folders of these names.
+the same, if there are no folders of these names.
 `--data_path FILE.tar` is a tar of images (for validation too: `DIR/train.tar` and `DIR/val.tar`).
 With `--val_share`, a folder or list without validation images is divided into two parts (`ImageIndex.set_aside`).
 `--dataset NAME` is any name that `timm.data.create_dataset` knows (`torch/cifar10`, `hfds/...`, `wds/...`, ...), with
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 FOLDER_DATASETS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
 # Names of folders with a part of a data set in them: Train, validation, test_images, val2017.
 PART = re.compile(r"(train|training|val|valid|validation|test|testing)([-_ ]?(set|images|data|\d{4}))?", re.IGNORECASE)
-MAX_CLASSES = 100_000  # a larger number behind a file name in a list is no label
+MAX_CLASSES = 100_000  # a larger number after a file name in a list is not a label
 
 
 def open_images(paths: Sequence[str], config: Config) -> JoinedSource:
@@ -82,7 +82,7 @@ def open_source(config: Config, split: str, require_labels: bool) -> Source:
     """The images of `split` ('train' or 'val') that `config` names (see the module's docstring).
 
     `require_labels`: unlabelled images and empty class folders are errors. The classes of 'val' are those of the
-    training images, where there are any. Raises UserError.
+    training images, if there are any. Raises UserError.
     """
     if config.dataset in FOLDER_DATASETS:
         source = _open_files(Path(config.data_path), split, require_labels, config)
@@ -98,9 +98,9 @@ def open_source(config: Config, split: str, require_labels: bool) -> Source:
 
 
 def _look_for_parts(place: Path, folders: Collection[str], labels: bool) -> None:
-    """Where the first `folders` below `place` that differ, or the only one, are named as parts of a data set are
-    (train, val, test, ...): raise a UserError if they would be classes. Without `labels` warn, of deeper ones too. One
-    such name among others may be a class."""
+    """If the first `folders` below `place` that differ, or the only one, are named like parts of a data set (train,
+    val, test, ...): raise a UserError, as they would be classes; without `labels` warn, also of deeper ones. One such
+    name among others may be a class."""
     parts = [folder.split(os.sep) for folder in folders]
     shared = shared_folders(folders)
     names = {own[len(shared)] for own in parts if len(own) > len(shared)}
@@ -118,11 +118,11 @@ def _look_for_parts(place: Path, folders: Collection[str], labels: bool) -> None
         )
         return
     place = place.joinpath(*shared)
-    what = "parts of a data set, which are no classes" if alone is None else "a part of a data set, which is no class"
+    what = "parts of a data set, not classes" if alone is None else "a part of a data set, not a class"
     raise UserError(
         f"{place} holds {abbreviate(found)}, named like {what}: call the folder of training images 'train' and that "
         "for validation 'val' (or make train.tar and val.tar), and give --data_path "
-        f"{place if place.is_dir() else place.parent}; or give one alone"
+        f"{place if place.is_dir() else place.parent}; or give only one of them"
     )
 
 
@@ -175,25 +175,25 @@ def _place(path: Path, split: str) -> Path:
     if not folder.is_dir():
         return tar if tar.is_file() else file if file.is_file() else path
     if tar.is_file():
-        raise UserError(f"both {tar} and {folder} are there: which holds the {split} images? Move the other elsewhere")
+        raise UserError(f"both {tar} and {folder} exist: which holds the {split} images? Move the other elsewhere")
     if file.is_file():  # a usual arrangement, where the list names files in the folder
-        logger.info("%s is read, and not %s: to train on lists, give --data_path %s/train.txt", folder, file, path)
+        logger.info("%s is read, not %s: to train on lists, give --data_path %s/train.txt", folder, file, path)
     return folder
 
 
 def _refuse_to_divide(path: Path, place: Path, share: float) -> None:
-    """Raise a UserError where --val_share cannot divide the images at `place`, or --data_path holds others for it."""
+    """Raise a UserError if --val_share cannot divide the images at `place`, or --data_path has others for it."""
     if place.suffix.lower() == ".tar":
         raise UserError(
             f"--val_share divides folders and lists of images, not the tar of --data_path {path}: unpack it, or make a "
             "val.tar beside a train.tar and give their folder without --val_share"
         )
     if (found := find_validation(path)) is not None:
-        raise UserError(f"--val_share {share:g} divides the images, but {found} is there: use one of both")
+        raise UserError(f"--val_share {share:g} divides the images, but {found} exists: use one of the two")
 
 
 def find_validation(data_path: str | Path) -> Path | None:
-    """The folder, list or tar of validation images that comes with the folder or list `data_path`; None without."""
+    """The folder, list or tar of validation images that comes with the folder or list `data_path`, or None."""
     path = Path(data_path)
     if path.suffix.lower() == ".tar":
         return None
@@ -207,7 +207,7 @@ def _index(place: Path, expected: Path, require_labels: bool, config: Config) ->
     if place.is_file():
         return _read_list(place, extensions)
     if require_labels and place != expected and not config.val_share:
-        if not {"train", "val"} & {*(folders := class_folders(place))}:  # of which the other is missing
+        if not {"train", "val"} & {*(folders := class_folders(place))}:  # with one of them, only the other is missing
             _look_for_parts(place, folders, labels=True)
         raise UserError(
             f"{expected} does not exist; it must hold the {expected.name} images, one folder per class; or let "
@@ -224,9 +224,9 @@ def _index(place: Path, expected: Path, require_labels: bool, config: Config) ->
 
 
 def _train_classes(data_path: Path, config: Config, of_validation: Collection[str]) -> list[str] | None:
-    """The classes of the training images below `data_path`; None where there are none.
+    """The classes of the training images below `data_path`; None if there are none.
 
-    The folders that validation images have, too, are not looked into for output: on a network that takes time.
+    Folders that the validation images also have are not searched for output, which on a network takes time.
     """
     place = _place(data_path, "train")
     if place.suffix.lower() == ".tar":
@@ -239,14 +239,14 @@ def _train_classes(data_path: Path, config: Config, of_validation: Collection[st
 
 
 def _refuse_what_is_no_list(path: Path) -> None:
-    """Raise a UserError for a file that is given as images but lists none, with what to give instead."""
+    """Raise a UserError for a file given as images that does not list any, saying what to give instead."""
     name = path.name.lower()
     with open(path, "rb") as file:
         is_text = b"\0" not in file.read(1024)
     if name.endswith(ARCHIVES):
         why = (
-            "is a compressed archive: unpack it and give the folder, or make an uncompressed .tar of its images (they "
-            "do not become smaller by compression)"
+            "is a compressed archive: unpack it and give the folder, or make an uncompressed .tar of its images "
+            "(compression does not make them smaller)"
         )
     elif name.endswith(IMAGE_EXTENSIONS):
         why = f"is one image: give the folder that holds the images ({path.parent}), or a text file that lists them"
@@ -279,12 +279,12 @@ def _read_list(path: Path, extensions: Sequence[str]) -> ImageIndex:
             raise UserError(f"{path}, line {number}: a label is a class from 0 to {MAX_CLASSES - 1}, got {match[2]}")
         if known.setdefault(names[-1], labels[-1]) != labels[-1]:
             before = known[names[-1]]
-            raise UserError(f"{path}, line {number}: {match[1]} has another label, {before}, in a line before")
+            raise UserError(f"{path}, line {number}: {match[1]} has another label, {before}, in an earlier line")
     if not names:
         raise UserError(f"the image list {path} is empty; write one image file per line")
     if len(known) < len(names):
         logger.warning(
-            "%s: %d lines repeat images of other lines, which count as often as they are listed",
+            "%s: %d lines repeat images of other lines, which are used as often as they are listed",
             path, len(names) - len(known),
         )  # fmt: skip
     if min(labels) < 0 <= max(labels):
@@ -296,7 +296,7 @@ def _read_list(path: Path, extensions: Sequence[str]) -> ImageIndex:
 
 
 def refuse_output_among_images(folder: str, flag: str, data_path: str) -> None:
-    """Raise a UserError where pictures in `folder`, which `flag` names, would be taken for images of `data_path`, or it
+    """Raise a UserError if pictures in `folder`, which `flag` names, would be taken for images of `data_path`, or it
     for a class: in train/ and val/, or in a folder of images without these if it holds images already and is not left
     out (see `is_output`)."""
     output, data = Path(folder).resolve(), Path(data_path)
@@ -309,6 +309,6 @@ def refuse_output_among_images(folder: str, flag: str, data_path: str) -> None:
             return
     if any(output.is_relative_to(place.resolve()) for place in parts or [data]):
         raise UserError(
-            f"{flag} {folder} is among the images of --data_path {data_path}, and pictures in it would become images: "
-            "give a new folder elsewhere"
+            f"{flag} {folder} is among the images of --data_path {data_path}, and pictures in it would be used as "
+            "such: give a new folder elsewhere"
         )

@@ -15,12 +15,12 @@ Key = tuple[int, int]
 
 
 class TrainBatchSampler(Sampler[list[Key]]):
-    """Shuffled batches of training; every rank and every accumulation step takes its piece of one effective batch.
+    """Shuffled batches for training; every rank and every accumulation step takes its piece of one effective batch.
 
     MixMAE (and timm's mixup) pairs sample i of a batch with sample B-1-i. The effective batch of an optimizer step is
     therefore cut from both ends at once: piece p takes the p-th slice from the front and the p-th from the back. The
     pairs are the same however the effective batch is divided into ranks and micro-batches. Likewise with tuples of K,
-    which have a sample from each of K blocks, of which every second is read from its end.
+    which have a sample from each of K blocks, every second of which is read from its end.
     What does not fill an effective batch at the end of an epoch is left out of that epoch.
 
     Args:
@@ -72,7 +72,7 @@ class TrainBatchSampler(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         order = torch.randperm(self.num_samples, generator=keyed_generator(self.seed, "order", self.epoch))
-        # Samples that a piece takes of each block; of an odd batch to fine-tune on, one more of the first.
+        # Samples that a piece takes from each block; with an odd batch in fine-tuning, one more from the first.
         sizes = [-(-(self.batch_size - number) // self.mix_images) for number in range(self.mix_images)]
         for step in range(self.first_step, self.steps_per_epoch):
             effective = order[step * self.batch_size * self.pieces :][: self.batch_size * self.pieces]

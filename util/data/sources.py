@@ -30,22 +30,22 @@ from util.data.image_index import (
 )
 from util.errors import UserError
 
-SIZED_FILES = 200  # whose sizes are looked at when a run starts; on a network each takes a millisecond
+SIZED_FILES = 200  # whose sizes are read when a run starts; on a network each takes a millisecond
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # as gzip, bzip2, xz and zstd begin
-COMPARED_FILES = 200  # of validation images in a folder, with those of training; the names in lists are all compared
+COMPARED_FILES = 200  # of a validation folder, with those of training; the names in lists are all compared
 
 
 class Source:
     """Images by number.
 
     classes: names of the classes; None without labels.
-    numbered: the data tell numbers of classes, not names: `classes` are '0', '1', ... as far as labels occur.
+    numbered: the data have numbers of classes, not names: `classes` are '0', '1', ... up to the largest label.
     streamed: images cannot be read by number; such a source has a method `rewind`.
-    targets: labels (number of images,) where they are known without reading the images, else None.
-    fingerprint: changes when images are added, removed or renamed, as far as that is seen at once; else ''.
-    sizes: changes when files of a sample have other sizes; '' where there are no files.
-    missing: the files of this sample that are not there.
-    labels: changes when targets that are no classes do; else ''.
+    targets: labels (number of images,) if they are known without reading the images, else None.
+    fingerprint: changes when images are added, removed or renamed, as far as that shows without reading them; else ''.
+    sizes: changes when the sizes of the files of a sample do; '' if there are no files.
+    missing: the files of this sample that do not exist.
+    labels: changes when targets that are not classes do; else ''.
     """
 
     classes: list[str] | None = None
@@ -61,11 +61,11 @@ class Source:
         raise NotImplementedError
 
     def path(self, i: int) -> str:
-        """What to call image `i` in a message: its path, where it has one."""
+        """What to call image `i` in a message: its path, if it has one."""
         raise NotImplementedError
 
     def file(self, i: int) -> str | io.BytesIO:
-        """The file of image `i`: its path, or its content. Raises NotImplementedError where images are no files."""
+        """The file of image `i`: its path, or its content. Raises NotImplementedError if images are not files."""
         raise NotImplementedError
 
     def read(self, i: int) -> tuple[torch.Tensor | EncodedJpeg, Any]:
@@ -118,7 +118,7 @@ class FileSource(Source):
 
 class TarSource(Source):
     """Images in a tar that is not compressed. Its classes are the first folders in which its images differ, in
-    alphabetical order as those of a folder; a tar in it counts as a folder. See `_classes_of`.
+    alphabetical order as those of a folder; a tar in it is like a folder. See `_classes_of`.
 
     Hidden images, those that this program does not read, and links that lead to none are left out and counted, as in
     folders. Raises UserError when none is left.
@@ -138,7 +138,7 @@ class TarSource(Source):
             with tarfile.open(path, "r:") as tar:
                 files = sorted(_files_in(tar, left_out), key=lambda file: natural_key(file[1]))
         except (OSError, tarfile.TarError) as error:
-            raise UserError(f"{path} is damaged, or no tar: {error}") from error
+            raise UserError(f"{path} is damaged or not a tar: {error}") from error
         for folder, name, position, size in files:
             full, is_image = Path(folder, name), name.lower().endswith(IMAGE_EXTENSIONS)
             if any(part[0] == "." for part in full.parts if part != ".."):
@@ -188,10 +188,10 @@ class TarSource(Source):
 def _files_in(
     tar: tarfile.TarFile, left_out: Counter, folder: str = "", start: int = 0
 ) -> Iterator[tuple[str, str, int, int]]:
-    """Folder ('' but in a tar in the tar), name, position and size of every file in a tar that begins at `start`.
+    """Folder ('' except in a tar in the tar), name, position and size of every file in a tar that begins at `start`.
 
-    Links are what they lead to in the tar; those that end like images but lead to no file are counted in `left_out`. Of
-    several files of one name the last one counts, as when a tar is unpacked.
+    Links are read as what they lead to in the tar; those named like images that lead to no file are counted in
+    `left_out`. Of several files of one name, the last is taken, as when a tar is unpacked.
     """
     members = {os.path.normpath(member.name): member for member in tar if not member.isdir()}
     for path, member in members.items():
@@ -214,7 +214,7 @@ def _files_in(
 
 def _classes_of(folders: Collection[str]) -> dict[str, str]:
     """The class of each of the folders that hold a tar's images: the first part of its path that not all have in common
-    (a tar may be of `train/cat/` or of `cat/`), the last where there is one folder. {} where one has no such part."""
+    (a tar may be of `train/cat/` or of `cat/`), the last if there is one folder. {} if one has no such part."""
     parts = {folder: Path(folder).parts for folder in folders}
     depth = min(len(shared_folders(folders)), max(map(len, parts.values())) - 1)
     return {folder: own[depth] for folder, own in parts.items()} if min(map(len, parts.values())) > depth >= 0 else {}
@@ -244,7 +244,7 @@ class JoinedSource(Source):
 
 
 def sizes_of_sample(count: int, path: Callable[[int], str]) -> list[int]:
-    """The sizes of a sample of the `count` files at `path(i)`; -1 where there is none."""
+    """The sizes of a sample of the `count` files at `path(i)`; -1 if there is none."""
     return [os.stat(file).st_size if os.path.exists(file := path(i)) else -1 for i in spread(count, SIZED_FILES)]
 
 
@@ -254,9 +254,9 @@ def spread(count: int, most: int) -> list[int]:
 
 
 def shared_with_training(train: Source, val: Source) -> tuple[int, int]:
-    """How many images of `val` are in `train` too, and how many were looked at; (0, 0) where they are no files.
+    """How many images of `val` are in `train` too, and how many were compared; (0, 0) if they are not files.
 
-    Found are the same files in lists, the same folders by whatever links, and in folders files of the same name and
+    It finds the same files in lists, the same folders by whatever links, and in folders files of the same name and
     content; not copies under other names, for which all files would have to be read (`python -m util.check_data` does).
     """
     if not isinstance(train, FileSource) or not isinstance(val, FileSource):

@@ -1,4 +1,4 @@
-"""What kind of images there are, from the headers of some of them: for settings that nobody has given."""
+"""What kind of images there are, from the headers of some of them: for settings that are not given."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ GREY_MODES = ("1", "L", "LA", "La", *DEEP_MODES)
 
 @dataclass(frozen=True)
 class Survey:
-    """What the images of a data set have in common; None where that is not known, or they differ."""
+    """What the images of a data set have in common; None if that is unknown, or they differ."""
 
     images: int
     in_chans: int | None
@@ -34,8 +34,8 @@ class Survey:
 def survey_images(source: Source, reader: str = "", in_chans: int | None = None) -> Survey:
     """Look at images from all over `source`; those that cannot be read are left for others to report.
 
-    Where `in_chans` does not say what to read, raises UserError for arrays that have different numbers of channels, or
-    seem to have them first.
+    Without `in_chans`, raises UserError for arrays that have different numbers of channels, or seem to have them
+    first.
     """
     count = len(source)
     shapes = []
@@ -46,20 +46,20 @@ def survey_images(source: Source, reader: str = "", in_chans: int | None = None)
             shape = find_reader(reader)(file).shape if reader else shape_in_header(file, source.path(image))
             height, width, channels = (*shape, 1) if len(shape) == 2 else shape
             shapes.append((height, width, channels))
-        except Exception:  # not a file (in timm's data sets), an array that is no image, whatever Pillow raises
+        except Exception:  # not a file (in timm's data sets), an array that is not an image, whatever Pillow raises
             continue
     channels = Counter(shape[2] for shape in shapes)
     if in_chans is None and len(channels) > 1 and set(channels) != {1, 3}:
         found = ", ".join(f"{number} with {name}" for name, number in sorted(channels.items()))
         raise UserError(
             f"the images have different numbers of channels: of {len(shapes)} that were looked at, {found}; keep one "
-            "kind, or say with --in_chans which"
+            "kind, or choose it with --in_chans"
         )
     if in_chans is None and shapes and all(channels_come_first(shape) for shape in shapes):
         height, width, number = shapes[0]
         raise UserError(
             f"the images look like arrays (channels, H, W) = {shapes[0]}, and (H, W, channels) is needed: transpose "
-            f"them; or if they are {number} channels of {height} x {width} pixels, say --in_chans {number}"
+            f"them; or if they are {number} channels of {height} x {width} pixels, give --in_chans {number}"
         )
     sizes = {shape[:2] for shape in shapes}
     return Survey(
@@ -84,7 +84,7 @@ def channels_come_first(shape: tuple[int, int, int]) -> bool:
 def shape_in_header(file: str | BinaryIO, name: str) -> tuple[int, int, int]:
     """(height, width, channels) of an image file, without decoding it; 1 channel is grey, 3 is colour of any kind.
 
-    `file` is its path or its content, `name` ends as the file's name.
+    `file` is its path or its content, `name` ends like the file's name.
     """
     if name.lower().endswith(".npy"):
         shape = np.load(file, mmap_mode="r" if isinstance(file, str) else None, allow_pickle=False).shape

@@ -1,6 +1,6 @@
 """Data sets opened by timm: torchvision's, Hugging Face, WebDataset and TensorFlow sets.
 
-Sets that can only be streamed (`hfids/`, `tfds/`, `wds/`) serve for training only. A stream decides the order of its
+Sets that can only be streamed (`hfids/`, `tfds/`, `wds/`) are for training only. A stream decides the order of its
 images itself: a resumed run is then not identical to an uninterrupted one, and the number of workers matters.
 """
 
@@ -76,8 +76,8 @@ class PillowSource(Source):
 class StreamSource(PillowSource):
     """A data set that can only be streamed: `read(i)` gives the worker's next image, whatever `i` is.
 
-    timm shares the stream out among ranks and workers. When a worker's part is at its end, it begins again with the
-    next epoch's shuffling.
+    timm divides the stream among ranks and workers. When a worker's part ends, it begins again with the next epoch's
+    shuffling.
     """
 
     streamed = True
@@ -145,7 +145,7 @@ def open_timm_source(split: str, config: Config) -> Source:
         raise UserError(f"timm cannot open --dataset {name} ({split}) at {path}: {error}") from error
     if isinstance(dataset, IterableDataset):
         if split != "train":
-            raise UserError(f"--dataset {name} can only be streamed, which cannot promise to evaluate each image once")
+            raise UserError(f"--dataset {name} can only be streamed, so it may not give each image exactly once")
         logger.warning("%s is streamed: a resumed run will not see the same images as an uninterrupted one", name)
         return StreamSource(dataset, config)
     return ReaderSource(dataset.reader, config) if hasattr(dataset, "reader") else PillowSource(dataset, config)

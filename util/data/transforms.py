@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random crops, width / height
 CROP_RATIO = 0.875  # of evaluation at up to 224 pixels
-# timm's augmentations, and the words that each may be followed by. timm itself passes over many that it does not know.
+# timm's augmentations, and the words that each may be followed by. timm itself ignores many that it does not know.
 AUGMENTATIONS = {
     "rand": r"m\d+|n[1-9]\d*|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|t(weights|3aw?)",
     "augmix": r"m\d+|w[1-9]\d*|d[1-9]\d*|a\d+(\.\d+)?|b[01]|mstd\d+(\.\d+)?",
@@ -67,10 +67,10 @@ class Normalize(nn.Module):
 def resize(img: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Bicubic with antialiasing, (C, h, w) -> (C, *size); uint8 images are rounded as in Pillow."""
     height, width = img.shape[1:]
-    # torch's fast uint8 kernel wants channels_last, and recognises it in 4 dimensions only.
+    # torch's fast uint8 kernel wants channels_last, and recognises it only in 4 dimensions.
     batch = img.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # (1, C, h, w)
     if height - size[0] > max(0, 2 * (width - size[1])):
-        # The vertical pass first, where it shrinks the image more. Pillow 13 does likewise, which matters for
+        # The vertical pass first, if it shrinks the image more. Pillow 13 does the same, which matters for
         # equal pixels: values are clamped to 0..255 between the two passes.
         batch = F.interpolate(batch, (size[0], width), mode="bicubic", align_corners=False, antialias=True)
     return F.interpolate(batch, size, mode="bicubic", align_corners=False, antialias=True)[0]
@@ -80,7 +80,7 @@ def random_crop(height: int, width: int, scale: tuple[float, float]) -> tuple[in
     """A box (top, left, height, width) that covers a share of the image's area drawn from `scale`.
 
     The distribution is that of torchvision's and timm's RandomResizedCrop; the draws are Python's, which cost
-    a tenth of torch's. When ten draws do not fit, the largest central box with a legal aspect ratio is taken.
+    a tenth of torch's. If none of ten draws fits, the largest central box with a legal aspect ratio is taken.
     """
     for _ in range(10):
         area = height * width * random.uniform(*scale)
@@ -96,8 +96,8 @@ def random_crop(height: int, width: int, scale: tuple[float, float]) -> tuple[in
 def crop(img: torch.Tensor | EncodedJpeg, box: tuple[int, int, int, int], size: tuple[int, int]) -> torch.Tensor:
     """The `box` (top, left, height, width) of an image (C, h, w), resized to (C, *size).
 
-    Of a JPEG that is not decoded yet, only as many pixels are decoded as leave the box at least the rows and columns of
-    `size` (see `EncodedJpeg.crop`). Raises BadImageError when it cannot be decoded.
+    Of a JPEG that is not decoded yet, only so many pixels are decoded that the box keeps at least the rows and columns
+    of `size` (see `EncodedJpeg.crop`). Raises BadImageError when it cannot be decoded.
     """
     if isinstance(img, EncodedJpeg):
         if (reduced := img.crop(box, size)) is not None:
@@ -110,7 +110,7 @@ def crop(img: torch.Tensor | EncodedJpeg, box: tuple[int, int, int, int], size: 
 class RandomCropAndFlip:
     """Random area and aspect ratio, resized to `size` (bicubic, antialiased), mirrored half of the time.
 
-    `augment` transforms Pillow images: photographs of 8 bits then; float images stay as they are.
+    `augment` transforms Pillow images, so only photographs of 8 bits; float images stay as they are.
     """
 
     takes_encoded = True
@@ -138,7 +138,7 @@ class ResizeAndCentreCrop:
     An image more than LONGEST times as long as the crop is first cut to that length, so that a strip of
     20,000 x 1 pixels does not become one of five million x 256.
 
-    JPEGs are decoded as a whole, however large: what is evaluated is not random, and its pixels should be those of
+    JPEGs are decoded in full, however large: what is evaluated is not random, and its pixels should be those of
     other programs.
     """
 
@@ -173,7 +173,7 @@ def finetune_transform(config: Config) -> Callable[[torch.Tensor], torch.Tensor]
     """Fine-tuning: a random crop of 8% to 100% of the area, mirroring, timm's augmentation named `config.aa`.
 
     Without `config.aa`, colour jitter (`config.color_jitter`) instead. Both are defined for photos of 8 bits: with
-    `config.in_chans` other than 3 they are left out, with a warning, and float images pass them unchanged. Raises
+    `config.in_chans` other than 3 they are left out, with a warning, and float images are unchanged. Raises
     UserError when timm does not know `config.aa`.
     """
     augment = None
@@ -213,7 +213,7 @@ def _check_augmentation(aa: str) -> None:
     given = {word.rstrip("0123456789"): word for word in words}
     most = int(given.get("mmax", f"mmax{MAGNITUDE}").removeprefix("mmax"))
     if (magnitude := int(given.get("m", "m0").removeprefix("m"))) > most:
-        logger.warning("--aa %s: magnitudes above %d count as %d; -mmax%d allows more", aa, most, most, magnitude)
+        logger.warning("--aa %s: magnitudes above %d are reduced to %d; -mmax%d allows more", aa, most, most, magnitude)
 
 
 def eval_transform(config: Config) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -222,7 +222,7 @@ def eval_transform(config: Config) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def crop_ratio(input_size: tuple[int, int]) -> float:
-    """What share of the resized image's side the crop of evaluation takes."""
+    """The share of the resized image's side that the crop of evaluation takes."""
     return CROP_RATIO if max(input_size) <= 224 else 1.0
 
 
@@ -230,7 +230,7 @@ class BatchAugmentation:
     """Fine-tuning's augmentation of a batch on the device: timm's random erasing, then its mixup and cutmix.
 
     (imgs (B, C, H, W), targets (B,) int64) -> imgs of the same shape, changed in place, and targets: class
-    distributions (B, num_classes), with the label smoothing in them, where `uses_mixup(config)`; else as they were.
+    distributions (B, num_classes), with the label smoothing in them, if `uses_mixup(config)`; else as they were.
     imgs are normalised, since erased areas get noise of mean 0 and standard deviation 1; B is even with mixup.
     """
 
@@ -260,8 +260,8 @@ def uses_mixup(config: Config) -> bool:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
-    """timm's, but 0 bits, for which timm asks at the highest magnitude, are a black image: Pillow 13 raises ValueError,
-    where it was black before. (Put into timm's table, for all that use it in this process.)"""
+    """timm's, but 0 bits, for which timm asks at the highest magnitude, give a black image as in older versions of
+    Pillow; Pillow 13 raises ValueError. (Put into timm's table, for all that use it in this process.)"""
     return posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
 
