@@ -6,10 +6,10 @@
 #
 # They have set
 #   here     their folder
-#   seeds    what they run with where no --seed is given
+#   seeds    what they run with if no --seed is given
 #   extras   packages that they need besides the requirements; may be missing
-#   names    what --only chooses from, with blanks between; where it is missing, there is no --only
-#   check_settings  a function that refuses what is wrong before the work starts; may be missing
+#   names    what --only chooses from, separated by blanks; if it is missing, there is no --only
+#   check_settings  a function that refuses wrong settings before the work starts; may be missing
 # and get, in the root of the repository and with its environment made,
 #   seeds, output (a full path), python, start (seconds), only (the names that are chosen, in the order of names)
 set -eu
@@ -52,7 +52,7 @@ done
 for name in $chosen; do
     case " $only " in *" $name "*) ;; *) refuse "--only $name is not one of $names" ;; esac
 done
-[ -n "$only" ] || [ -z "$chosen" ] || refuse "--only needs names out of $names"
+[ -n "$only" ] || [ -z "$chosen" ] || refuse "--only needs names from $names"
 if command -v check_settings >/dev/null; then check_settings; fi
 mkdir -p "${output:=$here/result}"
 output=$(cd -- "$output" && pwd)
@@ -73,10 +73,10 @@ beside() {
     shift
     "$@" >"$log" 2>&1 &
     other=$!
-    trap wait EXIT # also where what runs beside it fails
+    trap wait EXIT # also if what runs beside it fails
 }
 
-# Wait for it; where it fails, show the end of its log, and end.
+# Wait for it; if it fails, show the end of its log and exit.
 wait_for_it() {
     wait "$other" || {
         tail "$log" >&2

@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# How every experiment is started. The recipes (exp/base_600ep/*.sh, ...) source this file and call `launch`; one types
+# How every experiment is started. The recipes (exp/base_600ep/*.sh, ...) source this file and call `launch`; you type
 #     sh exp/base_600ep/pretrain.sh PARTITION|local|print GPUS DATA [further flags]
 #
 #   PARTITION  on this Slurm partition, one process per GPU by srun; inside salloc or sbatch, as a step of that job
@@ -47,8 +47,8 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 effective_batch='' # recipes that train set it
 
-# launch MAIN [flags]: start MAIN, a path from the repository's root, where the user said; of a repeated flag the last one
-# counts.
+# launch MAIN [flags]: start MAIN, a path from the repository's root, where the user asked; the last of a repeated flag
+# applies.
 launch() {
     main=$1
     shift
@@ -69,7 +69,7 @@ launch() {
     esac
 }
 
-# Set batch_size, accum_iter and dataset to what the last of their flags says; '' without one.
+# Set batch_size, accum_iter and dataset to the values of the last of their flags; '' without one.
 read_flags() {
     batch_size='' accum_iter='' dataset='' flag=''
     for argument in "$@"; do

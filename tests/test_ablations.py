@@ -170,7 +170,7 @@ def test_chosen_variants_alone(checkout):
     assert refused.returncode == 2
     assert refused.stderr == f"exp/ablations/run.sh: --only nothing is not one of {' '.join(VARIANTS)}\n"
     empty = start(checkout, "--only", ",")
-    assert empty.returncode == 2 and empty.stderr.startswith("exp/ablations/run.sh: --only needs names out of paper ")
+    assert empty.returncode == 2 and empty.stderr.startswith("exp/ablations/run.sh: --only needs names from paper ")
 
 
 def test_epochs_are_those_of_pretraining_and_it_is_measured_at_their_end(checkout):
@@ -187,11 +187,11 @@ def test_epochs_are_those_of_pretraining_and_it_is_measured_at_their_end(checkou
 @pytest.mark.parametrize(
     "missing, message",
     [
-        ("images", "DATA=images is not a folder; needed is one with train/CLASS/ and val/CLASS/"),
-        ("images/train", "DATA=images has no folders of classes in train/; needed are train/CLASS/ and val/CLASS/"),
-        ("images/val", "DATA=images has no folders of classes in val/; needed are train/CLASS/ and val/CLASS/"),
-        ("images/val/*", "DATA=images has no folders of classes in val/; needed are train/CLASS/ and val/CLASS/"),
-        ("images/train/[ac]*", "DATA=images has 1 folders of classes in train/; 2 to 500 are needed"),
+        ("images", "DATA=images is not a folder; one with train/CLASS/ and val/CLASS/ is needed"),
+        ("images/train", "DATA=images has no class folders in train/; train/CLASS/ and val/CLASS/ are needed"),
+        ("images/val", "DATA=images has no class folders in val/; train/CLASS/ and val/CLASS/ are needed"),
+        ("images/val/*", "DATA=images has no class folders in val/; train/CLASS/ and val/CLASS/ are needed"),
+        ("images/train/[ac]*", "DATA=images has 1 class folders in train/; 2 to 500 are needed"),
     ],
 )
 def test_folders_that_lack_something_are_refused_before_the_work_starts(checkout, missing, message):

@@ -1,22 +1,22 @@
 #!/bin/sh
-# The variants of the method beside each other: pretrain a small encoder with each, and measure what it learned.
+# The variants of the method side by side: pretrain a small encoder with each, and measure what it learned.
 #     sh exp/ablations/run.sh [--seed N] [--only NAME,NAME...] [output folder, default exp/ablations/result]
 #
-# Data      the quickstart's 10,000 images; or DATA=/path/to/folder with train/CLASS/ and val/CLASS/, with what both
-#           programs need for it in FLAGS ('--in_chans 3 --input_size 64 --patch_size 2'; blanks divide)
+# Data      the quickstart's 10,000 images; or DATA=/path/to/folder with train/CLASS/ and val/CLASS/, with the
+#           flags that both programs need in FLAGS ('--in_chans 3 --input_size 64 --patch_size 2', split at blanks)
 # Budget    the quickstart's, for every variant: 4 epochs without labels (1,000 steps of 32 images; with 3 images in a
-#           mixture 968 of 33), or EPOCHS=N; then 15 epochs of at most 500 labels (150 steps of 50)
+#           mixture 968 of 33), or EPOCHS=N; then 15 epochs on at most 500 labels (150 steps of 50)
 # Variants  all; with --only those that are named (an unknown name shows the list)
-# Seeds     0, 1 and 2 one after another; with --seed that one alone
-# Time      of a variant and seed, 5 to 7 minutes of one core for 1,000 steps and fine-tuning. Steps are EPOCHS x images
+# Seeds     0, 1 and 2 one after another; with --seed, only that one
+# Time      per variant and seed, 5 to 7 minutes of one core for 1,000 steps and fine-tuning. Steps are EPOCHS x images
 #           in train/ / 32, of 32 x 32 patches an image (64 pixels / patches of 2, as above); more patches take longer.
 #           Two variants run at a time. The first run also installs the requirements into .venv
 # Resuming  with the same output folder, a run that was stopped continues
-# Result    table.md and plot.png in the output folder, of all that is complete there
+# Result    table.md and plot.png in the output folder, of all runs that are complete there
 seeds='0 1 2'
 here=$(cd -- "$(dirname -- "$0")" && pwd)
 
-# count_classes SET: the number of its folders of classes, where DATA has it.
+# count_classes SET: the number of its class folders in DATA.
 count_classes() { find -L "$DATA/$1" -mindepth 1 -maxdepth 1 -type d 2>/dev/null | wc -l; }
 
 EPOCHS=${EPOCHS:-4} # of pretraining
@@ -25,13 +25,13 @@ check_settings() {
     0* | *[!0-9]*) refuse "EPOCHS=$EPOCHS must be a whole number of epochs of pretraining, from 1" ;;
     esac
     if [ -n "${DATA:-}" ]; then # before the work starts
-        [ -d "$DATA" ] || refuse "DATA=$DATA is not a folder; needed is one with train/CLASS/ and val/CLASS/"
+        [ -d "$DATA" ] || refuse "DATA=$DATA is not a folder; one with train/CLASS/ and val/CLASS/ is needed"
         for set in train val; do
             [ "$(count_classes $set)" -gt 0 ] ||
-                refuse "DATA=$DATA has no folders of classes in $set/; needed are train/CLASS/ and val/CLASS/"
+                refuse "DATA=$DATA has no class folders in $set/; train/CLASS/ and val/CLASS/ are needed"
         done
         if [ "$(count_classes train)" -lt 2 ] || [ "$(count_classes train)" -gt 500 ]; then
-            refuse "DATA=$DATA has $(($(count_classes train))) folders of classes in train/; 2 to 500 are needed"
+            refuse "DATA=$DATA has $(($(count_classes train))) class folders in train/; 2 to 500 are needed"
         fi
         DATA=$(cd -- "$DATA" && pwd)
     fi
@@ -62,7 +62,7 @@ for class in "$data"/train/*/; do
 done
 ln -s "$data/val" "$output/labelled/val"
 
-# Say that a variant failed, show the end of its output, and stop; the process beside this one starts no other variant.
+# Report that a variant failed, show the end of its output, and stop; the other process starts no further variant.
 failed() {
     touch "$output/stopped"
     echo "$name, seed $seed, failed" >&3
@@ -70,7 +70,7 @@ failed() {
     exit 1
 }
 
-# variant NAME [flags]: one line of the table. Two processes share the lines, each takes every second one.
+# variant NAME [flags]: one line of the table. Two processes share the lines, each taking every second one.
 variant() {
     name=$1 folder=$output/$1/seed$seed
     shift
@@ -78,7 +78,7 @@ variant() {
     if [ $((line % 2)) -ne "$worker" ] || [ -e "$folder/done" ] || [ -e "$output/stopped" ]; then return; fi
     mkdir -p "$folder"
     echo "$line of $runs: $name, seed $seed (output in $folder/output.txt)" >&3
-    # shellcheck disable=SC2086 # FLAGS is divided at blanks
+    # shellcheck disable=SC2086 # FLAGS is split at blanks
     $python main_pretrain.py --data_path "$data" --output_dir "$folder/pretrain" --model mixmae_quickstart \
         --batch_size 32 --epochs "$EPOCHS" --warmup_epochs 0.5 --lr 2e-3 \
         --knn_every "$EPOCHS" --probe_every "$EPOCHS" --vis_every "$EPOCHS" \
@@ -104,7 +104,7 @@ matrix() {
         variant unmasked --no_masked_attn
         variant partners_cycle --partners cycle --no_masked_attn # with masked attention, partners cannot matter
         variant single --reconstruct single
-        variant single_unmasked --reconstruct single --no_masked_attn # beside the fillings, which see all tokens, too
+        variant single_unmasked --reconstruct single --no_masked_attn # like the fillings, which also see all tokens
         variant fill_mask_token --fill mask_token --no_masked_attn
         variant fill_zero --fill zero --no_masked_attn
         variant fill_noise --fill noise --no_masked_attn

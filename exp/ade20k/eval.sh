@@ -3,7 +3,7 @@
 #     sh exp/ade20k/eval.sh PARTITION|local|print GPUS DATA [further flags of exp/ade20k/upernet.py]
 #
 # DATA             ADEChallengeData2016, with images/ and annotations/ in it
-# GPUs             any number, one image each at a time; every pixel counts exactly once
+# GPUs             any number, one image each at a time; every pixel is counted exactly once
 # Start            exp/ade20k/ckpt_finetune/checkpoint.pth, which finetune.sh writes (--finetune PATH: another file)
 # Result           not measured by us
 # Origin           short side of 512 pixels, windows of 512 x 512 two thirds apart, label maps at their own sizes: usual

@@ -10,7 +10,7 @@
 #                  (--finetune base_600ep: the authors' published weights; --finetune PATH: another file)
 # Result           exp/ade20k/ckpt_finetune/checkpoint.pth; not measured by us
 # Origin           the authors published no code for this. Usual for UPerNet on ADE20K: size, scales of 0.5 to 2, crops,
-#                  batch, steps, AdamW, the auxiliary head and its weight. ours: learning rate, layer decay, drop path,
+#                  batch, steps, AdamW, the auxiliary head and its weight. Ours: learning rate, layer decay, drop path,
 #                  colour jitter, half a cosine instead of a line, GroupNorm instead of synchronised BatchNorm
 here=$(dirname -- "$0") && [ -f "$here/../launch.sh" ] || here=exp/ade20k # sbatch runs a copy of this file
 . "$here/../launch.sh" # takes PARTITION, GPUS and DATA

@@ -9,7 +9,7 @@
 #                  (--finetune base_600ep: the authors' published weights; --finetune PATH: another file)
 # Result           exp/base_600ep/ckpt_finetune/checkpoint.pth; 85.1% top-1 in the paper
 # Origin           every value: the authors' script; --ignore_exif: like their data loader.
-#                  Only the precision is not theirs: bf16 by default, theirs fp16 with a loss scaler (--precision fp16)
+#                  Only the precision differs: bf16 by default, theirs fp16 with a loss scaler (--precision fp16)
 here=$(dirname -- "$0") && [ -f "$here/../launch.sh" ] || here=exp/base_600ep # sbatch runs a copy of this file
 . "$here/../launch.sh" # takes PARTITION, GPUS and DATA
 effective_batch=1024 launch main_finetune.py \

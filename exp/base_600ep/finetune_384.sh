@@ -8,7 +8,7 @@
 # Start            exp/base_600ep/ckpt_finetune/checkpoint.pth, which finetune.sh writes
 #                  (--finetune base_600ep_ft: the authors' published weights; --finetune PATH: another file)
 # Result           exp/base_600ep/ckpt_finetune_384/checkpoint.pth; 86.3% top-1 in the paper, whose recipe for 384
-#                  was not published: these values need not reach it
+#                  was not published: these values may not reach it
 # Origin           ours, except augmentation, weight decay and --ignore_exif: the authors' code for base at 224
 here=$(dirname -- "$0") && [ -f "$here/../launch.sh" ] || here=exp/base_600ep # sbatch runs a copy of this file
 . "$here/../launch.sh" # takes PARTITION, GPUS and DATA

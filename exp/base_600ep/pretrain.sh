@@ -8,7 +8,7 @@
 # Start            random weights
 # Result           exp/base_600ep/ckpt/checkpoint.pth; fine-tuned, 85.1% top-1 in the paper
 # Origin           every value: the authors' script; 600 epochs and mask ratio 0.5 are also in the paper;
-#                  --ignore_exif: like their data loader. Only the precision is not theirs: bf16 by default,
+#                  --ignore_exif: like their data loader. Only the precision differs: bf16 by default,
 #                  theirs fp16 with a loss scaler (--precision fp16)
 here=$(dirname -- "$0") && [ -f "$here/../launch.sh" ] || here=exp/base_600ep # sbatch runs a copy of this file
 . "$here/../launch.sh" # takes PARTITION, GPUS and DATA

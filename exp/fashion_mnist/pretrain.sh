@@ -6,11 +6,11 @@
 #           installed or fetched with apt-get (31 MB); https://github.com/zalandoresearch/fashion-mnist has them too.
 #           For training the first 2,000 images of each class (PER_CLASS=6000: all), for validation all 10,000, with a
 #           border of 2 black pixels as in exp/quickstart
-# Settings  those that main_pretrain.py chooses by itself, but for the epochs, and mean and std of the training images
+# Settings  those that main_pretrain.py chooses by itself, except epochs, and mean and std of the training images
 # Time      200,000 images: some 30 minutes at the 120 images/s of one core, without other work beside it
 # Result    OUTPUT/report.html, and OUTPUT/fashion_mnist.json, which is kept as figures/reference/fashion_mnist.json
 # Resuming  with the same output folder, a run that was stopped continues
-# PYTHON    the interpreter (default: that of .venv, which is made if it is missing)
+# PYTHON    the interpreter (default: that of .venv, which is created if it is missing)
 set -eu
 
 output=${1:-}

@@ -4,7 +4,7 @@
 #
 # Data      scenes of Fashion-MNIST's garments (exp/garments/scenes.py): 4,000 to pretrain on, 1,000 of them with
 #           label maps to learn from, 200 others to measure on
-# Seeds     one pretraining, then training with seeds 0, 1 and 2; with --seed that one alone
+# Seeds     one pretraining, then training with seeds 0, 1 and 2; with --seed, only that one
 # Time      27 minutes for three seeds on 2 CPU cores shared with other programs, 23 minutes of processor time (not
 #           measured on idle ones); the first run also installs the requirements into .venv
 # Resuming  with the same output folder, a run that was stopped continues
@@ -13,7 +13,7 @@ here=$(cd -- "$(dirname -- "$0")" && pwd)
 . "$here/../demonstration.sh" # takes the arguments; sets output, python and more
 scenes=$output/scenes
 
-# What both programs are given.
+# Flags of both programs.
 run() {
     threads=$1 program=$2 folder=$output/$3
     shift 3

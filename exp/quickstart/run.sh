@@ -13,7 +13,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" # the model is too small for more
 data=exp/quickstart/data
 sh exp/quickstart/unpack.sh
 
-# What both mains are given; mean and standard deviation are those of the training images.
+# Flags of both main scripts; mean and standard deviation are those of the training images.
 run() {
     main=$1 folder=$2
     shift 2

@@ -5,13 +5,13 @@
 #
 # Data      122 tiles of five photographs, included in the repository (exp/trees/README.md)
 # Time      about 15 minutes on 2 idle CPU cores; the first run also installs the requirements into .venv
-# Seeds     0, 1 and 2 one after another; with --seed that one alone
+# Seeds     0, 1 and 2 one after another; with --seed, only that one
 # Resuming  with the same output folder, a run that was stopped continues
 seeds='0 1 2' extras=pycocotools
 here=$(cd -- "$(dirname -- "$0")" && pwd)
 . "$here/../demonstration.sh" # takes the arguments; sets output, python and more
 
-# What both programs are given; mean and standard deviation are those of the tiles.
+# Flags of both programs; mean and standard deviation are those of the tiles.
 common() {
     threads=$1 folder=$2
     shift 2
