@@ -311,8 +311,8 @@ def _check_boxes(path: Path, annotations: list[dict], boxes: np.ndarray, sides: 
     if not clip:
         _refuse(
             path, f"boxes outside their images or with a side below {SMALLEST_SIDE} pixels", wrong,
-            "'bbox' is left, top, width and height in pixels: repair them, or let --bad_boxes clip cut them at the edge "
-            "and leave out what then has almost no area",
+            "'bbox' is left, top, width and height in pixels: repair them, or let --bad_boxes clip cut them at the "
+            "edge and leave out what then has almost no area",
         )  # fmt: skip
     if wrong:
         logger.warning(
