@@ -78,9 +78,13 @@ class Attention(nn.Module):
 
     def position_bias(self, layout: WindowLayout) -> list[Tensor]:
         """The bias of each entry of `layout.segments`: (how many or 1, nH, n, n)."""
-        # Transposed by `stack`, whose gradient has the table's own memory layout, as DDP wants it.
-        table = torch.stack(self.relative_position_bias_table.unbind(1))  # (nH, offsets)
-        bias = table.index_select(1, layout.bias_index)  # (nH, pairs)
+        table = self.relative_position_bias_table
+        if is_compiled_for_gpu(table):
+            # Without a backward pass FlexAttention computes this where it needs it, and knows no `stack` there.
+            bias = table.index_select(0, layout.bias_index).t().contiguous()  # (nH, pairs)
+        else:
+            # Transposed by `stack`, whose gradient has the table's own memory layout, as DDP wants it.
+            bias = torch.stack(table.unbind(1)).index_select(1, layout.bias_index)
         shapes = [(1 if layout.one_bias else count, n, n) for count, n in layout.segments]
         parts = bias.split([math.prod(shape) for shape in shapes], dim=1)
         return [part.unflatten(1, shape).transpose(0, 1) for part, shape in zip(parts, shapes)]

@@ -14,7 +14,7 @@ from util.layers.windows import upsample
 OPTIONS = dict(fullgraph=True, dynamic=False)
 # All stages share one compiled function, which is specialised for each stage, in training and in evaluation.
 SPECIALISATIONS = 64
-LARGEST_DIFFERENCE = 0.1  # of gradients, norm over norm; in bfloat16 a few percent are usual
+LARGEST_DIFFERENCE = 0.1  # of gradients and outputs, norm over norm; in bfloat16 a few percent are usual
 
 
 @functools.cache
@@ -47,8 +47,9 @@ def prepare_compiling() -> None:
 def why_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
     """Why torch.compile does not work on `device`, as it says itself; '' where it does.
 
-    Tried are training steps of small stages in `dtype`, with the layouts of pretraining: on a GPU four masked windows
-    of as many tokens as those of the published models, and everywhere a single one whose tokens are sorted.
+    Tried are training steps and evaluations of small stages in `dtype`, with the layouts of pretraining: on a GPU four
+    masked windows of as many tokens as those of the published models, and everywhere a single one whose tokens are
+    sorted. (Without a backward pass, as in evaluation and where blocks are recomputed, other code is generated.)
     """
     prepare_compiling()
     window, scales = (14, (4, 2)) if device.type == "cuda" else (4, (2,))  # scale: tokens on a side of a cell
@@ -56,19 +57,23 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
     try:
         for scale in scales:
             grid = (window // 2 * scale,) * 2
-            stage = Stage([Block(32, 1, window)], grid, window, None).to(device)
+            stage = Stage([Block(64, 2, window)], grid, window, None).to(device)
             layout = stage.layout(grid, upsample(cells, scale), one_shape=True, sizes_vary=False)
-            x = torch.randn(2, *grid, 32, device=device)
+            x = torch.randn(2, *grid, 64, device=device)
             found = []
             for module in (copy.deepcopy(stage), stage):
                 if module is stage:
                     stage.compile(**OPTIONS)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     module(x, layout).float().square().sum().backward()  # large enough for float16
-                found.append(torch.cat([parameter.grad.flatten() for parameter in module.parameters()]))
-            difference = ((found[1] - found[0]).norm() / found[0].norm()).item()
-            if not difference < LARGEST_DIFFERENCE:
-                return f"gradients of compiled layers differ from those of others by {difference:.1%}"
+                    with torch.inference_mode():
+                        outputs = module(x, layout).float()
+                found.append((torch.cat([parameter.grad.flatten() for parameter in module.parameters()]), outputs))
+            for what, expected, ours in zip(("gradients", "outputs"), *found):
+                difference = ((ours - expected).norm() / expected.norm()).item()
+                if not difference < LARGEST_DIFFERENCE:
+                    return f"{what} of compiled layers differ from those of others by {difference:.1%}"
     except Exception as error:  # whatever is missing: Triton, a C compiler, headers, shared memory, ...
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        return next((line for line in lines if not line.endswith(" raised:")), lines[0])  # "backend='inductor' raised:"
     return ""
