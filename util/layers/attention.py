@@ -19,6 +19,8 @@ from util.layers.windows import Segments, WindowLayout
 
 FLEX_ROWS = 2**16  # windows times heads that one dimension of a GPU's grid of programs can hold
 FLEX_TOKENS = 128  # for fewer queries FlexAttention takes a kernel that is made for decoding text
+# PyTorch 2.6 loses the gradient of a bias that is computed in the same graph.
+FLEX_LEARNS = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 6)
 
 
 class Attention(nn.Module):
@@ -118,7 +120,7 @@ def segment_attention(
     """
     groups = groups or [None] * len(biases)
     has_bias = biases[0] is not None
-    generates = has_bias and not dropout and is_compiled_for_gpu(qkv)
+    generates = FLEX_LEARNS and has_bias and not dropout and is_compiled_for_gpu(qkv)
     learned = has_bias and biases[0].requires_grad and biases[0].dtype == qkv.dtype
     if learned and qkv.device.type == "cpu" and not dropout and runs_eagerly() and fused_kernels_allowed():
         return BiasedAttention.apply(qkv, segments, *map(hide_other_groups, biases, groups))

@@ -68,6 +68,8 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
                     module(x, layout).float().square().sum().backward()  # large enough for float16
                     with torch.inference_mode():
                         outputs = module(x, layout).float()
+                if lost := [name for name, parameter in module.named_parameters() if parameter.grad is None]:
+                    return f"no gradients of {', '.join(lost)}"
                 found.append((torch.cat([parameter.grad.flatten() for parameter in module.parameters()]), outputs))
             for what, expected, ours in zip(("gradients", "outputs"), *found):
                 difference = ((ours - expected).norm() / expected.norm()).item()
