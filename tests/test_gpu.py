@@ -36,7 +36,7 @@ TOLERANCES = {"fp32": (1e-5, 1e-4), "bf16": (1e-2, 5e-2), "fp16": (2e-3, 2e-2)}
 def pair(**options) -> tuple[MixMAE, MixMAE]:
     """A model on the CPU and its copy on the GPU."""
     torch.manual_seed(0)
-    model = MixMAE(**SMALL, **DECODER, norm_pix_loss=True, **options)
+    model = MixMAE(**SMALL | DECODER | options, norm_pix_loss=True)
     return model, copy.deepcopy(model).to(GPU)
 
 
@@ -48,9 +48,10 @@ def norm_of_difference(ours: torch.nn.Module, theirs: torch.nn.Module) -> float:
 
 
 def compare_step(model: MixMAE, reference: MixMAE, precision: str, seed: int = 0) -> None:
-    """Loss and gradients of one mask on the GPU are those of the CPU, within what the precision allows."""
+    """Loss and gradients of one mask on the GPU are those of the CPU, within what the precision allows, as is the loss
+    without gradients."""
     generator = torch.Generator().manual_seed(seed)
-    imgs = torch.randn(8, 3, 64, 64, generator=generator)
+    imgs = torch.randn(8, 3, *reference.img_size, generator=generator)
     mask = reference.random_masking(0.5, generator)
     scaler = make_scaler(precision, GPU)
     set_up_arithmetic(precision)
@@ -67,6 +68,9 @@ def compare_step(model: MixMAE, reference: MixMAE, precision: str, seed: int = 0
     of_loss, of_gradients = TOLERANCES[precision]
     assert loss.item() == pytest.approx(expected.item(), rel=of_loss)
     assert norm_of_difference(model, reference) < of_gradients
+    with torch.inference_mode(), autocast(precision, GPU):
+        loss, _, _ = model(imgs.to(GPU), mask=mask)
+    assert loss.item() == pytest.approx(expected.item(), rel=of_loss)
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -82,10 +86,16 @@ def test_recomputed_blocks():
     compare_step(model, reference, "fp32")
 
 
+PUBLISHED = dict(img_size=224, window_size=14)  # windows of 196 tokens, which FlexAttention takes
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("sizes", [{}, PUBLISHED], ids=["small windows", "published windows"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled_steps_are_those_of_a_cpu_and_nothing_is_compiled_twice(precision):
+def test_compiled_steps_are_those_of_a_cpu_and_nothing_is_compiled_twice(precision, sizes, recomputed):
     torch._dynamo.reset()
-    reference, model = pair(range_mask_ratio=0.3)
+    reference, model = pair(range_mask_ratio=0.3, **sizes)
+    model.set_grad_checkpointing(recomputed)
     model.compile_parts()
     for seed in range(3):
         with torch.compiler.set_stance("fail_on_recompile" if seed else "default"):
