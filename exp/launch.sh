@@ -111,7 +111,8 @@ launch_locally() {
 launch_on_slurm() {
     command -v srun >/dev/null || fail "srun is not installed here, so there is no partition '$where': use 'local'"
     if [ -z "$(sinfo --noheader --partition "$where" --format %P 2>/dev/null)" ]; then
-        fail "Slurm knows no partition '$where', only: $(sinfo --noheader --format %R | sort -u | tr '\n' ' ')"
+        known=$(sinfo --noheader --format %R) || fail "Slurm does not answer (its message is above): use 'local' to run here"
+        fail "Slurm knows no partition '$where', only: $(echo "$known" | sort -u | tr '\n' ' ')"
     fi
     per_node=${GPUS_PER_NODE:-8}
     check_positive GPUS_PER_NODE "$per_node"

@@ -154,6 +154,13 @@ def test_what_is_wrong_is_said_with_the_usage(arguments, message, shell, data, f
     assert "usage: sh" in result.stderr and "PARTITION|local|print GPUS DATA" in result.stderr
 
 
+def test_a_slurm_that_does_not_answer_is_no_missing_partition(data, tmp_path, fake_commands):
+    (tmp_path / "bin/sinfo").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+    result = run(PRETRAIN, "gpu", "8", data)
+    assert result.returncode == 2 and "Unable to contact slurm controller" in result.stderr
+    assert "Slurm does not answer" in result.stderr and "knows no partition" not in result.stderr
+
+
 def test_a_named_dataset_needs_no_folder(fake_commands):
     for flags in (["--dataset", "hfds/food101"], ["--dataset=hfds/food101", "--epochs", "2"]):
         result = run(PRETRAIN, "local", "2", "somewhere", *flags)
