@@ -1,11 +1,13 @@
 """A run knows its data: resumed on other images, it says which, and what that means."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from running import QUICK, losses, make_images, read_lines, run
+from trials import TINY, Trial
 
 import main_finetune
 import main_pretrain
@@ -99,3 +101,16 @@ def test_labels_and_validation_images_count_too(tmp_path, capfd):
     for checkpoint in ({}, {"data": None}, {"data": {"train": 3}}, {"data": {"train": recorded["train"]}}):
         check_data(checkpoint, {"train": recorded["train"]})
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("change, number", [("unlink", 15), ("rename", 16)])
+def test_ranks_must_have_the_same_images(tmp_path, change, number):
+    """Each node with a copy of its own, of which one was incomplete: training went on, with some images twice."""
+    for rank in "01":
+        make_images(tmp_path / rank / "photos", 16)
+    image = tmp_path / "1/photos/0003.png"
+    image.unlink() if change == "unlink" else image.rename(image.with_name("zzzz.png"))
+    flags = [*TINY, "--epochs", "1", "--data_path", "photos", "--output_dir", tmp_path / "out"]
+    trial = Trial(tmp_path, *flags, ranks=2, sabotage=lambda rank: os.chdir(tmp_path / str(rank)))
+    output = trial.finish(2, 2)
+    assert "photos: rank 1 on " in output and f" finds {number} images and rank 0 on " in output

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,25 @@ def check_overlap(train: ImageDataset, val: ImageDataset) -> None:
             )  # fmt: skip
 
 
+def refuse_other_images_of_a_rank(dataset: ImageDataset, what: str) -> None:
+    """Raise a UserError, on all ranks, where one has other images than rank 0: a node's own copy may be incomplete.
+
+    Ranks share images out by their positions; so some would be read twice, others never, and no step would show it.
+    """
+    here = (len(dataset), dataset.source.fingerprint, dataset.source.sizes)
+    (first, of_first), *others = distributed.gather_objects((socket.gethostname(), here))
+    for rank, (node, images) in enumerate(others, 1):
+        if images != of_first:
+            raise UserError(
+                f"{what}: rank {rank} on {node} finds {images[0]} images and rank 0 on {first} {of_first[0]}, not the "
+                "same files by name and size: if nodes have copies of their own, complete them before the run starts"
+            )
+
+
 def check_statistics(config: Config, dataset: ImageDataset, what: str, training: bool = False) -> None:
     """Look at a sample of the images, on rank 0 for all, before anything is made of them; and let all be watched.
+
+    All ranks must have the same images.
 
     Args:
         config: `mean`, `std`, `allow_odd_statistics`.
@@ -136,8 +154,9 @@ def check_statistics(config: Config, dataset: ImageDataset, what: str, training:
 
     Raises:
         UserError: they are not in the units of `config.mean` and `config.std`, or of each other, and no
-            `config.allow_odd_statistics`.
+            `config.allow_odd_statistics`; or not the same on all ranks.
     """
+    refuse_other_images_of_a_rank(dataset, what)
     found = ("", "")
     if distributed.is_main_process() and (images := dataset.sample()):
         found = check_units(images)
