@@ -240,7 +240,7 @@ def test_arrays_in_their_own_units_do_not_train_by_default(tmp_path, capfd, dtyp
     with pytest.raises(SystemExit) as stopped:
         run(main_pretrain, *flags)
     said = capfd.readouterr().err
-    assert stopped.value.code == 2 and "--allow_odd_statistics goes on all the same" in said
+    assert stopped.value.code == 2 and "--allow_odd_statistics continues all the same" in said
     assert not list(out.glob("*.jsonl")) and not list(out.glob("*.pth"))
     measured = re.search(r"of them: (--mean \S+ \S+ --std \S+ \S+)\. Give", said)[1].split()
     run(main_pretrain, *flags, *measured)

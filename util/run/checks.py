@@ -170,7 +170,7 @@ def check_statistics(config: Config, dataset: ImageDataset, what: str, training:
             found = (error and f"{error}. {advice}", "; ".join(filter(None, (found[1], warning))))
     error, warning = distributed.gather_objects(found)[0]
     if error and not config.allow_odd_statistics:
-        raise UserError(f"{what}: {error}; --allow_odd_statistics goes on all the same")
+        raise UserError(f"{what}: {error}; --allow_odd_statistics continues all the same")
     if error or warning:
         logger.warning("%s: %s", what, error or warning)
     if not config.allow_odd_statistics:
