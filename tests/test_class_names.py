@@ -163,7 +163,7 @@ def test_nb_classes_does_not_contradict_itself(data, trained, tmp_path, capfd):
     nameless = without_names(trained, tmp_path / "nameless.pth")
     two = rearranged(data, tmp_path / "two", {"blue": "blue", "red": "red"}, splits=("val",))
     for flags in ([], ["--nb_classes", "3"]):
-        message = r"classifies 3 classes, but .*two has 2.*put a folder train/ beside val/"
+        message = r"has 3 classes, but .*two has 2.*put a folder train/ beside val/"
         fails(main_finetune, capfd, message, *SHARED, "--eval", "--finetune", nameless, "--data_path", two, *flags)
     (two / "train" / "green").mkdir(parents=True)  # what the message says
     for name in ("blue", "red"):

@@ -215,7 +215,7 @@ def test_uncommitted_changes_are_recorded(tmp_path, monkeypatch):
     provenance.ask_git.cache_clear()
     monkeypatch.setattr(provenance, "ROOT", code)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    assert provenance.describe_commit() == "unknown (git is not there, or this is no git checkout)"
+    assert provenance.describe_commit() == "unknown (git is missing, or this is not a git checkout)"
     (code / "a.py").write_text("a = 1\n")
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *command], check=True)

@@ -58,7 +58,7 @@ def test_a_run_sets_it_and_on_a_cpu_has_the_same_losses(tmp_path, capfd, monkeyp
     assert "--deterministic" not in capfd.readouterr().out
     run(main_pretrain, *flags, tmp_path / "same", "--deterministic")
     assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
-    assert "on a CPU the main scripts' runs are identical to the bit without it" in capfd.readouterr().out
+    assert "on a CPU the main scripts' runs are bit-identical without it" in capfd.readouterr().out
     assert losses(tmp_path / "plain") == losses(tmp_path / "same")
 
 

@@ -216,7 +216,7 @@ def test_weights_that_cannot_be_evaluated(data, checkpoint, tmp_path, capfd):
 
     five = timm.create_model("swin_quickstart", num_classes=5, **SHAPE)
     write_checkpoint(tmp_path / "five.pth", {"model": five.state_dict()})
-    message = r"five\.pth classifies 5 classes, but .* has 7"
+    message = r"five\.pth has 5 classes, but .* has 7"
     fails(main_finetune, capfd, message, *shared, "--finetune", tmp_path / "five.pth")
     message = r"five\.pth holds no averaged weights: leave out --model_ema"
     fails(main_finetune, capfd, message, *shared, "--finetune", tmp_path / "five.pth", "--model_ema")

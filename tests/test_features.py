@@ -100,7 +100,7 @@ def test_the_rank_is_of_held_out_images_which_need_no_labels(tmp_path, caplog, p
     config = data_args(tmp_path, in_chans=1, mean=(0.5,), std=(0.25,), val_share=share, allow_odd_statistics=False)
     with caplog.at_level(logging.INFO):
         assert len(held_out_images(config)) == expected
-    assert ("RankMe is of training images" in caplog.text) == (expected == 12)
+    assert ("RankMe is measured on training images" in caplog.text) == (expected == 12)
 
 
 @pytest.mark.parametrize("bad_images", ["skip", "error"])
@@ -124,7 +124,7 @@ def test_an_empty_val_is_no_reason_not_to_start(tmp_path, caplog):
     (tmp_path / "val").mkdir()
     config = data_args(tmp_path, in_chans=1, mean=(0.5,), std=(0.25,), val_share=0.0, allow_odd_statistics=True)
     assert len(held_out_images(config)) == 4
-    assert "RankMe is of training images: no images found under" in caplog.text
+    assert "RankMe is measured on training images: no images found under" in caplog.text
 
 
 def test_what_can_be_separated_is():

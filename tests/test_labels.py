@@ -181,7 +181,7 @@ def test_classes_that_are_spelt_alike_are_told(folders, tmp_path, capfd):
     for split in ("train", "val"):
         (folders / split / "cow").rename(folders / split / "ANT")
     run(main_finetune, *TRAIN, "--data_path", folders, "--output_dir", tmp_path / "out")
-    assert "classes of their own, though their names are spelt alike: ['ANT', 'ant']" in capfd.readouterr().out
+    assert "treated as different classes, though their names are spelt alike: ['ANT', 'ant']" in capfd.readouterr().out
 
 
 def test_more_classes_than_a_list_shows(folders, tmp_path):
@@ -249,7 +249,7 @@ def test_the_division_is_stored_and_checked(folders, tmp_path, capfd):
     run(main_finetune, *CPU, *weights, *shared, "--val_share", "0.2")
     said = capfd.readouterr().out
     assert result(said) == trained and "on 6 images" in said and "may have been trained on" not in said
-    message = r"--val_share 0\.3, but .* was trained with --val_share 0\.2: others of these images were trained on"
+    message = r"--val_share 0\.3, but .* trained with --val_share 0\.2: some of these images may have been trained on"
     fails(main_finetune, capfd, message, *CPU, *weights, *shared, "--val_share", "0.3")
     message = r"val_share: 0\.2 -> 0\.3"
     fails(main_finetune, capfd, message, *flags, "--val_share", "0.3", "--resume", "auto")

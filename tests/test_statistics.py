@@ -264,7 +264,7 @@ def test_evaluation_fine_tuning_and_knn_stop_too(tmp_path, capfd):
     assert "result: top-1" in capfd.readouterr().out
     for path in data.glob("*/*/*.npy"):
         np.save(path, np.load(path) / 10_000)
-    message = r"Bring them into the units of the images that were trained on, or where those are in these units too"
+    message = r"Bring them into the units of the images that were trained on, or if those are in these units too"
     fails(main_finetune, capfd, message, *cpu, *shared, *weights)
     fails(util.knn, capfd, message, *cpu, *shared, "--checkpoint", out / "checkpoint.pth", "--k", "1")
     run(util.knn, *cpu, *shared, "--checkpoint", out / "checkpoint.pth", "--k", "1", "--allow_odd_statistics")

@@ -43,8 +43,8 @@ def changed_flags(config: ImageTrainingConfig, names: Container[str]) -> list[ob
 
 
 def data_flags(config: ImageTrainingConfig, divided: bool = True) -> list[object]:
-    """The flags that name the images and say how they are read; `divided`: hold some out for validation where the run
-    did not, and there are no others."""
+    """The flags that name the images and say how they are read; `divided`: hold some out for validation if the run
+    did not and there are no others."""
     names = ("data_path", "dataset", "val_share", *DECODING, "bad_images", "max_bad_images", "allow_odd_statistics")
     to_divide = divided and not (config.dataset or config.val_share or find_validation(config.data_path))
     return changed_flags(config, names) + (["--val_share", 0.1] if to_divide else [])
@@ -57,7 +57,7 @@ def can_validate(config: ImageTrainingConfig) -> bool:
 
 
 def images_of(config: ImageTrainingConfig) -> str:
-    """The training images, for commands that take any images: of a folder with tars in it, the tar."""
+    """The training images, for commands that take any images: the tar, if the folder has one."""
     tar = Path(config.data_path) / "train.tar"
     return str(tar) if tar.is_file() else config.data_path
 
@@ -69,7 +69,7 @@ def predict(config: ImageTrainingConfig, checkpoint: Path, *flags: object) -> st
 
 
 def beside(folder: Path, suffix: str) -> Path:
-    """A folder next to another one, with a longer name; also where that is called `.` or `..`."""
+    """A folder next to another one, with a longer name; also if that is called `.` or `..`."""
     named = folder.resolve() if folder.name in ("", "..") else folder
     return named.parent / f"{named.name}{suffix}"
 
@@ -104,7 +104,7 @@ def after_pretraining(config: ImageTrainingConfig, labelled: bool) -> Iterator[t
 
 
 def after_fine_tuning(config: ImageTrainingConfig) -> Iterator[tuple[str, str]]:
-    """What can be done with the best checkpoint of a classifier, and how; the best by its averaged weights, where there
+    """What can be done with the best checkpoint of a classifier, and how; the best by its averaged weights, if there
     are any."""
     folder, data = Path(config.output_dir), data_flags(config)
     best, averaged = folder / "checkpoint-best.pth", changed_flags(config, ("model_ema",))
@@ -124,9 +124,9 @@ def at_the_end(what: str, output_dir: str, steps: Iterable[tuple[str, str]]) -> 
 
 
 def to_continue(world_size: int) -> str:
-    """How to go on with the run of this process, as a command where there is one; '' in a Slurm job.
+    """How to continue the run of this process, as a command if there is one; '' in a Slurm job.
 
-    (Of jobs, `util.run.preemption` says whether they are queued again.)
+    (For jobs, `util.run.preemption` logs whether they are queued again.)
 
     Args:
         world_size: processes of the run.

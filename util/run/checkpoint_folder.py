@@ -38,7 +38,7 @@ class SaveError(RunError):
     """Checkpoints could not be saved too often in a row."""
 
 
-# What says where a run stood: its key, types and lowest value. The last epoch before the first complete one is -1.
+# Where a run stood: keys, types and lowest values. The last epoch before the first complete one is -1.
 POSITION = (
     ("epoch", (int,), -1),
     ("step", (int,), 0),
@@ -57,9 +57,9 @@ class CheckpointFolder:
     """Saves and finds the checkpoints of one run. For one process of a run: rank 0, which has taken the folder.
 
     Saving copies the tensors to the CPU and returns; a thread writes the copy, one at a time. The copy's memory is kept
-    for the next one, since getting new memory would take longer than copying. It is all that saving needs: the writer
-    passes on the copy's own bytes. From a GPU, the copy is in page-locked memory, of which PyTorch gives each tensor a
-    power of two: 1.5 GB in all for base and AdamW, 4.2 for large, 9.4 for huge. The folder is whole at every moment:
+    for the next one, since getting new memory would take longer than copying. Saving needs no other memory: the writer
+    passes on the copy's own bytes. From a GPU, the copy is in page-locked memory, where PyTorch rounds each tensor up
+    to a power of two: 1.5 GB in all for base and AdamW, 4.2 for large, 9.4 for huge. The folder is intact at any time:
     each name appears by an atomic rename after its content is on the disk, and older files go last.
 
     Args:
@@ -67,7 +67,7 @@ class CheckpointFolder:
         keep: how many step checkpoints to keep, at least 1.
 
     Raises:
-        UserError: the folder cannot be made or tidied. (Whether it can be written to, `take_folders` has found out.)
+        UserError: the folder cannot be made or tidied. (`take_folders` has checked that it can be written to.)
     """
 
     def __init__(self, output_dir: str | os.PathLike, keep: int = 3):
@@ -76,7 +76,7 @@ class CheckpointFolder:
         self.failures = 0  # in a row
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._copied: dict[str, Any] | None = None  # what was saved last; its memory serves again
+        self._copied: dict[str, Any] | None = None  # what was saved last; its memory is reused
         self._unwritten: list[tuple[dict[str, Any], list[str]]] = []  # with the names that no later checkpoint gets
         with unreadable_is_user_error(f"--output_dir {output_dir} cannot be written to"):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ class CheckpointFolder:
         still the best, is then kept in memory and written with the next save.
 
         Raises:
-            CheckpointError: `checkpoint` holds something that is not a tensor or plain.
+            CheckpointError: `checkpoint` holds something other than tensors and plain values.
             SaveError: the write before this one failed, once too often.
         """
         refuse_what_is_not_plain(checkpoint)
@@ -115,7 +115,7 @@ class CheckpointFolder:
         """Return when no write is under way.
 
         Args:
-            final: nothing is to be saved after this, so a failure counts at once.
+            final: nothing is to be saved after this, so a failure is raised at once.
 
         Raises:
             SaveError: the last write failed, and it was the final one or once too often.
@@ -131,8 +131,8 @@ class CheckpointFolder:
         saved = any(self.folder.glob("checkpoint*.pth"))
         left = "Earlier checkpoints are intact" if saved else "No checkpoint has been saved yet"
         message = (
-            f"checkpoint could not be saved: {error} (failure {self.failures} in a row, {TOLERATED_FAILURES} are "
-            f"tolerated before the run's last). {left}"
+            f"checkpoint could not be saved: {error} (failure {self.failures} in a row; {TOLERATED_FAILURES} are "
+            f"tolerated, but not at the run's end). {left}"
         )
         if final or self.failures > TOLERATED_FAILURES:
             raise SaveError(f"the {message}: fix the disk and continue with --resume auto") from error
@@ -181,11 +181,11 @@ class CheckpointFolder:
         """The file and the checkpoint to go on from, or None to start from scratch.
 
         Args:
-            spec: '' starts from scratch; 'auto' takes the newest whole checkpoint of the folder, if there is any; a
+            spec: '' starts from scratch; 'auto' takes the newest intact checkpoint of the folder, if any; a
                 path takes that file.
 
         Raises:
-            CheckpointError: the path is missing, damaged or no checkpoint of a run; or 'auto' finds damaged ones only.
+            CheckpointError: the path is missing, damaged or not a run's checkpoint; or 'auto' finds only damaged ones.
         """
         if not spec:
             return None
@@ -194,12 +194,12 @@ class CheckpointFolder:
         return Path(spec), read_run_checkpoint(spec)
 
     def newest_valid(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint of the folder that is whole, or None where there is none at all.
+        """The newest intact checkpoint of the folder, or None if there is none at all.
 
         Files that are skipped are named in the log, with the reason.
 
         Raises:
-            CheckpointError: there are checkpoints, but none is whole. Starting from scratch would overwrite a run.
+            CheckpointError: there are checkpoints, but none is intact. Starting from scratch would overwrite a run.
         """
         skipped: dict[Path, str] = {}  # and why
         for _, path in reversed(self._by_age()):
@@ -223,7 +223,7 @@ class CheckpointFolder:
 
 
 def read_run_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """`read_checkpoint` for a file to resume from: weights, optimizer and epoch must be there. Tensors stay in it.
+    """`read_checkpoint` for a file to resume from, with weights, optimizer and epoch. Tensors stay in the file.
 
     Raises:
         CheckpointError: as `read_checkpoint`, or the file holds weights without the state of a run.
@@ -244,7 +244,7 @@ def read_run_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _copied_to_cpu(value: Any, earlier: Any = None) -> Any:
-    """A copy of `value` on the CPU that training cannot change, in the memory of an `earlier` one where that fits."""
+    """A copy of `value` on the CPU that training cannot change, in the memory of an `earlier` one if that fits."""
     if isinstance(value, torch.Tensor):
         value = value.detach()
         fits = isinstance(earlier, torch.Tensor) and (earlier.shape, earlier.dtype) == (value.shape, value.dtype)

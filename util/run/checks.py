@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 def refuse_folders_of_images(given: TrainingConfig) -> None:
-    """Raise a UserError where a run's folder would lie among its images; before it is made."""
+    """Raise a UserError if a run's folder would lie among its images, before it is made."""
     if isinstance(given, ImageTrainingConfig) and given.dataset in FOLDER_DATASETS:
         refuse_output_among_images(given.output_dir, "--output_dir", given.data_path)
 
 
 def refuse_folders_of_other_runs(given: TrainingConfig) -> None:
-    """Raise a UserError where a run starts in a folder that holds another one, or --log_dir another one's curves."""
+    """Raise a UserError if a run starts in a folder that holds another one, or --log_dir holds another one's curves."""
     folder = Path(given.output_dir)
     continues = given.resume == "auto" or (given.resume and Path(given.resume).parent.resolve() == folder.resolve())
     if not continues and any(folder.glob("checkpoint*.pth")):
@@ -46,12 +46,12 @@ def refuse_folders_of_other_runs(given: TrainingConfig) -> None:
 
 
 def refuse_another_programs_run(checkpoint: dict[str, Any], given: TrainingConfig) -> None:
-    """Raise a CheckpointError where, say, fine-tuning would resume a pretraining run."""
+    """Raise a CheckpointError if, say, fine-tuning would resume a pretraining run."""
     program = program_of(checkpoint)
     if program not in (None, given.PROGRAM):
         path = Path(given.output_dir) / "checkpoint.pth" if given.resume == "auto" else Path(given.resume)
         advice = "give another --output_dir"
-        # Pretraining starts from pretraining's weights alone; what a detector learned fits no other program.
+        # Pretraining starts only from pretraining weights; what a detector learned fits no other program.
         if not given.PRETRAINS and program in ("main_pretrain.py", "main_finetune.py"):
             advice += f", and --finetune {path} to start a run of {given.PROGRAM} from its weights"
         raise CheckpointError(
@@ -60,7 +60,7 @@ def refuse_another_programs_run(checkpoint: dict[str, Any], given: TrainingConfi
 
 
 def check_recipe(checkpoint: dict[str, Any], config: TrainingConfig) -> None:
-    """Compare the settings of a checkpoint with the run's: warn of lost identity, refuse another recipe.
+    """Compare the settings of a checkpoint with the run's: warn if it will not be identical, refuse another recipe.
 
     Raises:
         CheckpointError: the checkpoint was made with another model or recipe.
@@ -82,14 +82,14 @@ def check_recipe(checkpoint: dict[str, Any], config: TrainingConfig) -> None:
 
 
 def check_data(checkpoint: dict[str, Any], data: dict[str, dict]) -> None:
-    """Warn where the images are not those of the checkpoint, and say what that means."""
+    """Warn if the images are not those of the checkpoint, and say what that means."""
     recorded = checkpoint.get("data")
     for split, now in data.items():
         before = recorded.get(split) if isinstance(recorded, dict) else None
         if not isinstance(before, dict):
             continue
         before = now | before  # an older version recorded less
-        if now.get("sizes", "").startswith(f"{before['names']}, "):  # of a tar its size alone, in place of names
+        if now.get("sizes", "").startswith(f"{before['names']}, "):  # for a tar only its size, in place of names
             before = now | {"images": before["images"]}
         if before == now:
             continue
@@ -115,19 +115,19 @@ def check_data(checkpoint: dict[str, Any], data: dict[str, dict]) -> None:
 
 
 def check_overlap(train: ImageDataset, val: ImageDataset) -> None:
-    """Warn where images to evaluate on are training images too."""
+    """Warn if images to evaluate on are training images too."""
     if distributed.is_main_process():
         shared, looked_at = shared_with_training(train.source, val.source)
         if shared:
             logger.warning(
-                "%d of %d validation images%s are training images too: their accuracy says nothing of other images. "
+                "%d of %d validation images%s are training images too: their accuracy says nothing about other images. "
                 "python -m util.check_data names them, and copies under other names",
                 shared, looked_at, "" if looked_at == len(val) else " that were looked at",
             )  # fmt: skip
 
 
 def refuse_other_images_of_a_rank(dataset: ImageDataset, what: str) -> None:
-    """Raise a UserError, on all ranks, where one has other images than rank 0: a node's own copy may be incomplete.
+    """Raise a UserError, on all ranks, if one has other images than rank 0: a node's own copy may be incomplete.
 
     Ranks share images out by their positions; so some would be read twice, others never, and no step would show it.
     """
@@ -142,18 +142,18 @@ def refuse_other_images_of_a_rank(dataset: ImageDataset, what: str) -> None:
 
 
 def check_statistics(config: Config, dataset: ImageDataset, what: str, training: bool = False) -> None:
-    """Look at a sample of the images, on rank 0 for all, before anything is made of them; and let all be watched.
+    """Check a sample of the images, on rank 0 for all, before they are used; and let all be watched.
 
     All ranks must have the same images.
 
     Args:
         config: `mean`, `std`, `allow_odd_statistics`.
         what: which images these are, for messages.
-        training: whether they are trained on, which then stops where too many are in another unit; else one warning
-            tells (see `ImageDataset.watch`).
+        training: whether they are trained on; training then stops if too many are in another unit, else there is one
+            warning (see `ImageDataset.watch`).
 
     Raises:
-        UserError: they are not in the units of `config.mean` and `config.std`, or of each other, and no
+        UserError: they are not in the units of `config.mean` and `config.std`, or of each other, without
             `config.allow_odd_statistics`; or not the same on all ranks.
     """
     refuse_other_images_of_a_rank(dataset, what)
@@ -165,7 +165,7 @@ def check_statistics(config: Config, dataset: ImageDataset, what: str, training:
             if training:
                 advice = "Give these flags (or for trained weights, bring the images into the units of their training)"
             else:
-                advice = "Bring them into the units of the images that were trained on, or where those are in these "
+                advice = "Bring them into the units of the images that were trained on, or if those are in these "
                 advice += "units too, give these flags"
             found = (error and f"{error}. {advice}", "; ".join(filter(None, (found[1], warning))))
     error, warning = distributed.gather_objects(found)[0]

@@ -1,7 +1,7 @@
 """Which class is which: the classes of a data set against those of weights, and the images set aside for validation.
 
 Checkpoints of classifiers carry the names of their classes. Labels of the data are numbered by them, so a head never
-has to be reordered, nor what the optimizer knows of it.
+has to be reordered, nor its optimizer state.
 """
 
 import logging
@@ -29,12 +29,12 @@ def count_classes(config: Config, dataset: ImageDataset) -> int:
     """The number of classes, which --nb_classes and the data set must agree on; numbered labels need not use all.
 
     Raises:
-        UserError: they do not, or neither tells.
+        UserError: they do not agree, or neither gives it.
     """
     found = len(dataset.classes) if dataset.classes else None
     number = config.nb_classes or found
     if number is None:
-        raise UserError("the data set does not tell its number of classes: give --nb_classes")
+        raise UserError("the data set does not give its number of classes: give --nb_classes")
     if found not in (None, number) and not (dataset.source.numbered and found < number):
         raise UserError(f"--nb_classes {number} contradicts the {found} classes in {config.data_path}")
     refuse_single_class(number, config)
@@ -44,7 +44,7 @@ def count_classes(config: Config, dataset: ImageDataset) -> int:
 
 
 def refuse_single_class(number: int, config: Config) -> None:
-    """Raise a UserError where nothing is to be told apart."""
+    """Raise a UserError if there is nothing to tell apart."""
     if number < 2:
         raise UserError(f"classification needs at least 2 classes, found {number} in {config.data_path}")
 
@@ -78,7 +78,7 @@ def number_classes(config: Config, dataset: ImageDataset, start: Start) -> int:
 def warn_of_unknown_classes(source: object) -> None:
     logger.warning(
         "%s does not record the names of its classes, so whether they are those of the data cannot be checked: in both "
-        "the same number must mean the same class (class folders count in alphabetical order)",
+        "the same number must mean the same class (class folders are numbered in alphabetical order)",
         source,
     )
 
@@ -94,13 +94,13 @@ def classes_to_evaluate(config: Config, dataset: ImageDataset, weights: dict[str
         raise UserError(f"--nb_classes {config.nb_classes} contradicts the {number} classes in {info}: leave it out")
     if info.classes is not None:
         if len(info.classes) != number:
-            raise CheckpointError(f"{info} records the names of {len(info.classes)} classes, but classifies {number}")
+            raise CheckpointError(f"{info} records the names of {len(info.classes)} classes, but has {number}")
         dataset.number_labels_as(info.classes, str(info))
     else:
         warn_of_unknown_classes(info)
         if dataset.classes and found != number and not (dataset.source.numbered and found < number):
             raise UserError(
-                f"{info} classifies {number} classes, but {config.data_path} has {found}, and the file does not record "
+                f"{info} has {number} classes, but {config.data_path} has {found}, and the file does not record "
                 f"their names: put a folder train/ beside val/ that has the folders of all {number} classes"
             )
     if dataset.targets is not None:
@@ -110,15 +110,15 @@ def classes_to_evaluate(config: Config, dataset: ImageDataset, weights: dict[str
 
 
 def warn_of_similar_names(classes: list[str]) -> None:
-    """Warn of classes that are one to most people, and to the file systems of macOS and Windows."""
+    """Warn of classes whose names are the same to most people, and to the file systems of macOS and Windows."""
     spelt = [unicodedata.normalize("NFC", name).casefold().strip() for name in classes]
     numbers = Counter(spelt)
     if twins := [name for name, alike in zip(classes, spelt) if numbers[alike] > 1]:
-        logger.warning("classes of their own, though their names are spelt alike: %s", abbreviate(twins))
+        logger.warning("treated as different classes, though their names are spelt alike: %s", abbreviate(twins))
 
 
 def warn_of_empty_classes(dataset: ImageDataset, what: str = "validation") -> None:
-    """Warn of classes that are not learned; or of which no accuracy on the validation images says anything."""
+    """Warn of classes without images: they are not learned, or the accuracy says nothing about them."""
     used = set(() if dataset.targets is None else dataset.targets.tolist())
     unused = [name for i, name in enumerate(dataset.classes or ()) if i not in used]
     if used and unused:
@@ -128,7 +128,7 @@ def warn_of_empty_classes(dataset: ImageDataset, what: str = "validation") -> No
 
 
 def check_division(config: Config, dataset: ImageDataset, info: WeightsInfo) -> None:
-    """The images to evaluate must not have been trained on, as far as the weights say.
+    """The images to evaluate must not have been trained on, as far as the weights record it.
 
     Raises:
         UserError: the weights were trained with another --val_share.
@@ -136,8 +136,8 @@ def check_division(config: Config, dataset: ImageDataset, info: WeightsInfo) -> 
     recorded = info.args.get("val_share")
     if recorded and config.val_share and recorded != config.val_share:
         raise UserError(
-            f"--val_share {config.val_share:g}, but {info} was trained with --val_share {recorded:g}: others of these "
-            "images were trained on"
+            f"--val_share {config.val_share:g}, but {info} was trained with --val_share {recorded:g}: some of these "
+            "images may have been trained on"
         )
     before, now = info.data.get("val"), dataset.fingerprint()
     trained_on = info.data.get("train")

@@ -311,8 +311,8 @@ def resolve(given: C, launch: Launch, settings: WeightSettings, others: Mapping[
 
     Args:
         given: of `given_flags`.
-        launch: the processes of the run; `world_size` and `device` become what they are, and its cores say how many
-            processes load data where that was not given.
+        launch: the processes of the run; `world_size` and `device` become the actual ones, and its cores decide
+            how many processes load data if that was not given.
         settings: what belongs to the weights (`util.weights.settings.weight_settings`), for what was not given.
         others: values for the flags of `OPTIMISATION` that were not given.
 
@@ -382,7 +382,7 @@ def compare_recipes(
 
 
 def effective_batch(settings: Mapping[str, Any]) -> int | None:
-    """The effective batch size that recorded settings give, or None where they do not say."""
+    """The effective batch size that recorded settings give, or None if they are incomplete."""
     factors = [settings.get(name) for name in ("batch_size", "accum_iter", "world_size")]
     return None if any(type(factor) is not int for factor in factors) else factors[0] * factors[1] * factors[2]
 
@@ -394,7 +394,7 @@ def follows_batch_size(settings: Mapping[str, Any]) -> bool:
 
 
 def _comparable(name: str, value: Any) -> Any:
-    """A setting in a form in which equal ones of all versions, and of the authors' program, are equal."""
+    """A setting in a form that compares equal across versions, and with the authors' program."""
     if name == "input_size" and isinstance(value, int):
         return (value, value)
     if name == "device":

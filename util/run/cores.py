@@ -31,7 +31,7 @@ def share_of_cores(
     """How many cores a process can keep busy without taking another one's, and why, in words.
 
     Args:
-        environ: of Slurm's, the cores that a task asked for.
+        environ: in a Slurm job, with the cores that a task asked for.
         cores: those of this process.
         node: those of every process of the run on this machine, this one included. Each core is shared among the
             processes that may use it.
@@ -47,7 +47,7 @@ def share_of_cores(
 
 
 def choose_workers(cores: int) -> int:
-    """How many data-loading processes suit a process that can keep `cores` busy: of more than two, it keeps one."""
+    """How many data-loading processes suit a process that can keep `cores` busy: it keeps one of more than two."""
     return min(MOST_WORKERS, cores - 1 if cores > 2 else cores)
 
 
@@ -57,7 +57,7 @@ def own_share(node: Sequence[frozenset[int]]) -> tuple[int, str]:
 
 
 def fit_threads(share: int, reason: str) -> str:
-    """Compute with as many threads as `own_share`, unless the user says how many; says how many and why."""
+    """Compute with as many threads as `own_share`, unless the user gives a number; returns how many and why."""
     if given := os.environ.get("OMP_NUM_THREADS"):
         reason = f"OMP_NUM_THREADS={given}"
     else:

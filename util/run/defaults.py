@@ -1,4 +1,4 @@
-"""What a run does where no flag says: chosen once from the data and the machine, logged with the reason, and stored
+"""What a run does if no flag says: chosen once from the data and the machine, logged with the reason, and stored
 with the run, so that resuming it does not choose again. The experiment scripts give every setting, so nothing is chosen
 for them. util/README.md has the rules in a table; --num_workers, which every start chooses again, is util.run.config's.
 """
@@ -34,7 +34,7 @@ RECIPE_LR, RECIPE_BATCH = 1.2e-3, 2048
 
 
 class Choices:
-    """Settings: those that are known, and those that are chosen for want of them."""
+    """Known settings, and those that are chosen because they are not known."""
 
     def __init__(self, known: Mapping[str, Any]):
         self.settings = {name: value for name, value in known.items() if value is not None}
@@ -63,7 +63,7 @@ class Choices:
 
 
 def choose_for_pretraining(known: Mapping[str, Any], survey: Survey, device: torch.device) -> Choices:
-    """Everything that is not among the `known` settings (of which None does not count), by the rules above."""
+    """Everything that is not among the `known` settings (None: not known), by this module's rules."""
     choices = Choices(known)
     settings, side = choices.settings, survey.longest_side
     small = side is not None and side <= SMALL_SIDE
@@ -118,8 +118,8 @@ def look_and_choose(
     launch: Launch,
     known: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What `rules` choose, on rank 0 for all ranks, which must call this together. The images are looked at where
-    anything is left to choose.
+    """What `rules` choose, on rank 0 for all ranks, which must call this together. The images are looked at only
+    if anything is left to choose.
 
     Raises:
         UserError: the images of --data_path cannot be found.

@@ -1,7 +1,7 @@
 """`--deterministic`: the same bits in every run on the same GPU, as far as PyTorch can.
 
-An operation of which PyTorch has no deterministic version ends the run, in one line that names it. PyTorch could also
-warn and go on (`warn_only=True`), but then fused attention, which has one, does not use it.
+An operation without a deterministic version in PyTorch ends the run, with one line that names it. PyTorch could also
+warn and go on (`warn_only=True`), but then fused attention, which has such a version, would not use it.
 """
 
 import logging
@@ -23,7 +23,7 @@ class NondeterminismError(UserError):
 
 
 def set_up_determinism(deterministic: bool, device: torch.device) -> None:
-    """Let PyTorch choose deterministic operations alone, or whichever are fast; before the first one on a GPU.
+    """Let PyTorch choose only deterministic operations, or whichever are fast; call it before the first one on a GPU.
 
     Raises:
         UserError: cuBLAS was told to work in a way that is not deterministic.
@@ -33,7 +33,7 @@ def set_up_determinism(deterministic: bool, device: torch.device) -> None:
     if not deterministic:
         return
     if device.type == "cpu":
-        logger.info("--deterministic: on a CPU the main scripts' runs are identical to the bit without it, too")
+        logger.info("--deterministic: on a CPU the main scripts' runs are bit-identical without it, too")
         return
     # Read when cuBLAS is first used, in this process: its streams get workspaces of their own.
     if os.environ.setdefault(WORKSPACE, WORKSPACES[0]) not in WORKSPACES:
@@ -42,7 +42,7 @@ def set_up_determinism(deterministic: bool, device: torch.device) -> None:
             "it, and it is set here"
         )
     logger.info(
-        "--deterministic: the same bits on the same model and number of GPUs with the same versions, and slower; "
+        "--deterministic: the same bits on as many GPUs of the same model with the same versions, but slower; "
         "nothing is compiled"
     )
 

@@ -1,4 +1,4 @@
-"""The process groups of one run, and talking across its ranks.
+"""The process groups of one run, and communication between its ranks.
 
 There are two: NCCL on GPUs (gloo on CPUs) for gradients, and a gloo group for decisions that the CPUs take together.
 Every function works without a group too: a single process is a world of one.
@@ -66,7 +66,7 @@ def init_distributed(flags: argparse.Namespace) -> Launch:
         logger.info("started as a single process (launcher: %s) on %s", launch.launcher, launch.device)
     else:
         if not launch.master_addr or (launch.launcher == "torchrun" and flags.dist_url == "env://"):
-            url = flags.dist_url  # of env://, torch knows that torchrun's agent may hold the store instead of rank 0
+            url = flags.dist_url  # with env://, torch knows that torchrun's agent may hold the store instead of rank 0
         else:
             url = f"tcp://{launch.master_addr}:{launch.master_port}"
         world = _start_groups(launch, url, flags.dist_timeout)
@@ -104,7 +104,7 @@ def _start_groups(launch: Launch, url: str, seconds: float) -> World:
 
 
 def network_hint() -> str:
-    """What to do where nodes do not reach each other though their processes run."""
+    """What to do if nodes do not reach each other though their processes run."""
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     now = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in names)
     return (
@@ -158,7 +158,7 @@ def all_reduce_mean(value: torch.Tensor) -> torch.Tensor:
 
 
 def gather_objects(obj: Any) -> list[Any]:
-    """`obj` of every rank, in the order of ranks, on every rank. It is pickled, so keep it small and our own."""
+    """`obj` of every rank, in the order of ranks, on every rank. It is pickled, so keep it small and trusted."""
     if not world:
         return [obj]
     gathered: list[Any] = [None] * get_world_size()
@@ -167,12 +167,12 @@ def gather_objects(obj: Any) -> list[Any]:
 
 
 def together(act: Callable[[], T] | None) -> T | None:
-    """What `act()` gives on this rank, once it has been done on all that are given one; None on the others.
+    """What `act()` returns on this rank, once it is done on all ranks that have an `act`; None on the others.
 
     Raises:
-        UserError, RunError: on all ranks, where `act` raises one on any, of the first's class; names the node unless
+        UserError, RunError: on all ranks, if `act` raises one on any, of the first one's class; names the node unless
             `act` has failed everywhere.
-        RuntimeError: on all ranks, where the first has raised something else.
+        RuntimeError: on all ranks, if the first has raised something else.
     """
     if not world:
         return act() if act else None
@@ -193,13 +193,13 @@ def together(act: Callable[[], T] | None) -> T | None:
 
 
 def on_main_process(answer: Callable[[], T]) -> T:
-    """What `answer()` gives on rank 0, on every rank. It is pickled, so keep it small and our own; raises as
+    """What `answer()` returns on rank 0, on every rank. It is pickled, so keep it small and trusted; raises as
     `together`."""
     return gather_objects(together(answer if is_main_process() else None))[0]
 
 
 def once_per_node(read: Callable[..., T]) -> T:
-    """What `read(verify=True)` gives on the first rank of each node, and after that `read(verify=False)` on its others;
+    """What `read(verify=True)` returns on the first rank of each node, and then `read(verify=False)` on its others;
     raises as `together`.
 
     So a file is read from end to end once per node, and the other ranks find in memory what they need of it.
@@ -211,7 +211,7 @@ def once_per_node(read: Callable[..., T]) -> T:
 
 
 def gather_on_main(obj: Any) -> list[Any] | None:
-    """`obj` of every rank, in the order of ranks, on rank 0; None on the others. It is pickled: our own, too."""
+    """`obj` of every rank, in the order of ranks, on rank 0; None on the others. It is pickled: trusted only."""
     if not world:
         return [obj]
     gathered = [None] * get_world_size() if is_main_process() else None
@@ -220,14 +220,14 @@ def gather_on_main(obj: Any) -> list[Any] | None:
 
 
 def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as it is called: in DistributedDataParallel where there are several ranks."""
+    """The model as it is called: in DistributedDataParallel if there are several ranks."""
     if get_world_size() == 1:
         return model
     # - Without device_ids, inputs are left where they are: masks belong on the CPU.
     # - Buffers are constants, the same on all ranks: they need not be sent before every forward pass. (PyTorch 2.13
-    #   warns of the older name.)
-    # - Gradients lie in the buckets that are reduced: one copy of them instead of two. Of accumulated micro-batches all
-    #   but the last, in no_sync, sum into tensors of their own, which go as the last one fills the buckets.
+    #   warns about the older name.)
+    # - Gradients lie in the buckets that are reduced: one copy of them instead of two. Accumulated
+    #   micro-batches before the last, in no_sync, sum into separate tensors, freed as the last one fills the buckets.
     # - Not static_graph: every parameter gets a gradient in every step, so there is no search for unused ones that it
     #   would save, and what it promises may not be true (a step's mask decides how its attention is computed).
     # - PyTorch's own bucket size, 25 MiB: only the last of them is reduced after the backward pass has ended.
@@ -243,8 +243,7 @@ def average_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Fut
     """Average gradients over ranks, added in the order of ranks, for a resumed run to be identical.
 
     The order of gloo's own sum, and of NCCL's, depends on where in a bucket a value lies, and DistributedDataParallel
-    packs its buckets again after the first step of a process. Between two ranks there is but one order, and theirs is
-    faster.
+    packs its buckets again after the first step of a process. Two ranks have only one order, and theirs is faster.
     """
     gradients = [torch.empty_like(bucket.buffer()) for _ in range(dist.get_world_size())]
 

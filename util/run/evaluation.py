@@ -35,8 +35,8 @@ def train_and_evaluate(
 
     Args:
         train_one_epoch: returns the last learning rate.
-        evaluate: called on all ranks, and gives the same on all.
-        best_by: the measure of which more is better.
+        evaluate: called on all ranks, and returns the same on all.
+        best_by: the measure that decides which is best; higher is better.
     """
     config, progress = run.config, run.state.progress
     measured = None  # after the last epoch

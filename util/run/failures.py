@@ -1,4 +1,4 @@
-"""How a process ends that cannot go on: in one line what its user can put right, once per node, and which rank is gone.
+"""How a process that cannot go on ends: one line on what its user can fix, once per node, or on which rank is gone.
 
 A traceback is kept for everything else, which is a fault of the program.
 """
@@ -32,7 +32,7 @@ from util.run.launch import stated_rank
 
 logger = logging.getLogger(__name__)
 
-RANK_0_FIRST = 1.0  # seconds that it has to say what all have to say, so that one line does
+RANK_0_FIRST = 1.0  # seconds in which it reports what all would report, so that there is one line
 SURVIVOR_WAIT = 3.0  # seconds that the survivors of a failure give each other to report before naming who is missing
 # What PyTorch says when /dev/shm is full; writing to a mapping of it is a bus error.
 SHARED_MEMORY_SIGNS = ("unable to write to file </torch_", "shared memory(shm) for file", "killed by signal: Bus error")
@@ -48,8 +48,8 @@ NETWORK_FAILURE_SIGNS = ("refused", "no route", "unreachable", "network error", 
 def user_errors() -> Iterator[None]:
     """Around all but training: an error that one line explains ends the process with that line and exit code 2.
 
-    Of ranks of a node that fail with the same message the first says it, and rank 0, whose log may be a file of its
-    own. A bad image and a RunError are one rank's own.
+    Of the ranks of a node that fail with the same message only the first prints it, and rank 0, whose log may be a file
+    of its own. Bad images and RunErrors are printed by every rank that has them.
     """
     try:
         with explained():
@@ -65,7 +65,7 @@ def user_errors() -> Iterator[None]:
         message = f"{Path(sys.argv[0]).name}: error: {in_one_line(error)}"
         if isinstance(error, (BadImageError, RunError)) or not has_companions or is_to_say(message, rank):
             line = message if rank == "0" else f"[rank {rank}] {message}"
-            print(f"{line}\n", end="", file=sys.stderr, flush=True)  # at once, so that no other rank's comes between
+            print(f"{line}\n", end="", file=sys.stderr, flush=True)  # in one write: no other's comes between
         if distributed.get_world_size() > 1:
             os._exit(2)  # at once: Python's shutdown would wait for ranks that may hang
         sys.exit(2)
@@ -80,8 +80,8 @@ def whoever_reads_has_gone() -> bool:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """What PyTorch says of operations that are not deterministic, of data-loading processes that have died and of ranks
-    that are gone becomes an error for people. Others pass through."""
+    """Explain PyTorch's errors about operations that are not deterministic, data-loading processes that have died and
+    ranks that are gone. Others pass through."""
     try:
         yield
     except RunError:
@@ -101,11 +101,11 @@ def in_one_line(error: Exception) -> str:
 
 
 def is_to_say(message: str, rank: str) -> bool:
-    """Whether `rank` is 0, or no other process that our launcher started on this node has said `message` since we were
-    started.
+    """Whether `rank` is 0, or no other process that our launcher started on this node has printed `message` since we
+    were started.
 
     They may not have met yet, so they tell each other through a file of the user's in the temporary folder. What was
-    said before this process was started belongs to an earlier run. In doubt, say it: twice is better than never.
+    printed before this process was started belongs to an earlier run. In doubt, print it: twice is better than never.
     """
     now, age = time.time(), process_age()  # together: the file may have to be waited for
     if rank != "0":
@@ -126,7 +126,7 @@ def is_to_say(message: str, rank: str) -> bool:
 
 
 def process_age() -> float:
-    """Seconds since this process was started; 0 where the system does not tell."""
+    """Seconds since this process was started; 0 if the system does not tell."""
     try:
         started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]  # in ticks after booting
         return time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf("SC_CLK_TCK")
@@ -157,14 +157,14 @@ def explain_worker_failure(error: Exception) -> RunError | None:
 
 
 def explain_lost_rank(error: Exception) -> RunError | None:
-    """Which ranks no longer answer, where that can be found out, when a collective has failed."""
+    """Which ranks no longer answer, as far as that can be found out, when a collective has failed."""
     world, text = distributed.world, str(error).lower()
     is_failure = isinstance(error, RuntimeError) and any(sign in text for sign in COLLECTIVE_FAILURE_SIGNS)
     if world is None or not (is_failure or isinstance(error, dist.DistError)):
         return None
-    # Said at once, since the launcher may end us before the survivors have been counted.
+    # Logged at once, since the launcher may end us before the survivors have been counted.
     logger.error("rank %d: a collective failed: %s", world.launch.rank, str(error).partition("\n")[0])
-    findings = ["rank 0 (which the others meet through) no longer answers"]
+    findings = ["rank 0 (through which the others meet) no longer answers"]
     # In a thread, since asking the store of a stopped process would block permanently.
     thread = threading.Thread(target=_find_suspect, args=(world, findings), daemon=True)
     thread.start()
@@ -179,7 +179,7 @@ def explain_lost_rank(error: Exception) -> RunError | None:
 
 
 def _find_suspect(world: World, findings: list[str]) -> None:
-    """Report our failure to the store; append to `findings`, again and again, which ranks have not done so too."""
+    """Report our failure to the store; append to `findings`, repeatedly, which ranks have not reported theirs."""
     launch, store, now = world.launch, world.store, time.time()
     deadline = time.monotonic() + SURVIVOR_WAIT
     with contextlib.suppress(OSError, RuntimeError):  # the store is gone

@@ -67,7 +67,7 @@ def own_features(
 
 def rankme(features: Tensor) -> float:
     """The effective rank of features (N, D): exp of the entropy of their singular values (RankMe, Garrido et al.,
-    ICML 2023, equation 1). 1 where all lie on a line, at most min(N, D); it falls when an encoder collapses.
+    ICML 2023, equation 1). 1 if all lie on a line, at most min(N, D); it falls when an encoder collapses.
     """
     values = torch.linalg.svdvals(features.double())
     shares = values / values.sum() + 1e-7
@@ -75,26 +75,26 @@ def rankme(features: Tensor) -> float:
 
 
 def held_out_images(config: Config) -> ImageDataset:
-    """Validation images, which need no labels; training images where there are no others. As evaluation sees them, but
-    `config.bad_images` counts: this only watches a run."""
+    """Validation images, which need no labels; training images if there are no others. Transformed as for evaluation,
+    but `config.bad_images` applies: this only monitors a run."""
     split, source = "train", None
     if config.val_share or (not config.dataset and find_validation(config.data_path) is not None):
         try:
             split, source = "val", open_source(config, "val", False)
         except (UserError, OSError) as error:  # as an empty val/
-            logger.warning("RankMe is of training images: %s", error)
+            logger.warning("RankMe is measured on training images: %s", error)
     else:
-        logger.info("RankMe is of training images: there are no others (val/, or --val_share 0.1)")
+        logger.info("RankMe is measured on training images: there are no others (val/, or --val_share 0.1)")
     source = source or open_source(config, "train", False)
     transform, skip_bad = eval_transform(config), config.bad_images == "skip"
     dataset = ImageDataset(source, transform, config.seed, skip_bad, config.max_bad_images)
-    logger.info("RankMe is of a sample of %d images (%s)", len(dataset), split)
+    logger.info("RankMe is measured on a sample of %d images (%s)", len(dataset), split)
     check_statistics(config, dataset, f"{config.data_path} ({split})")
     return dataset
 
 
 def check_sample(dataset: ImageDataset, num_features: int) -> None:
-    """Warn where `dataset` has too few images for RankMe to tell much.
+    """Warn if `dataset` has too few images for RankMe to mean much.
 
     Raises:
         UserError: the images are streamed, so that no sample is the same twice.
@@ -106,14 +106,14 @@ def check_sample(dataset: ImageDataset, num_features: int) -> None:
 
 
 def rank_sample(images: int, num_features: int) -> list[int]:
-    """The images whose features' rank is measured: numbers from all over a data set."""
+    """The images whose features' rank is measured: numbers spread evenly over a data set."""
     count = min(max(RANK_IMAGES, 2 * num_features), images)
     return [position * images // count for position in range(count)]
 
 
 def rank_of_features(own: Tensor, images: int) -> float:
-    """RankMe of a sample of `images`, of which this rank has the features (n, D) of its own; the same on all ranks,
-    which call this together."""
+    """RankMe of a sample of `images` images, from the features (n, D) of this rank's own; the same on all ranks, which
+    call this together."""
     chosen = torch.tensor(rank_sample(images, own.shape[1]))
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     mine = chosen % ranks == rank

@@ -26,8 +26,8 @@ C = TypeVar("C", bound="Config")
 # --- Declaring flags ---
 
 
-# What is no longer identical where a flag changes in a run that is resumed.
-RECIPE = None  # all of it, for this is another experiment: refused
+# What is no longer identical when a flag changes in a run that is resumed.
+RECIPE = None  # all of it, as this is another experiment: refused
 FREE = ""  # nothing: where things are, how fast they go, what is reported and kept
 BATCHES = "steps are made of other images, or averaged in another order"
 ROUNDING = "the same computation, but it rounds differently"
@@ -57,15 +57,15 @@ def flag(
     """A field of a configuration class that is a flag.
 
     Args:
-        default: its value where it is not given; None means that `resolve` or the data decide.
+        default: its value if it is not given; None means that `resolve` or the data decide.
         help: what `--help` says.
         metavar: what `--help` calls the value.
-        check: what values are allowed (None, where it is the default, always is).
-        on_resume: what is no longer identical where it changes in a run that is resumed: `RECIPE`, `FREE` or words.
+        check: what values are allowed (None, if it is the default, always is).
+        on_resume: what is no longer identical when it changes in a run that is resumed: `RECIPE`, `FREE` or words.
         choices: the allowed words.
         aliases: other spellings, with their dashes.
-        required: what to give, as the message says where the flag is missing (its value is empty).
-        default_before: whether runs that do not record it, being older or the authors', went as with the default.
+        required: what to give, for the message if the flag is missing (its value is empty).
+        default_before: whether runs that do not record it, older ones and the authors', are taken to have the default.
     """
     metadata = dict(help=help, metavar=metavar, check=check, on_resume=on_resume, choices=choices, aliases=aliases)
     return dataclasses.field(
@@ -108,7 +108,7 @@ NUMBER = re.compile(r"[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|inf|infinity)", re
 
 
 def number(text: str) -> float:
-    """The type of flags that are numbers: a finite one, since no check notices NaN, of which all comparisons are false.
+    """The type of flags that are numbers: a finite one, since checks miss NaN, for which all comparisons are false.
 
     Raises:
         ValueError, argparse.ArgumentTypeError: for another.
@@ -119,14 +119,14 @@ def number(text: str) -> float:
 
 
 def with_home(argument: str) -> str:
-    """An argument whose `~` is the home folder: shells see to it in `~/runs`, but few in `--output_dir=~/runs`."""
+    """An argument whose `~` is the home folder: shells expand it in `~/runs`, but few in `--output_dir=~/runs`."""
     name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return name + equals + os.path.expanduser(value)
 
 
 class Parser(argparse.ArgumentParser):
-    """Names the flag that an unknown one may have been meant to be, ends a list of numbers where they end, and takes
-    `~` for the home folder in all that is given."""
+    """Suggests what an unknown flag may have been meant to be, ends a list of numbers where the numbers end, and
+    expands `~` to the home folder in all arguments."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         # Lists of numbers come last, where they cannot take the images that follow them for more numbers.
@@ -139,7 +139,7 @@ class Parser(argparse.ArgumentParser):
         ]
         others, lists, in_list = [], [], False
         for before, argument in zip(["", *args], args[:end]):
-            first = before in several and not argument.startswith("--")  # if it is no number, argparse says so
+            first = before in several and not argument.startswith("--")  # if it is not a number, argparse says so
             in_list = argument in several or first or (in_list and NUMBER.fullmatch(argument))
             (lists if in_list else others).append(argument)
         parsed, unknown = self.parse_known_args([*others, *lists, *args[end:]], namespace)

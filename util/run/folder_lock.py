@@ -2,7 +2,7 @@
 
 On one machine the kernel decides: a run holds a lock on the file `.lock`, which ends with its process, however that
 ends. Network file systems may keep such locks for each machine apart, or not at all. So a run also leaves a claim,
-`.claim.json`: who it is, and by its modification time that it is alive. A claim counts for nothing
+`.claim.json`: who it is, and by its modification time that it is alive. A claim is void
 
 - when it is from this machine and the lock is ours now, or its process is gone;
 - when it is from an earlier start of our own Slurm job, which Slurm has ended;
@@ -34,7 +34,7 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # what 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who has claimed a folder; '' where a claim does not say."""
+    """Who has claimed a folder; '' for what a claim does not record."""
 
     token: str = ""  # drawn for every claim
     host: str = ""
@@ -48,7 +48,7 @@ class Owner:
     def __str__(self) -> str:
         job = f" (Slurm job {self.job})" if self.job else ""
         known = f"process {self.process} on {self.host}, started {self.started}{job}"
-        return known if self.token else "a process that has not said who it is"
+        return known if self.token else "an unidentified process"
 
     @classmethod
     def this_process(cls, environ: Mapping[str, str]) -> "Owner":
@@ -144,7 +144,7 @@ class FolderLock:
         return owner
 
     def _claim(self) -> None:
-        """Write our claim, once no other one counts."""
+        """Write our claim, once any other one is void."""
         first_renewal = None
         while not self._place_claim():
             try:
@@ -161,7 +161,7 @@ class FolderLock:
             if first_renewal is None:
                 first_renewal = renewal
                 logger.warning(
-                    "%s was claimed by %s and last renewed %.0f s ago: waiting at most %.0f s to see if that run lives",
+                    "%s was claimed by %s and last renewed %.0f s ago: waiting at most %.0f s to see if it is alive",
                     self.folder, owner, silent, STALE_AFTER - silent,
                 )  # fmt: skip
             if renewal != first_renewal:
@@ -215,7 +215,7 @@ class FolderLock:
             with contextlib.suppress(OSError):  # of a file system that is away
                 try:
                     owner = self._read_claim()[0]
-                except FileNotFoundError:  # another run is about to find out that we live, or somebody tidied up
+                except FileNotFoundError:  # another run is about to find out that we are alive, or somebody tidied up
                     self._place_claim()
                     continue
                 if owner != self.own and not self.released.is_set():

@@ -14,8 +14,8 @@ FEW, MORE = 1, 4  # mixtures (or pairs) of images in the steps that are measured
 
 
 def explain_out_of_memory(error: torch.OutOfMemoryError, state: TrainingState, config: TrainingConfig) -> str:
-    """A message with the batch that would fit, measured by steps of few images; frees what the failed step holds."""
-    traceback.clear_frames(error.__traceback__)  # of which each holds its tensors
+    """A message with the batch that would fit, measured by steps of a few images; frees what the failed step holds."""
+    traceback.clear_frames(error.__traceback__)  # each frame holds its tensors
     model = state.model
     device = next(model.parameters()).device
     total = torch.cuda.get_device_properties(device).total_memory
@@ -27,8 +27,8 @@ def explain_out_of_memory(error: torch.OutOfMemoryError, state: TrainingState, c
     try:
         fitting = images_that_fit(model, config.precision, total, has_moments=bool(state.optimizer.state))
     except torch.OutOfMemoryError:
-        return f"{message}, and so it is for few images: use a smaller --input_size or --model{options}"
-    except Exception as failure:  # the message must not be lost for what went wrong in making it better
+        return f"{message}, and even for a few images: use a smaller --input_size or --model{options}"
+    except Exception as failure:  # the message must not be lost because improving it failed
         return f"{message} (how many images fit could not be measured: {failure}). Use a smaller --batch_size{options}"
     if fitting >= config.batch_size:
         return f"{message} at times: is another program using it? Use a smaller --batch_size{options}"
@@ -60,7 +60,7 @@ def images_that_fit(model: nn.Module, precision: str, total: int, has_moments: b
 
 
 def peak_of_step(model: nn.Module, precision: str, images: int) -> int:
-    """Bytes that a step's forward and backward pass reach, with the model itself; nothing is compiled for it."""
+    """Peak bytes of a step's forward and backward pass, including the model; nothing is compiled for it."""
     device = next(model.parameters()).device
     model.zero_grad()
     torch.cuda.empty_cache()
@@ -70,7 +70,7 @@ def peak_of_step(model: nn.Module, precision: str, images: int) -> int:
     with torch.compiler.set_stance("force_eager"), autocast(precision, device):
         output = model(imgs)
         loss = output[0] if isinstance(output, tuple) else output.float().square().mean()
-    # Not `backward`, of which DistributedDataParallel would make gradients of all ranks.
+    # Not `backward`, at which DistributedDataParallel would average the gradients of all ranks.
     gradients = torch.autograd.grad(loss, trained, allow_unused=True)
     del gradients
     return torch.cuda.max_memory_allocated(device)

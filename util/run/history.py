@@ -1,4 +1,4 @@
-"""What a run has written down (`util.run.logger`), read back: its curves, its restarts, and where its time went."""
+"""What a run has recorded (`util.run.logger`), read back: its curves, its restarts, and where its time went."""
 
 import json
 import math
@@ -51,7 +51,7 @@ class TimeSpent:
 
     total: float
     steps: float  # in optimizer steps that count, the wait for their images included
-    again: float  # in steps that a run which was killed had to do again
+    again: float  # in steps that were repeated after the run was killed
     starting: float  # from the start of a process to its first step
     stopped: float  # while no process ran
 
@@ -86,7 +86,7 @@ class RunHistory:
         config, environment: as in config.json (see util.run.provenance).
         epochs, steps, times: the records of log.txt, steps.jsonl and times.jsonl.
         bad_images: paths of unreadable images.
-        program, free, other_bits, data, earlier: as in config.json, too; older runs do not tell.
+        program, free, other_bits, data, earlier: as in config.json, too; older runs lack them.
     """
 
     name: str
@@ -104,7 +104,7 @@ class RunHistory:
     earlier: list[dict[str, Any]] = field(default_factory=list)
 
     def per_step(self, name: str) -> Series:
-        """Of the optimizer steps; what was not finite is left out."""
+        """Values of the optimizer steps; those that are not finite are left out."""
         epochs = np.array([step["epoch"] for step in self.steps], dtype=int)
         lengths = np.bincount(epochs)
         number = 1 + np.arange(len(epochs)) - (np.cumsum(lengths) - lengths)[epochs]  # of the step in its epoch
@@ -120,7 +120,7 @@ class RunHistory:
 
     @property
     def measured(self) -> list[str]:
-        """The names in log.txt of what says how good the run is, those of `TITLES` in its order first."""
+        """The names in log.txt of measures of how good the run is, those of `TITLES` first, in its order."""
         recorded = {name for line in self.epochs for name, value in line.items() if value is not None}
         others = {name for name in recorded if name.startswith(RESULTS)} - TITLES.keys()
         return [name for name in TITLES if name in recorded] + sorted(others)
@@ -144,7 +144,7 @@ class RunHistory:
         return found[::-1]
 
     def per_second(self, name: str) -> Series:
-        """The 'images' of steps for each second, or the 'data_wait': the share of the time that went into waiting."""
+        """The 'images' per second of steps, or the 'data_wait': the share of that time spent waiting for them."""
         found = [
             (line["epoch"], line[name] / line["seconds"]) for line, kept in self.windows if kept and line["seconds"]
         ]
@@ -157,7 +157,7 @@ class RunHistory:
 
     @property
     def time_spent(self) -> TimeSpent | None:
-        """None where nothing was recorded."""
+        """None if nothing was recorded."""
         starting = stopped = 0.0
         started = previous = None
         for line in self.times:
@@ -208,7 +208,7 @@ def in_words(seconds: float) -> str:
 
 
 def summarise(folder: str) -> str:
-    """What the run in `folder` did, how fast and how well; where its files cannot be read, why."""
+    """What the run in `folder` did, how fast and how well; if its files cannot be read, why."""
     try:
         return "\n".join(f"  {line}" for line in str(read_history(folder)).splitlines())
     except UserError as error:
@@ -245,7 +245,7 @@ def read_history(folder: str | Path) -> RunHistory:
 
 
 def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """What a file of JSON holds. Raises UserError where it cannot be read, or has not all of `keys`."""
+    """What a file of JSON holds. Raises UserError if it cannot be read or does not have all `keys`."""
     with unreadable_is_user_error(f"{path} cannot be read"):
         text = path.read_text(encoding="utf-8", errors="replace")
     try:

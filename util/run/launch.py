@@ -29,7 +29,7 @@ class Launch:
     """Who this process is among the processes of the run.
 
     `launcher` is 'torchrun', 'srun', 'mpi' or 'none'. `local_world_size` counts the processes on this node; it is None
-    where RANK, WORLD_SIZE and LOCAL_RANK were set without it. Rank 0 is reached at `master_addr:master_port`, or
+    if RANK, WORLD_SIZE and LOCAL_RANK were set without it. Rank 0 is reached at `master_addr:master_port`, or
     `master_addr` is '' and a file takes its place. `cores` is how many this process can keep busy without taking
     another rank's (see `util.run.cores.share_of_cores`).
     """
@@ -55,7 +55,7 @@ def detect_launch(
     """Who this process is, from its environment; the device is the CPU until `choose_device` has been asked.
 
     In this order: Open MPI when `dist_on_itp`, torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK), a step of `srun`
-    with more than one task, and else a single process. Shells inside an allocation (`salloc`, `srun --pty`) are single
+    with more than one task, or else a single process. Shells inside an allocation (`salloc`, `srun --pty`) are single
     processes. `port` overrides the port derived from the job id; `world_size` is what the user said it should be: 1
     declares a single process in a batch script.
 
@@ -112,7 +112,7 @@ def _read_ids(environ: Mapping[str, str], launcher: str) -> tuple[int, int, int,
 def _reject_other_launchers(
     environ: Mapping[str, str], launcher: str, rank: int, world_size: int, declared_alone: bool
 ) -> None:
-    """Variables of another launcher than the detected one mean that every process might train alone."""
+    """Variables of another launcher than the detected one mean that every process might train on its own."""
     if launcher == "torchrun" and (tasks := _step_tasks(environ)) > 1:
         task = _integer(environ, "SLURM_PROCID")
         by_agent = "TORCHELASTIC_RUN_ID" in environ  # one torchrun per task, each starting processes of its own
@@ -148,7 +148,7 @@ def _reject_other_launchers(
 def _meeting_point(
     environ: Mapping[str, str], launcher: str, one_node: bool, dist_url: str, port: int | None
 ) -> tuple[str, int]:
-    """Address and port on which rank 0 is met; the address is '' where `dist_url` names a file instead."""
+    """Address and port at which rank 0 is reached; the address is '' if `dist_url` names a file instead."""
     default = _integer(environ, "MASTER_PORT", job_port(environ) if launcher == "srun" else DEFAULT_PORT)
     name, chosen = ("MASTER_PORT", default) if port is None else ("--port", port)
     _require(0 < chosen < 65536, f"{name} {chosen} is not a TCP port: give one from 1024 to 65535")
@@ -211,7 +211,7 @@ def job_port(environ: Mapping[str, str]) -> int:
 
 
 def choose_device(name: str, launch: Launch) -> torch.device:
-    """The device called `name` ('auto', 'cuda', 'cuda:I', 'cpu') of this process, made current where it is a GPU.
+    """The device called `name` ('auto', 'cuda', 'cuda:I', 'cpu') of this process, made current if it is a GPU.
 
     With several processes, each takes the GPU of `device_index`, whatever I says.
 

@@ -1,8 +1,8 @@
-"""What a run says and writes: console lines, log.txt, steps.jsonl, times.jsonl and TensorBoard.
+"""What a run logs and writes: console lines, log.txt, steps.jsonl, times.jsonl and TensorBoard.
 
 `log.txt` has one JSON line per epoch (as the authors' script writes it), `steps.jsonl` one per optimizer step, both
-written by rank 0 alone. A resumed run first drops what lies after the point where it resumes, so that every epoch and
-step stands there once. `times.jsonl` has what depends on the clock, and of which resuming drops nothing: one line for
+written only by rank 0. A resumed run first drops what lies after the point where it resumes, so that every epoch and
+step is there once. `times.jsonl` has what depends on the clock, and resuming drops nothing of it: one line for
 each start of the run, for the steps of each log line, and for each epoch's end, all with their time, epoch and step.
 `bad_images.txt` lists unreadable images. A run that starts from its first step empties all files, so the
 time that it lost before its first checkpoint is not counted. `util.run.history` reads it all.
@@ -32,11 +32,11 @@ from util.run.progress import Bar
 
 logger = logging.getLogger(__name__)
 
-RESULTS = ("test_", "knn_", "probe_", "rankme")  # begin the names of what is measured, in log.txt
+RESULTS = ("test_", "knn_", "probe_", "rankme")  # prefixes of the names of measures in log.txt
 
 
 class LinesAboveBars(logging.StreamHandler):
-    """Writes to a terminal, on which progress bars of this process may be."""
+    """Writes to a terminal that may show progress bars of this process."""
 
     def __init__(self, stream: TextIO):
         super().__init__(stream)
@@ -46,7 +46,7 @@ class LinesAboveBars(logging.StreamHandler):
         if os.getpid() == self.process:
             with Bar.external_write_mode(self.stream):
                 super().emit(record)
-        else:  # a data-loading process, which knows the bar as it was when that was forked: erase what is drawn of it
+        else:  # a data-loading process, which knows the bar only as of its fork: erase what is drawn of it
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             super().emit(record)
 
@@ -55,7 +55,7 @@ def setup_logging() -> None:
     """Send the logs of rank 0 to stdout; the other ranks report errors only, with their rank."""
 
     def from_this_rank(record: logging.LogRecord) -> bool:
-        rank = distributed.get_rank()  # asked for every record, since the rank becomes known on the way
+        rank = distributed.get_rank()  # asked for every record, since the rank becomes known only later
         record.rank = f"[rank {rank}] " if rank else ""
         return rank == 0 or record.levelno >= logging.ERROR
 
@@ -66,18 +66,18 @@ def setup_logging() -> None:
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(rank)s%(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    # They tell every step; warnings of the last two are about their own optimisation, and exports are compared anyway.
+    # They log every step; warnings of the last two are about their own optimisation, and exports are compared anyway.
     for name, level in (("timm", logging.WARNING), ("onnxscript", logging.ERROR), ("onnx_ir", logging.ERROR)):
         logging.getLogger(name).setLevel(level)
 
 
 class RunLog:
-    """Files of a run's progress; does nothing on ranks other than 0. Files that cannot be written end no run.
+    """Files of a run's progress; does nothing on ranks other than 0. Files that cannot be written do not end the run.
 
     Args:
         output_dir: folder of all but TensorBoard's files.
         log_dir: folder of TensorBoard's files.
-        resume_step: optimizer steps done so far; what the files say of later ones is dropped.
+        resume_step: optimizer steps done so far; what the files hold of later ones is dropped.
         resume_epoch: epochs complete so far, likewise.
         resume_x: TensorBoard's axis value (1000 per epoch) after which events are dropped.
 
@@ -100,7 +100,7 @@ class RunLog:
         self.tensorboard = EventsFile(log_dir, resume_x + 1 if resume_step else 0)
 
     def steps(self, records: list[dict], epoch_1000x: int, scalars: dict[str, float]) -> None:
-        """Append optimizer steps to steps.jsonl, and what `StepMeter.flush` says of them to the other files."""
+        """Append optimizer steps to steps.jsonl, and the scalars of `StepMeter.flush` to the other files."""
         if not self.enabled:
             return
         self.steps_file.append(records)
@@ -168,7 +168,7 @@ class RunLog:
 
 
 def read_records(path: Path) -> Iterator[dict]:
-    """The records of a file of JSON lines, if there is one; what is no record (a line cut short) is left out."""
+    """The records of a file of JSON lines, if there is one; what is not a record (a line cut short) is left out."""
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
@@ -180,7 +180,7 @@ def read_records(path: Path) -> Iterator[dict]:
 
 
 def read_list(path: Path) -> list[str]:
-    """The lines of a file; none where there is no file."""
+    """The lines of a file; none if there is no file."""
     return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.exists() else []
 
 
@@ -204,8 +204,8 @@ class LinesFile:
     Lines that a full disk refuses are kept, and written with the next ones.
 
     Args:
-        path: the file; there or not.
-        wanted: which of the records that are there stay. A last line that a kill cut short goes too.
+        path: the file, which need not exist.
+        wanted: which of the existing records stay. A last line that a kill cut short goes too.
     """
 
     def __init__(self, path: Path, wanted: Callable[[dict], bool]):
@@ -229,8 +229,8 @@ class EventsFile:
     """TensorBoard's files of a run. Values that a full disk refuses are lost here; steps.jsonl has them too.
 
     Args:
-        folder: where they lie.
-        purge: axis value from which on TensorBoard shall forget what earlier files in the folder say.
+        folder: where they are.
+        purge: axis value from which TensorBoard is to forget the contents of earlier files in the folder.
 
     Raises:
         UserError: TensorBoard cannot write to a folder of that name.
@@ -244,7 +244,7 @@ class EventsFile:
         except UnicodeEncodeError:
             raise UserError(
                 f"TensorBoard cannot write to {folder!r}, whose name is not UTF-8 here: give another --log_dir, or set "
-                "PYTHONUTF8=1 if the name is shown well elsewhere"
+                "PYTHONUTF8=1 if the name displays correctly elsewhere"
             ) from None
         self.writer: SummaryWriter | None = SummaryWriter(folder, purge_step=purge)
 
@@ -258,7 +258,7 @@ class EventsFile:
         self._write(SummaryWriter.close)
 
     def _write(self, action: Callable[[SummaryWriter], object]) -> None:
-        """Do `action` and bring its values to the disk, so that they do not lag behind a checkpoint."""
+        """Do `action` and flush its values to the disk, so that they do not lag behind a checkpoint."""
         with going_on_without(f"TensorBoard's file in {self.folder} could not be written"):
             writer, self.writer = self.writer or SummaryWriter(self.folder), None
             action(writer)

@@ -22,10 +22,10 @@ from util.run.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
-SPIKE_HISTORY = 100  # steps that say what losses are usual
+SPIKE_HISTORY = 100  # steps that define which losses are usual
 SPIKE_SIGMAS = 6.0
 MOST_DATA_WAIT = 0.2  # share of the time; above, training waits for images
-FEW_STEPS = 10  # whose share of waiting is chance
+FEW_STEPS = 10  # with fewer, the share of waiting is chance
 SECONDS_BETWEEN_LINES = 10.0  # at most, however slow the steps are
 
 
@@ -38,7 +38,7 @@ class StepMeter:
         epochs, steps_per_epoch: of the whole run, and the optimizer steps of each.
         images_per_step: of all ranks.
         device: of training.
-        usual_losses: those of the last steps, of earlier epochs too, which say what a spike is; added to.
+        usual_losses: those of the last steps, earlier epochs' too, by which spikes are found; appended to.
         operations: of training on one image, for the utilisation of a GPU (MFU); 0 for none.
     """
 
@@ -111,7 +111,7 @@ class StepMeter:
         }
 
     def _warn_of_data_wait(self) -> None:
-        """Say once an epoch that training waits for images, and what helps."""
+        """Warn once an epoch that training waits for images, and say what helps."""
         first, self.first_wait = self.first_wait or 0.0, 0.0
         share = (self.waited - first) / max(1e-9, time.perf_counter() - self.window_start - first)
         if share > MOST_DATA_WAIT and len(self.pending) >= FEW_STEPS and not self.data_wait_said:
@@ -119,7 +119,7 @@ class StepMeter:
             logger.warning("%s", data_wait_advice(share))
 
     def meanwhile(self) -> dict[str, float]:
-        """The scalars of this rank where no log line has been due for long; else none."""
+        """The scalars of this rank if no log line has been due for long; else none."""
         if not self.pending or time.perf_counter() - self.last_line < SECONDS_BETWEEN_LINES:
             return {}
         _, _, losses, norms = zip(*self.pending)
@@ -165,18 +165,18 @@ def find_spikes(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return losses[SPIKE_HISTORY:] > limit, mean, deviation
 
 
-# Dense bf16 products, in TFLOP/s by the maker's data sheets; the first of these words in the GPU's own name counts.
+# Dense bf16 products, in TFLOP/s by the maker's data sheets; the first of these found in the GPU's own name is taken.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989}
 PEAK_TFLOPS |= {"B200": 2250, "A100": 312}
 
 
 def peak_operations(device: torch.device) -> float:
-    """What a GPU could do at most in bf16 or fp16, in operations per second; 0 where that is not known."""
+    """What a GPU could do at most in bf16 or fp16, in operations per second; 0 if that is not known."""
     return peak_of_card(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
 
 
 def peak_of_card(name: str) -> float:
-    """As `peak_operations`, by the GPU's name; nothing is known of a part of one."""
+    """As `peak_operations`, by the GPU's name; 0 for a part of one (MIG)."""
     found = (tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name))
     return 0.0 if "MIG" in name else next(found, 0.0)
 
@@ -187,7 +187,7 @@ def training_operations(multiply_adds: float) -> float:
 
 
 def data_wait_advice(share: float) -> str:
-    """What to do where `share` of the time of training is spent waiting for images."""
+    """What to do if `share` of the training time is spent waiting for images."""
     return (
         f"data wait {share:.0%}: training waits for images. More --num_workers (and cores for them), faster storage or "
         "smaller files help; python -m util.check_data tells how many images/s a data-loading process reads"
@@ -205,11 +205,11 @@ def peak_memory_mb(device: torch.device) -> float:
 def count_work(model: nn.Module, **forward: float) -> tuple[int, float]:
     """Parameters (frozen ones included) and multiply-adds of one image's forward pass.
 
-    Counted are the products of matrices and convolutions, those of attention included, all pairs of a window.
+    It counts matrix products and convolutions, those of attention included, for all pairs of a window.
 
     Args:
         model: a `SwinTransformer` or `MixMAE`.
-        **forward: further arguments of the model's forward, as `mask_ratio`.
+        **forward: further arguments of the model's forward, such as `mask_ratio`.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     device = next(model.parameters()).device

@@ -28,7 +28,7 @@ class NonFiniteGuard:
     """Reads a step's loss and gradient norm without making a GPU wait: one step later, before the next update.
 
     The update of the bad step itself did not happen (`util.run.optim.clip_and_step`). Since the gradient norm is the
-    same on all ranks, they all come to the same decision without talking, and only then exchange their losses.
+    same on all ranks, they all come to the same decision without communicating, and only then exchange their losses.
 
     Args:
         device: of training.
@@ -79,7 +79,7 @@ class NonFiniteGuard:
     def dump(self, where: str, batch: list[dict[str, Any]], bad_ranks: Sequence[int]) -> str:
         """Let each bad rank write its micro-batches of the step and the state before it, for `python -m util.replay`.
 
-        Returns when all have written, since the first rank to leave may take the others with it; says where it is.
+        Returns when all have written, since the first rank to leave may take the others with it; tells where they are.
         """
         rank, outcome = distributed.get_rank(), None
         if rank in bad_ranks:

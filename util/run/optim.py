@@ -45,7 +45,7 @@ def param_groups_layer_decay(
         encoder: the classifier or encoder; frozen parameters are left out.
         weight_decay: for tensors of two or more dimensions that are not a bias.
         layer_decay: factor from one layer to the one below; 1 for the same rate everywhere.
-        model: of which the encoder is a part, if it is; the other parts train at the full rate.
+        model: the one that the encoder is part of, if any; its other parts train at the full rate.
     """
     above = sum(len(stage.blocks) for stage in encoder.layers) + 1
     ids = {encoder.get_parameter(name): layer_id for name, layer_id in layer_ids(encoder).items()}
@@ -88,7 +88,7 @@ def last_learning_rate(epoch: int, steps_per_epoch: int, config: Any) -> float:
 
 
 def warn_if_nothing_is_learned(config: Any, steps_per_epoch: int) -> None:
-    """Warn, before training, where the rate is 0 in all steps: with --lr 0, or a warm-up in the only step of a run."""
+    """Warn, before training, if the rate is 0 in all steps: with --lr 0, or a warm-up in the only step of a run."""
     steps = config.epochs * steps_per_epoch
     if not any(learning_rate(step / steps_per_epoch, config) for step in range(steps)):
         remedy = "give a positive --lr" if config.lr == 0 else "train longer, or give --warmup_epochs 0"
@@ -107,7 +107,7 @@ def adjust_learning_rate(optimizer: Optimizer, epoch: float, config: Any) -> flo
 
 
 def resolve_precision(name: str | None, device: torch.device) -> str:
-    """The precision to train in: `name`, or by default bf16 where a GPU supports it, fp16 on older ones, fp32 on CPUs.
+    """The precision to train in: `name`, or by default bf16 if a GPU supports it, fp16 on older ones, fp32 on CPUs.
 
     Raises:
         UserError: for fp16 on a CPU, which has no fast fp16 arithmetic.
@@ -122,7 +122,7 @@ def resolve_precision(name: str | None, device: torch.device) -> str:
 def whether_to_compile(given: bool | None, device: torch.device, precision: str) -> bool:
     """Whether the model is compiled, the same on all ranks: as `given`, else on GPUs where torch.compile works.
 
-    Where it does not, on any rank, the log says why.
+    If it does not, on any rank, the log says why.
 
     Raises:
         UserError: compiling is asked for, and does not work.
@@ -142,8 +142,8 @@ def set_up_arithmetic(precision: str, measure: bool = True) -> None:
     """Allow TF32 for what stays float32 in a lower `precision`; with fp32, for nothing.
 
     By default PyTorch would round the patch embedding's products to TF32 even then. With `measure`, kernels for
-    convolutions are chosen by measurement, and cuDNN's attention may be: not where batches differ in shape, since both
-    are prepared for every shape, nor where runs are to be the same.
+    convolutions are chosen by measurement, and cuDNN's attention may be: not if batches differ in shape, since both
+    are prepared for every shape, nor if runs are to be identical.
     """
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
@@ -153,7 +153,7 @@ def set_up_arithmetic(precision: str, measure: bool = True) -> None:
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Products of float32 in float32 on a GPU, too, whatever training allows."""
+    """Compute products of float32 in float32 on a GPU, too, whatever training allows."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -168,7 +168,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """The loss scaler, which fp16 alone needs."""
+    """The loss scaler, which only fp16 needs."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 

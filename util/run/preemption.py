@@ -33,7 +33,7 @@ REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # sent ahead of the time lim
 
 
 class Preemption:
-    """The flag that the signals set, and what all ranks make of it.
+    """The flag that the signals set, and what all ranks do about it.
 
     The main installs one before it builds anything and asks `requested_on_any_rank` once per optimizer step; when that
     is true, it saves and calls `exit_for_requeue`.
@@ -82,7 +82,7 @@ class Preemption:
         return False
 
     def exit_for_requeue(self) -> NoReturn:
-        """Leave after saving, on all ranks together; first have the job requeued where nobody else does.
+        """Leave after saving, on all ranks together; first have the job requeued if nobody else does.
 
         After SIGUSR1 or SIGUSR2, rank 0 hands over to the handler that was there before us (submitit's), or else calls
         `scontrol requeue` for a batch job that allows it. After SIGTERM or SIGINT somebody is ending the job already
@@ -134,13 +134,13 @@ class Preemption:
 
 
 def _requeue_in_slurm(job: str) -> str:
-    """Have Slurm queue our `job` again; why it does not, or ''."""
+    """Have Slurm queue our `job` again; returns why it does not, or ''."""
 
     def scontrol(*arguments: str) -> str:
         return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
 
     try:
-        # Slurm would queue a job again that is being cancelled, too. (Of an array it may show all tasks.)
+        # Slurm would also queue a job again that is being cancelled. (Of an array it may show all tasks.)
         if not re.search(rf"^JobId={job} .*\bJobState=RUNNING\b", scontrol("show", "job", "-o", job), re.MULTILINE):
             return "it is being ended already"
         scontrol("requeue", job)

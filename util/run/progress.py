@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal, elsewhere a line from time to time; rank 0 speaks for all.
+"""How far long work has come: a bar on a terminal, elsewhere a line from time to time; rank 0 reports for all.
 
 Bars are drawn on stderr, log lines go to stdout: where both are one terminal, lines appear above the bars
 (`util.run.logger`), and those that a bar makes superfluous are left out.
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 class Bar(tqdm):
     """A bar without a thread of its own, which data-loading processes forked from this one could not take along; drawn
-    by rank 0 alone, where stderr is a terminal."""
+    only by rank 0, if stderr is a terminal."""
 
     monitor_interval = 0
 
@@ -34,7 +34,7 @@ class Bar(tqdm):
 
 
 def needs_lines() -> bool:
-    """Whether this process tells in lines how far it is: its log goes where no bar is seen."""
+    """Whether this process logs in lines how far it is: its log goes where no bar is seen."""
     return distributed.is_main_process() and not (sys.stderr.isatty() and sys.stdout.isatty())
 
 

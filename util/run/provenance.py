@@ -50,7 +50,7 @@ def describe_environment(device: torch.device) -> dict[str, str]:
 
 
 def log_environment(device: torch.device) -> None:
-    """On rank 0 alone: others need not ask git."""
+    """Only on rank 0: others need not ask git."""
     if not distributed.is_main_process():
         return
     environment = describe_environment(device)
@@ -60,28 +60,28 @@ def log_environment(device: torch.device) -> None:
 
 
 def describe_commit() -> str:
-    """The commit of this code; where files that git knows were changed since, with a digest of the changes."""
+    """The commit of this code; if tracked files were changed since, with a digest of the changes."""
     try:
         commit = ask_git("describe", "--always", "--dirty", "--abbrev=12").decode().strip()
         if commit.endswith("-dirty"):
             commit += f" (uncommitted changes {hashlib.sha256(uncommitted_changes()).hexdigest()[:12]})"
     except (OSError, subprocess.SubprocessError):
-        return "unknown (git is not there, or this is no git checkout)"
+        return "unknown (git is missing, or this is not a git checkout)"
     return commit
 
 
 def uncommitted_changes() -> bytes:
-    """Of files that git knows, as `git apply` takes them. Raises OSError and SubprocessError."""
+    """Those of tracked files, as `git apply` takes them. Raises OSError and SubprocessError."""
     return ask_git("diff", "HEAD", "--binary", "--no-ext-diff")
 
 
-@functools.cache  # so that log, config.json and uncommitted.diff tell of one moment
+@functools.cache  # so that log, config.json and uncommitted.diff describe one moment
 def ask_git(*arguments: str) -> bytes:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, timeout=10, check=True).stdout
 
 
 def write_provenance(config: TrainingConfig, state: TrainingState) -> None:
-    """Write config.json into the run's folder, and uncommitted.diff where the code differs from its commit (rank 0).
+    """Write config.json into the run's folder, and uncommitted.diff if the code differs from its commit (rank 0).
 
     config.json holds the `program`, `config` (every setting), `free` and `other_bits` (which of them change nothing in
     a resumed run, or no more than bits, and why), `data` (the fingerprint of every set of images), `environment`, and
@@ -114,7 +114,7 @@ def write_provenance(config: TrainingConfig, state: TrainingState) -> None:
 
 
 def earlier_starts(path: Path, now: dict[str, Any], step: int) -> list[dict[str, Any]]:
-    """`earlier` of the config.json at `path`, and what it says of the last start where it differs from `now`."""
+    """`earlier` of the config.json at `path`, and what the last start had that differs from `now`."""
     try:
         before = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         after = json.loads(json.dumps(now))

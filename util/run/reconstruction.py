@@ -66,14 +66,14 @@ def load_model(given: P) -> tuple[MixMAE, P, str]:
     model is from, in a few words.
 
     Raises:
-        UserError: the weights cannot be used, have no decoder, or do not say which model they are; a mask ratio that
+        UserError: the weights cannot be used, have no decoder, or do not record which model they are; a mask ratio that
             leaves some image of a mixture no cell.
     """
     weights, info = read_weights(given.checkpoint)
     if "mask_token" not in weights:
         raise CheckpointError(
-            f"{info} has no decoder, so it cannot reconstruct images (it was fine-tuned, or is an encoder "
-            "alone): give a checkpoint of main_pretrain.py"
+            f"{info} has no decoder, so it cannot reconstruct images (it was fine-tuned, or is only an "
+            "encoder): give a checkpoint of main_pretrain.py"
         )
     settings = weight_settings(info.args, info.source, given.as_dict(), pretraining=True)
     variant = mixing_arguments(info.args) | {"range_mask_ratio": 0.0}  # --mask_ratio says how much to hide
@@ -99,7 +99,7 @@ def choose_mask_ratio(model: MixMAE, given: float | None, info: WeightsInfo) -> 
     logger.info("mask ratio %g, %s: the weights %s", ratio, "as given" if given else "not given", trained)
     cells, least = model.num_cells, model.mix_images - 1  # every partner takes the place of one
     hidden = int(cells * ratio)
-    if hidden < least < cells:  # of images of too few cells the model says what to do
+    if hidden < least < cells:  # for images of too few cells the model's own error says what to do
         raise UserError(
             f"--mask_ratio {ratio:g} hides {hidden} of the {cells} cells of an image, at least {least} must be "
             f"hidden for a picture of this model: give --mask_ratio {math.ceil(1000 * least / cells) / 1000:g} or more"
@@ -139,7 +139,7 @@ def choose_images(config: PictureFlags, number: int) -> tuple[NumberedImages, li
 
 
 def write_picture(picture: Image.Image, out: str) -> None:
-    """Write it into a folder that exists (`check_output`); raises UserError where it cannot be written."""
+    """Write it into a folder that exists (`check_output`); raises UserError if it cannot be written."""
     with unreadable_is_user_error(f"--out {out} cannot be written"):
         picture.save(out)
     logger.info("wrote %s", out)
@@ -158,11 +158,11 @@ def reconstruct(model: MixMAE, imgs: Tensor, mask: Tensor) -> tuple[Tensor, Tens
 
     Returns:
         Normalised images, each (B, C, H, W).
-        mixed: the image's own cells where the mask is 0, its partner's where it is 1. Of a model with another filling
-            what it embeds there, zeros or the noise; for a mask token, which is no pixels, zeros.
+        mixed: the image's own cells where the mask is 0, its partner's where it is 1. With another filling, what
+            the model embeds there, zeros or the noise; for a mask token, which has no pixels, zeros.
         filled: the image's own cells where the mask is 0, predictions where it is 1.
         predicted: predictions everywhere, every cell from the branch in which it was hidden; of several, the first. A
-            model that reconstructs one image of a mixture predicts hidden cells alone: others stay.
+            model that reconstructs one image of a mixture predicts only hidden cells: others stay.
 
     Raises:
         ValueError: for an odd batch, and for a mask that hides no or all cells.
@@ -174,7 +174,7 @@ def reconstruct(model: MixMAE, imgs: Tensor, mask: Tensor) -> tuple[Tensor, Tens
     embedded = []  # the images, and with some fillings what takes the place of their hidden cells
     hook = model.patch_embed.register_forward_hook(lambda module, inputs, output: embedded.append(inputs[0]))
     try:
-        # The same noise in every picture, and a run that is drawn goes on as one that is not.
+        # The same noise in every picture, and a run goes on as if nothing had been drawn.
         with torch.random.fork_rng([imgs.device] if imgs.is_cuda else []):
             torch.manual_seed(0)
             pred = model.forward_decoder(model.forward_encoder(imgs, mask), mask).float()

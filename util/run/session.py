@@ -68,13 +68,13 @@ class Start(Generic[C]):
     given: C
     launch: Launch
     preemption: Preemption
-    folder: CheckpointFolder | None = None  # rank 0 alone
+    folder: CheckpointFolder | None = None  # only on rank 0
     checkpoint: dict[str, Any] | None = None
     weights: tuple[dict[str, Tensor], WeightsInfo] | None = None
 
     def resolve(self, choose: Callable[[C, Launch, Mapping[str, Any]], dict[str, Any]]) -> C:
         """The configuration: what flags give, else what the run to resume or the weights were made with, else what
-        `choose(given, launch, known)` says (see util.run.defaults).
+        `choose(given, launch, known)` returns (see util.run.defaults).
 
         Raises:
             UserError: settings that contradict each other, or the images.
@@ -86,7 +86,7 @@ class Start(Generic[C]):
         elif self.weights is not None:
             recorded, source = self.weights[1].args, self.weights[1].source
         known = {name: value for name, value in given.as_dict().items() if value is not None}
-        # Of other weights than the run's own, only what belongs to them counts.
+        # Of weights other than the run's own, only the settings that belong to them are taken.
         of_weights = {field.name: recorded.get(field.name) for field in dataclasses.fields(WeightSettings)}
         own = recorded if self.checkpoint is not None else of_weights
         chosen = choose(given, launch, own | known)
@@ -114,8 +114,8 @@ def find_start(given: C, launch: Launch) -> Start[C]:
     """Take and open the output folder, and find what --resume or else --finetune names; the same on all ranks.
 
     From here on, a request to stop waits for the end of a step. Rank 0 looks for the checkpoint to resume; the others
-    open the file that it found. A resumed run reads nothing of --finetune. Either file is verified by the first rank of
-    each node alone, and the tensors stay in it until they are used, so a node has it in memory once.
+    open the file that it found. A resumed run does not read --finetune. Either file is verified only by the first rank
+    of each node, and the tensors stay in it until they are used, so a node has it in memory once.
 
     Raises:
         CheckpointError: a file is missing or damaged, or another program's run.
@@ -158,7 +158,7 @@ class Run:
     state: TrainingState
     loader: DataLoader
     normalize: Normalize
-    folder: CheckpointFolder | None  # rank 0 alone
+    folder: CheckpointFolder | None  # only on rank 0
     log: RunLog
     guard: NonFiniteGuard
     preemption: Preemption
@@ -216,7 +216,7 @@ class Run:
     def check_last_step(self) -> None:
         """Before an update: raise NonFiniteError, on all ranks, when the step before was bad.
 
-        A GPU has finished that by now; but when a rank is gone, it waits for it, which only the CPUs' reduction tells.
+        By now a GPU has finished that; but if a rank is gone, it waits for it, which only the CPUs' reduction reveals.
         """
         self.preemption.wait_for_reduction()
         self.guard.check()
@@ -265,8 +265,8 @@ class Run:
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
-        """Around what is measured after the last step of an epoch, on all ranks together. Nobody asks meanwhile whether
-        the run is to stop, so the epoch is saved first, unless the last measurement was short."""
+        """Around what is measured after the last step of an epoch, on all ranks together. Requests to stop are not seen
+        meanwhile, so the epoch is saved first, unless the last measurement was short."""
         if distributed.on_main_process(lambda: self.seconds_to_measure > SHORT_MEASURES):
             self.save()
         start = time.monotonic()
@@ -327,7 +327,7 @@ def open_run(
 ) -> Run:
     """Restore the checkpoint of `start`, or load its weights; then open the run's files.
 
-    The model is compiled where `config` says so, and wrapped for several ranks. On a CPU the process keeps the memory
+    The model is compiled if `config` says so, and wrapped for several ranks. On a CPU the process keeps the memory
     that it frees from here on.
 
     Args:
@@ -360,7 +360,7 @@ def open_run(
         check_recipe(start.checkpoint, config)
         check_data(start.checkpoint, data)
         state.restore(start.checkpoint, steps_per_epoch)
-        start.checkpoint = None  # its memory is wanted
+        start.checkpoint = None  # its memory is needed
         ended = f": all {config.epochs} epochs are done" if progress.epoch >= config.epochs else ""
         logger.info("resumed at %s%s", progress, ended)
     elif start.weights is not None:

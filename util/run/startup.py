@@ -1,7 +1,7 @@
 """What must happen before PyTorch is imported; mains and commands import this first.
 
-Idle threads sleep: by default OpenMP's spin while they wait for work, which takes the cores from the processes that
-have some (data loading, other ranks, other people's). The setting is read when the library is loaded.
+Idle threads sleep: by default OpenMP's spin while they wait for work, which takes the cores from processes that
+have work (data loading, other ranks, other people's). The setting is read when the library is loaded.
 
 Ctrl-C ends the program in one line, from its first import on; a training run takes over the signal once it can save.
 """
@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def program() -> list[str]:
-    """What this process was started with, so that any copy of the repository starts its own: of sys.argv the first."""
+    """The start of this process's command line, such that any copy of the repository starts its own program."""
     script = Path(sys.argv[0]).resolve()
-    if script.is_relative_to(ROOT / "exp"):  # it finds the repository only as a part of it
+    if script.is_relative_to(ROOT / "exp"):  # as a module, or it would not find the repository
         return ["-m", ".".join(script.relative_to(ROOT).with_suffix("").parts)]
     return [script.name] if script.parent == ROOT else sys.argv[:1]
 

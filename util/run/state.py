@@ -63,7 +63,7 @@ class TrainingState:
     model_ema: ModelEmaV3 | None = None
     classes: list[str] | None = None  # of a classifier: their names, in the order of the head's rows
     data: dict[str, dict] = field(default_factory=dict)  # split -> fingerprint of its images
-    program: str = ""  # which goes on with the run, see `TrainingConfig`
+    program: str = ""  # which continues the run, see `TrainingConfig`
 
     def checkpoint(self) -> dict[str, Any]:
         """The state as plain data, in the authors' layout: 'epoch' is the last complete one."""
@@ -143,9 +143,9 @@ class TrainingState:
 
 
 def program_of(checkpoint: dict[str, Any]) -> str | None:
-    """The program that goes on with the run of a checkpoint, if it is known.
+    """The program that continues the run of a checkpoint, if it is known.
 
-    Older checkpoints and the authors' do not record it: those of the two mains are told by a flag of theirs.
+    Older checkpoints and the authors' do not record it: those of the two mains are recognised by one of their flags.
     """
     args = checkpoint.get("args") or {}
     guess = "main_pretrain.py" if "mask_ratio" in args else "main_finetune.py" if "nb_classes" in args else None
@@ -155,8 +155,8 @@ def program_of(checkpoint: dict[str, Any]) -> str | None:
 def match_groups(saved: dict[str, Any], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The parameter groups of a saved optimizer in the order of `own`.
 
-    By their names, where the file has them. The authors' files, and older ones of this program, have none and may order
-    the groups otherwise: there a group is recognised by the shapes of its moments.
+    By their names, if the file has them. The authors' files, and older ones of this program, have none and may order
+    the groups differently: there a group is recognised by the shapes of its moments.
 
     Raises:
         ValueError: a group has no counterpart.

@@ -76,7 +76,7 @@ def load_part(
     if settings.window_size is None:
         settings = replace(settings, window_size=tuple(stage.window for stage in model.layers))
     if info.classes is not None and number and len(info.classes) != number:
-        raise CheckpointError(f"{info} records the names of {len(info.classes)} classes, but classifies {number}")
+        raise CheckpointError(f"{info} records the names of {len(info.classes)} classes, but has {number}")
     return Part(model.eval(), part).eval(), settings, str(report)
 
 
