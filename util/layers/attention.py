@@ -1,6 +1,6 @@
 """Attention inside the segments of a `WindowLayout`, with a learned relative position bias.
 
-`segment_attention` chooses the kernel: `BiasedAttention` for training on a CPU, FlexAttention for long segments where
+`segment_attention` chooses the kernel: `BiasedAttention` for training on a CPU, FlexAttention for long segments when
 torch.compile generates code for a GPU, and else PyTorch's fused attention.
 """
 
@@ -18,7 +18,7 @@ from util.layers.tracing import is_compiled_here, is_transformed, runs_eagerly
 from util.layers.windows import Segments, WindowLayout
 
 FLEX_ROWS = 2**16  # windows times heads that one dimension of a GPU's grid of programs can hold
-FLEX_TOKENS = 128  # for fewer queries FlexAttention takes a kernel that is made for decoding text
+FLEX_TOKENS = 128  # for fewer queries FlexAttention uses a kernel made for decoding text
 # PyTorch 2.6 loses the gradient of a bias that is computed in the same graph.
 FLEX_LEARNS = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 6)
 
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         """The bias of each entry of `layout.segments`: (how many or 1, nH, n, n)."""
         table = self.relative_position_bias_table
         if is_compiled_for_gpu(table):
-            # Without a backward pass FlexAttention computes this where it needs it, and knows no `stack` there.
+            # Without a backward pass FlexAttention computes this where it needs it, and does not support `stack` there.
             bias = table.index_select(0, layout.bias_index).t().contiguous()  # (nH, pairs)
         else:
             # Transposed by `stack`, whose gradient has the table's own memory layout, as DDP wants it.
@@ -112,7 +112,7 @@ def segment_attention(
         qkv: (B, T, 3, nH, d), queries, keys and values of tokens that stand segment by segment.
         segments: (how many, tokens in each), as in a `WindowLayout`.
         biases: for each entry of `segments` (how many or 1, nH, n, n), or None.
-        groups: for each entry the groups of its tokens (how many, n), or None where all are of one group.
+        groups: for each entry the groups of its tokens (how many, n), or None if all are of one group.
         dropout: probability of dropping an attention weight.
 
     Returns:
@@ -135,19 +135,19 @@ def segment_attention(
 
 
 def is_compiled_for_gpu(x: Tensor) -> bool:
-    """Whether torch.compile takes what becomes of x, to generate code for a GPU."""
+    """Whether torch.compile records the operations on x, to generate code for a GPU."""
     return x.device.type == "cuda" and is_compiled_here()
 
 
 def hide_other_groups(bias: Tensor | None, group: Tensor | None) -> Tensor | None:
-    """The bias (S or 1, nH, n, n), minus infinity where `group` (S, n) says that a pair is not of one group."""
+    """The bias (S or 1, nH, n, n), minus infinity for pairs that are not of one `group` (S, n)."""
     if group is None:
         return bias
     return bias.masked_fill(group[:, None, :, None] != group[:, None, None, :], float("-inf"))
 
 
 def fused_kernels_allowed() -> bool:
-    """False under `sdpa_kernel(SDPBackend.MATH)`, by which one asks for operations that have all derivatives."""
+    """False under `sdpa_kernel(SDPBackend.MATH)`, which asks for operations that have all derivatives."""
     return torch.backends.cuda.flash_sdp_enabled()  # of CPUs too
 
 
@@ -161,7 +161,7 @@ def fused_attention(qkv: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """PyTorch's kernels: qkv (B, S, n, 3, nH, d), bias (S or 1, nH, n, n) or None -> (B, S, n, nH, d)."""
     qkv = qkv.permute(3, 0, 1, 4, 2, 5)  # (3, B, S, nH, n, d)
     S, nH = qkv.shape[2:4]
-    # Fused kernels take four dimensions: segments join the batch where they share a bias, else the heads.
+    # Fused kernels take four dimensions: segments join the batch if they share a bias, else the heads.
     shared = bias is None or len(bias) == 1
     q, k, v = (t.flatten(0, 1) if shared else t.flatten(1, 2) for t in qkv)
     if bias is not None:
@@ -172,15 +172,15 @@ def fused_attention(qkv: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     x = x.unflatten(0, (-1, S)) if shared else x.unflatten(1, (S, nH))  # never by B, which exporters leave open
     x = x.transpose(2, 3)
-    # Kernels differ in the strides of what they give: a recorded view of one fails where another kernel is chosen.
+    # Kernels differ in the strides of what they give: a recorded view of one fails if another kernel is chosen.
     return x if runs_eagerly() else x.clone(memory_format=torch.contiguous_format)
 
 
 def flexible_attention(qkv: Tensor, bias: Tensor, group: Tensor | None) -> Tensor:
     """FlexAttention: qkv (B, S, n, 3, nH, d), bias (S or 1, nH, n, n), group (S, n) or None -> (B, S, n, nH, d).
 
-    The bias is added and pairs of other groups are hidden where scores are, in one kernel, which also sums the bias's
-    gradient: fused attention writes that for every window of every image first.
+    The bias is added and pairs of other groups are hidden where the scores are made, in one kernel, which also sums the
+    bias's gradient: fused attention writes that for every window of every image first.
     """
     from torch.nn.attention.flex_attention import flex_attention  # here, since it takes a second to import
 
@@ -200,7 +200,7 @@ def flexible_attention(qkv: Tensor, bias: Tensor, group: Tensor | None) -> Tenso
 class BiasedAttention(torch.autograd.Function):
     """Attention inside segments with a gradient for a learned bias, for a CPU.
 
-    PyTorch's fused attention has no such gradient on a CPU, and composed of single operations the gradients of
+    PyTorch's fused attention has no such gradient on a CPU, and if composed of single operations, the gradients of
     queries, keys and values are gathered and copied several times. Here each part is read once from where the linear
     layer left it and its gradient is written once to where that layer takes it.
     """

@@ -24,7 +24,7 @@ def compiled(function: Callable) -> Callable:
 
 
 def eager_if(condition: bool) -> contextlib.AbstractContextManager:
-    """Context in which compiled modules run eagerly, if `condition`: for shapes that do not come often."""
+    """Context in which compiled modules run eagerly, if `condition`: for shapes that are rare."""
     return torch.compiler.set_stance("force_eager") if condition else contextlib.nullcontext()
 
 
@@ -45,11 +45,11 @@ def prepare_compiling() -> None:
 
 
 def why_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
-    """Why torch.compile does not work on `device`, as it says itself; '' where it does.
+    """Why torch.compile does not work on `device`, in its own words; '' if it does.
 
     Tried are training steps and evaluations of small stages in `dtype`, with the layouts of pretraining: on a GPU four
     masked windows of as many tokens as those of the published models, and everywhere a single one whose tokens are
-    sorted. (Without a backward pass, as in evaluation and where blocks are recomputed, other code is generated.)
+    sorted. (Without a backward pass, as in evaluation and when blocks are recomputed, other code is generated.)
     """
     prepare_compiling()
     window, scales = (14, (4, 2)) if device.type == "cuda" else (4, (2,))  # scale: tokens on a side of a cell

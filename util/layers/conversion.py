@@ -41,7 +41,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """Weights of other programs and other image sizes as the model's own; timm calls it for files of weights.
 
     Names of the authors and of mmpretrain are understood, position embeddings and bias tables resized, and decoder
-    and head left out where the model has none. For a report of it, use `util.weights.layouts`.
+    and head left out if the model has none. For a report, use `util.weights.layouts`.
     """
     for key in ("state_dict", "model"):
         state_dict = state_dict.get(key, state_dict)
@@ -72,7 +72,7 @@ def adapt_state_dict(model: nn.Module, state_dict: StateDict, prefix: str, *_) -
 
 
 def for_model(weights: StateDict, model: nn.Module) -> StateDict:
-    """The weights, without mix embeddings where `model` has none, or other numbers of them."""
+    """The weights, without mix embeddings if `model` has none, or has another number of them."""
     fits = all(
         stage.mix_embed is not None and stage.mix_embed.shape == weights[name].shape
         for stage, name in zip(model.layers, MIX_EMBEDS)
@@ -82,10 +82,10 @@ def for_model(weights: StateDict, model: nn.Module) -> StateDict:
 
 
 def without_mix_embed(weights: StateDict) -> StateDict:
-    """Weights that give an image alone the same features, to rounding, without mix embeddings.
+    """Weights that give a single image the same features, to rounding, without mix embeddings.
 
-    In pretraining every token carried the vector of an image in the mixture. An image alone carries that of the first,
-    its own group's, at all positions, so that the vector can be moved into the biases before it: the patch embedding's,
+    In pretraining every token carried the vector of an image in the mixture. A single image carries that of the first,
+    its own group's, at all positions, so the vector can be moved into the biases before it: the patch embedding's,
     and those of the norm in each patch merging, by the smallest change that the linear layer behind it maps to it.
     """
     weights = dict(weights)
@@ -103,7 +103,7 @@ def without_mix_embed(weights: StateDict) -> StateDict:
 
 
 def under_our_names(weights: StateDict) -> StateDict:
-    """Weights without derived tensors, under the authors' names, which are ours; they may have mmpretrain's."""
+    """Weights without derived tensors, under the authors' names, which are ours; they may come with mmpretrain's."""
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(DERIVED)}
     if any(name.startswith(MMPRETRAIN_STEM) for name in weights):
         return _from_mmpretrain(weights)
@@ -111,7 +111,7 @@ def under_our_names(weights: StateDict) -> StateDict:
 
 
 def _encoder_of(weights: StateDict) -> StateDict:
-    """Of a detector or another larger model, what lies under the prefix of its only patch embedding; else all."""
+    """From a detector or another larger model, what is under the prefix of its only patch embedding; else all."""
     prefixes = [name.removesuffix(STEM) for name in weights if name.endswith("." + STEM)]
     if STEM in weights or len(prefixes) != 1:
         return weights

@@ -10,13 +10,13 @@ from util.layers.tracing import runs_eagerly
 
 
 def add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], drop_rate: float) -> Tensor:
-    """x + branch(x) on rows (B, ...), each branch dropped with probability `drop_rate`, the others scaled up for it.
+    """x + branch(x) on rows (B, ...), each branch dropped with probability `drop_rate`, the others scaled up instead.
 
     On a CPU the branch of a dropped row is not even computed.
     """
     if drop_rate == 0:
         return x + branch(x)
-    # A GPU would have to wait for what is dropped, and gains little; recorded shapes must not depend on it.
+    # A GPU would have to wait to learn what is dropped, and gain little; recorded shapes must not depend on it.
     if x.device.type != "cpu" or not runs_eagerly():
         return x + drop_path(branch(x), drop_rate, training=True)
     keep_prob = 1 - drop_rate

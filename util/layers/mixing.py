@@ -1,6 +1,6 @@
-"""Who is mixed with whom, and what else may take the place of hidden tokens: what `MixMAE` is given by name.
+"""Who is mixed with whom, and what else may take the place of hidden tokens: options that `MixMAE` takes by name.
 
-Every partner function takes rows of a batch x (B, ...), a number k and the number K of images in a mixture, and gives
+Every partner function takes rows of a batch x (B, ...), a number k and the number K of images in a mixture, and returns
 (B, ...), in row i that of image i's k-th partner. With -k it undoes that.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 def partner_in_tuple(x: Tensor, k: int, K: int) -> Tensor:
     """Tuples of K images. With K = 2, image i and image B-1-i, as in the authors' code; in general the batch is K
-    blocks, of which every second is read backwards, and a tuple has the images at one place of all blocks."""
+    blocks, every second one reversed, and a tuple has the images at one place of all blocks."""
     if k % K == 0:
         return x
     if K == 2:
@@ -41,7 +41,7 @@ def mask_tokens(model: torch.nn.Module, imgs: Tensor) -> Tensor:
 
 
 def tokens_of_zeros(model: torch.nn.Module, imgs: Tensor) -> Tensor:
-    """Those of an image without content: every pixel has the mean's value."""
+    """Those of an image without content: every pixel has the mean value."""
     return model.embed(torch.zeros_like(imgs[:1]))
 
 

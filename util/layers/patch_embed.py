@@ -12,7 +12,7 @@ from util.layers.sizes import stage_grids, to_2tuple
 class PaddedPatchEmbed(PatchEmbed):
     """timm's patch embedding, normed: images (B, C, H, W) -> (B, rows, columns, embed_dim).
 
-    Where patches do not divide a side, zeros complete the last ones at the right and bottom.
+    If patches do not divide a side, zeros complete the last ones at the right and bottom.
 
     Args:
         img_size: height and width of the images.

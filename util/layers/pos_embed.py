@@ -38,7 +38,7 @@ def get_2d_sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int]) -> torch
 
 
 def resize_pos_embed(embedding: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """(1, rows * columns, D) made for `grid`, resized bicubically to `new_grid`; itself where the grids are equal."""
+    """(1, rows * columns, D) made for `grid`, resized bicubically to `new_grid`; itself if the grids are equal."""
     if grid == new_grid:
         return embedding
     return resample_abs_pos_embed(embedding, list(new_grid), list(grid), num_prefix_tokens=0, antialias=False)
@@ -46,6 +46,6 @@ def resize_pos_embed(embedding: Tensor, grid: tuple[int, int], new_grid: tuple[i
 
 @register_notrace_function
 def position_of(x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(1, rows, columns, D) for tokens x (B, rows, columns, D), of an embedding (1, L, D) that was made for `grid`."""
+    """(1, rows, columns, D) for tokens x (B, rows, columns, D), from an embedding (1, L, D) made for `grid`."""
     new_grid = grid_of(x)
     return resize_pos_embed(embedding, grid, new_grid).unflatten(1, new_grid)

@@ -35,12 +35,12 @@ def stage_windows(
     window_ratio: int | Sequence[int] | None = None,
     always_partition: bool | None = False,
 ) -> list[int]:
-    """The side of each stage's windows, as timm reads these arguments, but that windows are square.
+    """The side of each stage's windows, as timm reads these arguments, except that windows are square.
 
     Args:
         grids: of the stages.
         window_size: one for all stages or one for each; two numbers are one (height, width).
-        window_ratio: without `window_size`, the shorter side of the first stage's grid over that of the windows.
+        window_ratio: without `window_size`, the shorter side of the first stage's grid divided by that of the windows.
         always_partition: keep windows that are larger than their grid; else they are as large as its shorter side.
 
     Raises:

@@ -40,7 +40,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """(B, T, C) -> (B, T, C), tokens in the layout's order.
 
-        With `select`, which picks tokens of x: `select(block(x))`, computed for these alone once they have attended to
+        With `select`, which picks tokens of x: `select(block(x))`, computed only for these, once they have attended to
         all. For blocks without stochastic depth.
         """
         rate = self.drop_path_rate if self.training else 0.0
@@ -85,7 +85,7 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
         self.grad_checkpointing = False
-        self.register_parameter("mix_embed", None)  # (groups, C), where a pretraining model has them
+        self.register_parameter("mix_embed", None)  # (groups, C), if a pretraining model has them
         self.init_non_persistent_buffers()
         # A model built on the meta device, whose weights are assigned or whose memory is made before they are loaded,
         # would have a layout without values.

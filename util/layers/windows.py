@@ -16,7 +16,7 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 
 
 def grid_of(x: Tensor) -> tuple[int, int]:
-    """(rows, columns) of a map of tokens (B, rows, columns, C), as plain numbers also where shapes are recorded."""
+    """(rows, columns) of a map of tokens (B, rows, columns, C), as plain numbers even when shapes are recorded."""
     return int(x.shape[1]), int(x.shape[2])
 
 
@@ -27,9 +27,9 @@ class WindowLayout(NamedTuple):
     groups a segment is a window, and with groups the part of one group inside one window.
     """
 
-    order: Tensor | None  # (T,) raster index of the token at each place; None where that is the raster order
+    order: Tensor | None  # (T,) raster index of the token at each place; None if that is the raster order
     inverse: Tensor | None  # (T,) place of each token in raster order
-    segments: Segments  # (how many, tokens in each): neighbours of equal length are one attention
+    segments: Segments  # (how many, tokens in each): neighbours of equal length share one attention call
     bias_index: Tensor  # rows of the bias table, segment by segment
     one_bias: bool = True  # `bias_index` has only the first of neighbours of equal length: the others' are the same
     groups: tuple[Tensor, ...] | None = None  # for each of `segments`, (how many, n): tokens of other groups are hidden
@@ -91,7 +91,7 @@ def relative_position_index(place: Array, window: int) -> Array:
 sort_windows = lru_cache(maxsize=32)(sort_tokens)  # without groups: those of the last sizes are kept
 
 
-@torch.compiler.assume_constant_result  # numbers and sorting are no business of a compiler
+@torch.compiler.assume_constant_result  # plain numbers and sorting, nothing to compile
 def window_layout(grid: tuple[int, int], window: int, device: torch.device) -> WindowLayout:
     """Layout for ordinary window attention: every window is one segment."""
     order, segments, bias_index = sort_windows(grid, window)
@@ -110,7 +110,7 @@ def order_and_inverse(order: np.ndarray, device: torch.device) -> tuple[Tensor, 
 def group_layout(
     group: Tensor, window: int, layout: WindowLayout, one_shape: bool = False, sizes_vary: bool = True
 ) -> WindowLayout:
-    """Layout for attention inside the groups of each window: sorted on a CPU, masked on a GPU where windows are many.
+    """Layout for attention inside the groups of each window: sorted on a CPU, masked on a GPU if windows are many.
 
     Args:
         group: (rows, columns) group ids of the stage's tokens, whole numbers from 0, on the CPU, where index
@@ -132,10 +132,10 @@ def group_layout(
 
 
 def masked_layout(grid: tuple[int, int], group: np.ndarray, window: int, layout: WindowLayout) -> WindowLayout:
-    """Layout for attention inside groups with shapes that do not depend on the groups: the textbook's masked windows.
+    """Layout for attention inside groups with shapes that do not depend on the groups: the usual masked windows.
 
     It computes every pair of a window and hides those of different groups. That wastes work but is one operation
-    for all windows of one shape, which is what a GPU and `torch.compile` want where windows are many and small.
+    for all windows of one shape, which suits a GPU and `torch.compile` if windows are many and small.
     """
     order, segments, _ = sort_windows(grid, window)
     groups = to_device(torch.from_numpy(group[order].astype(np.int32)), layout.bias_index.device)
@@ -149,5 +149,5 @@ def upsample(cells: Tensor, scale: int) -> Tensor:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on `device`, without waiting for it: only a copy from page-locked memory lets a GPU run on."""
+    """A CPU tensor on `device`, without waiting for it: only copies from page-locked memory are asynchronous."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
