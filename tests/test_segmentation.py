@@ -378,7 +378,7 @@ def test_mistakes_are_explained_before_training(place, tmp_path, capfd):
     fails(upernet, capfd, "--predictions .* goes with --eval", *flags, "--predictions", tmp_path)
     classifier = tmp_path / "classifier.pth"
     torch.save({"model": {}, "args": {"nb_classes": 3}}, classifier)
-    fails(upernet, capfd, "is no model of exp/ade20k/upernet.py", *flags, "--eval", "--finetune", classifier)
+    fails(upernet, capfd, "is not a model of exp/ade20k/upernet.py", *flags, "--eval", "--finetune", classifier)
     other = shutil.copytree(place / "data", tmp_path / "other")
     (other / "classes.txt").write_text("class 0\nclass 2\nclass 1\n")
     message = r"classes of the data are not those of .*checkpoint.pth: \['class 2 / class 1', 'class 1 / class 2'\]"

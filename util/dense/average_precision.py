@@ -20,7 +20,7 @@ MASK_THRESHOLD = 0.5
 
 
 def results_of(detections: dict[str, Tensor], index: int, annotations: Annotations) -> list[Result]:
-    """What a torchvision detector found in image `index`, with the file's own ids, the surest first.
+    """What a torchvision detector found in image `index`, with the file's own ids, the most confident first.
 
     Detections of classes that the file does not have are left out: nothing in it says whether they are right.
     """
@@ -49,10 +49,10 @@ def average_precision(path: Path, results: list[Result], masks: bool) -> dict[st
     """COCO's measures in percent: `box_AP`, `box_AP50`, ..., with `masks` also `mask_AP`, ...
 
     AP is the mean over classes and over overlaps (IoU) of 50% to 95%; small, medium and large are below 32 x 32, up to
-    96 x 96 and above 96 x 96 pixels. A measure that no annotation is for is -1.
+    96 x 96 and above 96 x 96 pixels. A measure without annotations is -1.
 
     Args:
-        path: of the annotations, all images of which were looked at.
+        path: of the annotations; the model has seen all their images.
         results: of them.
     """
     from pycocotools.cocoeval import COCOeval
@@ -92,8 +92,8 @@ def indexed(content: dict[str, Any], annotations: list[dict[str, Any]]):
 def true_annotations(content: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     """The annotations of a file's content as pycocotools compares their 'bbox' or 'segm': all with iscrowd and area.
 
-    They are numbered from 1, since it takes a match with number 0 for none. Of masks those are left out that are none:
-    by `read_annotations`, of crowds and of boxes without area alone.
+    They are numbered from 1, since it takes a match with number 0 for none. Invalid masks are left out: after
+    `read_annotations`, only crowds and boxes without area can have them.
     """
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     annotations = []

@@ -76,7 +76,7 @@ class DenseConfig(EvaluationFlags, TrainingConfig):
         if self.predictions and not self.eval:
             raise UserError(f"--predictions {self.predictions} goes with --eval")
         if self.lr_steps and self.min_lr:
-            raise UserError(f"--min_lr {self.min_lr:g} ends the cosine that --lr_steps replaces: give one of both")
+            raise UserError(f"--min_lr {self.min_lr:g} ends the cosine that --lr_steps replaces: give only one")
         first, last = self.warmup_epochs or 0, self.epochs or math.inf
         if outside := [step for step in self.lr_steps if not first <= step < last]:
             raise UserError(
@@ -87,7 +87,7 @@ class DenseConfig(EvaluationFlags, TrainingConfig):
 
 def settings_to_train(start: Start) -> DenseConfig:
     """The configuration of a run; the task's settings are those of the run to resume, never of --finetune's weights,
-    of which the encoder alone is loaded."""
+    of which only the encoder is loaded."""
     return with_task_settings(start.resolve(choose_recipe), (start.checkpoint or {}).get("args", {}))
 
 
@@ -100,7 +100,7 @@ def open_to_evaluate(given: C, launch: Launch) -> tuple[C, dict[str, Any], str]:
     source = given.finetune or given.resume
     checkpoint = once_per_node(partial(read_checkpoint, source, True))
     if program_of(checkpoint) != given.PROGRAM:
-        raise CheckpointError(f"{source} is no model of {given.PROGRAM}: train one with --finetune {source}")
+        raise CheckpointError(f"{source} is not a model of {given.PROGRAM}: train one with --finetune {source}")
     recorded = checkpoint["args"]
     settings = weight_settings(recorded, source, given.as_dict())
     return with_task_settings(resolve(given, launch, settings, given.DEFAULTS), recorded), checkpoint, source

@@ -14,10 +14,10 @@ from util.weights.settings import model_arguments
 class DenseEncoder(nn.Module):
     """Images (B, in_chans, H, W), normalised, of any size -> four maps (B, channels[i], rows, columns), float32.
 
-    Map i has a cell for `patch_size * 2**i` pixels. Each has a LayerNorm of its own, as in Swin's use for detection and
-    segmentation: blocks are pre-norm, so that what leaves a stage is of no particular size.
+    Map i has a cell for every `patch_size * 2**i` pixels. Each has its own LayerNorm, as in Swin for detection and
+    segmentation: blocks are pre-norm, so the output of a stage has no particular scale.
 
-    It computes in the precision of the run by itself, and what is built on it in float32: torchvision's detectors
+    It sets the precision of the run itself, and what is built on it computes in float32: torchvision's detectors
     round boxes to the type of their heads, which in bf16 is off by pixels.
 
     Args:
@@ -49,7 +49,7 @@ class DenseEncoder(nn.Module):
         return self.body.model
 
     def train(self, mode: bool = True) -> "DenseEncoder":
-        """As of every module; what is frozen drops no path."""
+        """As for every module; frozen parts drop no path."""
         super().train(mode)
         for part in self.frozen:
             part.eval()

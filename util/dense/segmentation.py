@@ -24,7 +24,7 @@ def window_starts(side: int, window: int, stride: int) -> list[int]:
 def sliding_logits(
     model: Callable[[Tensor], Tensor], imgs: Tensor, window: tuple[int, int], stride: tuple[int, int]
 ) -> Tensor:
-    """Logits (B, num_classes, H, W) of images (B, C, H, W): of each pixel the mean of those of all windows around it.
+    """Logits (B, num_classes, H, W) of images (B, C, H, W): for each pixel the mean over all windows that contain it.
 
     A side that is shorter than the window is taken whole.
     """
@@ -77,7 +77,7 @@ def confusion_matrix(labels: Tensor, predicted: Tensor, nb_classes: int) -> Tens
 class SegmentationScores:
     """In percent."""
 
-    miou: float  # mean of the classes' that occur
+    miou: float  # mean over the classes that occur
     pixel_acc: float  # of the labelled pixels
     class_iou: list[float]  # nan for a class that neither labels nor predictions have
 

@@ -25,7 +25,7 @@ def class_colors(number: int) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, classes: np.ndarray, colors: np.ndarray, opacity: float = 0.6) -> np.ndarray:
-    """A picture (h, w, 3) in grey, with its classes (h, w) in colours over it; where they are IGNORED, without."""
+    """A picture (h, w, 3) in grey, with its classes (h, w) in colours over it; IGNORED pixels stay grey."""
     labelled = classes != IGNORED
     picture = image.mean(axis=2, keepdims=True).repeat(3, axis=2)
     picture[labelled] += opacity * (colors[classes[labelled]] - picture[labelled])
@@ -81,7 +81,7 @@ def read_picture(
 class PredictionFolder:
     """Writes predicted classes (h, w) of image `index`: `keep(index, classes)`.
 
-    labels/NAME.png is a label map with the numbers of the data set's own; overlays/NAME.png shows it over the image.
+    labels/NAME.png is a label map with the data set's own numbers; overlays/NAME.png shows it over the image.
 
     Raises:
         UserError: the folder cannot be written to.

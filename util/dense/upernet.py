@@ -1,6 +1,6 @@
 """Semantic segmentation: UPerNet (Xiao et al., 2018, arXiv 1807.10221) on the four stages of the encoder.
 
-It differs from the usual implementations in two ways. Norms are GroupNorm where those synchronise BatchNorm over GPUs:
+It differs from the usual implementations in two ways. Norms are GroupNorm, not BatchNorm synchronised over GPUs:
 an optimizer step then depends on its images alone, not on how they are divided among ranks and micro-batches. And maps
 are enlarged cell by cell and cut, as the encoder pads at the right and bottom, so they stay aligned at any image size.
 """
@@ -30,7 +30,7 @@ class ConvNormAct(nn.Sequential):
 
 
 class PyramidPooling(nn.Module):
-    """The map with averages over 1x1, 2x2, 3x3 and 6x6 parts of it beside every cell; keeps the grid."""
+    """Joins averages over 1x1, 2x2, 3x3 and 6x6 parts of the map to every cell; keeps the grid."""
 
     def __init__(self, in_channels: int, channels: int):
         super().__init__()
@@ -48,7 +48,7 @@ def average_parts(x: Tensor, side: int) -> Tensor:
     """Averages (B, C, side, side) over side x side parts of maps (B, C, rows, columns), which may overlap by a cell."""
     if not torch.are_deterministic_algorithms_enabled():
         return F.adaptive_avg_pool2d(x, side)
-    # The same as products, of which PyTorch has deterministic gradients on a GPU.
+    # The same as products, for which PyTorch has deterministic gradients on a GPU.
     weights = (F.adaptive_avg_pool1d(torch.eye(length, device=x.device), side) for length in x.shape[-2:])
     rows, columns = (weight.to(x.dtype) for weight in weights)  # (length, side)
     return rows.mT @ x @ columns
@@ -85,7 +85,7 @@ class UPerNet(nn.Module):
     Args:
         encoder: gives the normed maps of the four stages.
         num_classes: classes of a pixel, at least 2.
-        channels: of the maps in the head; the auxiliary one's have half as many.
+        channels: of the maps in the head; the auxiliary head has half as many.
     """
 
     def __init__(self, encoder: DenseEncoder, num_classes: int, channels: int):
