@@ -202,7 +202,7 @@ def evaluate(given: KnnConfig, launch: Launch) -> dict:
 
 
 def describe(result: dict) -> str:
-    """One line that stands for itself."""
+    """One self-contained line."""
     accuracy = ", ".join(f"k={k} {value:.3f}%" for k, value in result["accuracy"].items())
     weights = result["checkpoint"] + (f" after {result['epoch'] + 1} epochs" if result["epoch"] is not None else "")
     if result["model_ema"]:

@@ -2,7 +2,7 @@
 
     python -m exp.ablations.table --runs DIR --seeds 0 1 2
 
-Both are of the runs that are complete; a variant counts with the seeds that it has.
+Both cover the complete runs; a variant is averaged over the seeds that it has.
 """
 
 import argparse

@@ -123,7 +123,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def complete(config: SegmentationConfig) -> SegmentationConfig:
-    """The configuration with what the data say, where neither a flag nor a checkpoint does."""
+    """The configuration, completed from the data if neither a flag nor a checkpoint gives a value."""
     layout, reduce = find_layout(config.data_path), config.reduce_zero_label
     config = replace(
         config,
@@ -223,7 +223,7 @@ def show(run: Run, validation: DataLoader) -> None:
 
 
 def describe_result(config: SegmentationConfig, miou: float, pixel_acc: float, checkpoint: str, images: int) -> str:
-    """One line that stands for itself."""
+    """One self-contained line."""
     how = f"windows of {config.input_size[0]}x{config.input_size[1]}" if config.slide else "whole images"
     return (
         f"result: mIoU {miou:.2f}%, pixel accuracy {pixel_acc:.2f}% of {checkpoint} (UPerNet, "

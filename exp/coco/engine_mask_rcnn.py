@@ -77,7 +77,7 @@ def evaluate(
         normalize: on the device.
 
     Returns:
-        Average precision, the same on all ranks (see `average_precision`), and on rank 0 what it is of.
+        Average precision, the same on all ranks (see `average_precision`), and on rank 0 the detections.
 
     Raises:
         RuntimeError: when images were lost or seen twice.

@@ -163,7 +163,7 @@ def train(run: Run, validation: DataLoader) -> None:
         measured, results = evaluate(run.state.model, validation, run.normalize, run.device)
         if progress.epoch < config.epochs:
             show(run, validation, results)
-        # Curves and reports have no use for the -1 of measures that no annotation is for; the best epoch needs its own.
+        # Curves and reports have no use for the -1 of measures without annotations; the best epoch needs its own.
         return {name: value for name, value in measured.items() if value >= 0 or name == "box_AP"}
 
     measured = train_and_evaluate(run, train_one_epoch, measure, best_by="box_AP")
@@ -182,7 +182,7 @@ def show(run: Run, validation: DataLoader, results: list[Result]) -> None:
 
 
 def describe_result(config: DetectionConfig, measured: dict[str, float], checkpoint: str, images: int) -> str:
-    """One line that stands for itself; without measures that no annotation is for, which are -1."""
+    """One self-contained line; leaves out measures without annotations, which are -1."""
     values = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in measured.items() if value >= 0]
     what = f"{checkpoint} ({config.detector} on {config.model})"
     measures = ", ".join(values) or "no average precision, for want of boxes,"

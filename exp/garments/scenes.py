@@ -25,7 +25,7 @@ GARMENTS = (1, 2)  # in a scene
 SCALES = (1.1, 1.5)  # of a garment of 28 x 28 pixels
 PLACES = 10  # tried for a garment
 BORDER = 2  # empty pixels around garments in the archive
-CLASSES = {  # of the archive, those that hardly differ at this size put together; without dresses, much like tops
+CLASSES = {  # the archive's, merged if they hardly differ at this size; without dresses, which resemble tops
     "top": ("t_shirt", "pullover", "coat", "shirt"),
     "trousers": ("trouser",),
     "shoe": ("sandal", "sneaker", "ankle_boot"),
@@ -94,7 +94,7 @@ def paste(
 ) -> None:
     """Put a garment on the canvas at a random scale, and its label into the label map.
 
-    Of some random places it gets the one where it hides least of the other garments.
+    Of some random places, the one where it hides least of the other garments is taken.
     """
     side = round(len(image) * rng.uniform(*SCALES))
     grey = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
