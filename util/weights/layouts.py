@@ -179,7 +179,8 @@ def _load(
     wrong = [name for name in report.missing + report.reinitialised if not name.startswith(optional)]
     wrong += [name for name in report.unexpected if not name.startswith(ignored)]
     if wrong:
-        raise CheckpointError(f"{source} {_why_it_does_not_fit(wrong, state_dict, shapes)}")
+        made_with = getattr(source, "args", {}).get("model")
+        raise CheckpointError(f"{source} {_why_it_does_not_fit(wrong, state_dict, shapes, made_with)}")
     model.load_state_dict(fitting, strict=False)  # what must be there has been checked
     require_finite(model, source)
     return report
@@ -196,8 +197,10 @@ def require_finite(model: nn.Module, source: object) -> None:
             )
 
 
-def _why_it_does_not_fit(wrong: list[str], state_dict: StateDict, shapes: dict[str, torch.Size]) -> str:
-    """The likeliest reason why the tensors named in `wrong` are not the model's."""
+def _why_it_does_not_fit(
+    wrong: list[str], state_dict: StateDict, shapes: dict[str, torch.Size], made_with: str | None
+) -> str:
+    """The likeliest reason why the tensors named in `wrong` are not the model's; the file records `made_with`."""
     if STEM not in state_dict:
         return (
             f"holds weights of another kind of model (no {STEM}; it has {_listed(state_dict, most=3)}): "
@@ -207,7 +210,8 @@ def _why_it_does_not_fit(wrong: list[str], state_dict: StateDict, shapes: dict[s
     if given[0] == expected[0] and given[1] != expected[1]:
         return (
             f"was trained on images with {given[1]} channels, the model takes {expected[1]}: "
-            f"set --in_chans {given[1]}, or pretrain on images with {expected[1]} channels"
+            f"set --in_chans {given[1]} (in Python, in_chans={given[1]}), or pretrain on images with "
+            f"{expected[1]} channels"
         )
     if set(wrong) == {"norm.weight", "norm.bias"} and state_dict.keys().isdisjoint(wrong):
         return (
@@ -225,7 +229,8 @@ def _why_it_does_not_fit(wrong: list[str], state_dict: StateDict, shapes: dict[s
         "that the model lacks": [name for name in wrong if name not in shapes],
     }
     counts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
-    return f"does not fit this model (is --model the one it was made with?): {'; '.join(counts)}"
+    recorded = f", {made_with}" if made_with else ""
+    return f"does not fit this model (is --model the one it was made with{recorded}?): {'; '.join(counts)}"
 
 
 def _listed(names: Iterable[object], most: int = 8) -> str:
