@@ -115,7 +115,6 @@ class FinetuneConfig(AugmentationFlags, EvaluationFlags, ImageTrainingConfig):
     predictions: str = free("", "with --eval: write the top-5 of every image", "FILE.csv")
     drop_path: float = with_default(ImageTrainingConfig, "drop_path", 0.1)
     epochs: int = with_default(ImageTrainingConfig, "epochs", 100)
-    blr: float = with_default(ImageTrainingConfig, "blr", 5e-4)
     min_lr: float = with_default(ImageTrainingConfig, "min_lr", 1e-6)
 
     def __post_init__(self) -> None:

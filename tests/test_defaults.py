@@ -68,8 +68,13 @@ def test_what_is_known_is_not_chosen_and_decides_the_rest():
     known = {**KNOWN, "model": "mixmae_tiny", "batch_size": 64, "epochs": 20, "blr": 1e-4, "in_chans": 1}
     choices = choose_for_pretraining(known, photographs(600), CPU)
     assert choices.chosen == {"warmup_epochs": 2}
-    choices = choose_for_finetuning({**KNOWN, "epochs": 30, "model": "swin_tiny_w14"}, photographs(100), CPU)
-    assert choices.chosen == {"in_chans": 3, "batch_size": 24, "warmup_epochs": 3}
+    known = {**KNOWN, "epochs": 30, "model": "swin_tiny_w14"}
+    chosen = {"in_chans": 3, "batch_size": 24, "warmup_epochs": 3}
+    assert choose_for_finetuning(known, photographs(100), CPU).chosen == {**chosen, "blr": 5e-4}
+    assert choose_for_finetuning({**known, "lr": 1e-3}, photographs(100), CPU).chosen == chosen
+    for small in ("swin_quickstart", "mixmae_quickstart"):
+        choices = choose_for_finetuning({**known, "model": small}, photographs(100), CPU)
+        assert choices.chosen == {**chosen, "lr": 2e-3}
 
 
 def test_headers(tmp_path):
@@ -114,7 +119,7 @@ def test_nothing_is_chosen_for_an_experiment(experiment):
     known = {**given_flags(config_class, main.get_args_parser().parse_args(flags)).as_dict(), "world_size": 8}
     choose = choose_for_pretraining if main is main_pretrain else choose_for_finetuning
     assert choose(known, photographs(1_281_167), GPU).chosen.keys() <= (
-        {"batch_size", "warmup_epochs"} if "--eval" in flags else set()
+        {"batch_size", "warmup_epochs", "blr"} if "--eval" in flags else set()
     )
 
 

@@ -223,7 +223,7 @@ def test_weights_that_cannot_be_evaluated(data, checkpoint, tmp_path, capfd):
 
     message = r"--nb_classes 5 contradicts the 7 classes in"
     fails(main_finetune, capfd, message, *shared, "--finetune", checkpoint, "--nb_classes", "5")
-    message = r"does not fit this model \(is --model the one it was made with, swin_quickstart\?\)"
+    message = r"does not fit this model \(is --model the one it was made with\?\)"
     other = ["--model", "swin_tiny_w14", "--patch_size", "1"]
     fails(main_finetune, capfd, message, *shared, "--finetune", checkpoint, *other)
     message = r"trained on images with 1 channels, the model takes 3: set --in_chans 1"

@@ -25,7 +25,7 @@ from models_swin import PatchMerging, SwinTransformer
 from util.weights.file import CheckpointError, write_checkpoint
 from util.weights.layouts import load_classifier, load_encoder, load_pretraining, normalise_state_dict
 from util.weights.settings import CLASSIFIER_MODELS
-from util.weights.source import PUBLISHED, Published, cache_folder, locate, read_weights
+from util.weights.source import PUBLISHED, Published, WeightsInfo, cache_folder, locate, read_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPE = dict(embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=(4, 4, 4, 2), img_size=64)
@@ -346,6 +346,9 @@ def test_weights_that_do_not_fit_are_refused_with_names_and_shapes():
     assert "that the model lacks: layers.2.blocks.2" in deeper and "more)" in deeper
     wider = refusal(load_encoder, classifier(), classifier(embed_dim=16).state_dict())
     assert "is --model the one it was made with?" in wider
+    info = WeightsInfo("given.pth", Path("given.pth"), args={"model": "swin_tiny_w14"})
+    with pytest.raises(CheckpointError, match=r"is --model the one it was made with, swin_tiny_w14\?"):
+        load_encoder(classifier(), misshapen, info)
 
 
 @pytest.mark.parametrize(

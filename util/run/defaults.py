@@ -21,8 +21,8 @@ from util.run.launch import Launch
 
 logger = logging.getLogger(__name__)
 
-SMALL_MODEL = "mixmae_quickstart"
-FINETUNING_MODEL = "swin_base_w14"
+SMALL_MODEL, SMALL_ENCODER = "mixmae_quickstart", "swin_quickstart"
+FINETUNING_MODEL, FINETUNING_BLR = "swin_base_w14", 5e-4
 FEW_IMAGES, MANY_IMAGES = 2_000, 200_000
 SMALL_SIDE = 40  # pixels
 GPU_BATCH, CPU_BATCH, EVALUATION_BATCH = 128, 32, 64
@@ -109,6 +109,11 @@ def choose_for_finetuning(known: Mapping[str, Any], survey: Survey, device: torc
     choices.choose_batch(survey.images, device)
     choices.choose_warmup(FINETUNING_WARMUP_EPOCHS)
     choices.choose("model", FINETUNING_MODEL, "the paper's")
+    if "lr" not in choices.settings and "blr" not in choices.settings:
+        if choices.settings["model"] in (SMALL_MODEL, SMALL_ENCODER):  # weights of pretraining record the former
+            choices.choose("lr", SMALL_MODEL_LR, f"suits {SMALL_ENCODER}")
+        else:
+            choices.choose("blr", FINETUNING_BLR, "as in the recipes")
     return choices
 
 
