@@ -101,7 +101,7 @@ def test_one_class_in_all_label_maps_is_an_error(tmp_path):
     paths = sorted((tmp_path / "masks/train").iterdir())
     for path in paths:
         Image.fromarray(np.uint8([[0, 255]]).repeat(8, 0).repeat(4, 1)).save(path)
-    message = r"masks/train have one class alone, 'class 0', beside .* \(255\).* 0 and 255 must become 0 and 1"
+    message = r"masks/train have only one class, 'class 0', beside .* \(255\).* 0 and 255 must become 0 and 1"
     with pytest.raises(UserError, match=message):
         build_segmentation_dataset(pair_settings(tmp_path), "train", Whole(8))
     unseen = (set(range(len(paths))) - set(spread(len(paths), SAMPLE))).pop()

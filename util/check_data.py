@@ -381,10 +381,13 @@ def say(report: dict[str, Any], config: CheckDataConfig) -> None:
                 )  # fmt: skip
             if counts := part.get("classes"):
                 largest, smallest = max(counts, key=counts.get), min(counts, key=counts.get)
-                logger.info(
-                    "%s: %d classes, from %d images (%s) to %d (%s)", split, len(counts), counts[smallest], smallest,
-                    counts[largest], largest,
-                )  # fmt: skip
+                if counts[largest] == counts[smallest]:
+                    logger.info("%s: %d classes of %d images", split, len(counts), counts[largest])
+                else:
+                    logger.info(
+                        "%s: %d classes, from %d images (%s) to %d (%s)", split, len(counts), counts[smallest],
+                        smallest, counts[largest], largest,
+                    )  # fmt: skip
     if "mean" in report:
         mean, std = (" ".join(f"{value:.4g}" for value in report[name]) for name in ("mean", "std"))
         logger.info("flags: --in_chans %d --mean %s --std %s", config.in_chans, mean, std)

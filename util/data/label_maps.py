@@ -209,7 +209,7 @@ class LabelMapSource(FileSource):
         if len(found) == 1:
             ignored, first = ", ".join(map(str, sorted(self.numbers.ignored))), self.numbers.first
             raise UserError(
-                f"the label maps in {self.folder} have one class alone, {self.classes[found.pop()]!r}, beside what is "
+                f"the label maps in {self.folder} have only one class, {self.classes[found.pop()]!r}, beside what is "
                 f"ignored ({ignored}): there is nothing to learn. Classes are numbered, so masks of 0 and 255 must "
                 f"become {first} and {first + 1}"
             )

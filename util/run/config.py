@@ -333,7 +333,7 @@ def resolve(given: C, launch: Launch, settings: WeightSettings, others: Mapping[
     if "log_dir" in names:
         values["log_dir"] = given.log_dir or given.output_dir
     config = dataclasses.replace(with_settings(given, settings), **values)
-    if "lr" in names and config.lr is None and config.blr is not None:  # neither, where nothing is trained
+    if "lr" in names and config.lr is None and config.blr is not None:  # neither, if nothing is trained
         config = dataclasses.replace(config, lr=config.blr * config.eff_batch_size / 256)
     logger.info("configuration: %s", " ".join(f"{name}={value!r}" for name, value in config.as_dict().items()))
     return config

@@ -18,10 +18,11 @@ from util.errors import unreadable_is_user_error
 from util.run import distributed
 from util.run.config import ImageTrainingConfig, effective_batch
 from util.run.launch import Launch
+from util.weights.settings import encoder_of
 
 logger = logging.getLogger(__name__)
 
-SMALL_MODEL, SMALL_ENCODER = "mixmae_quickstart", "swin_quickstart"
+SMALL_MODEL = "mixmae_quickstart"
 FINETUNING_MODEL, FINETUNING_BLR = "swin_base_w14", 5e-4
 FEW_IMAGES, MANY_IMAGES = 2_000, 200_000
 SMALL_SIDE = 40  # pixels
@@ -110,8 +111,9 @@ def choose_for_finetuning(known: Mapping[str, Any], survey: Survey, device: torc
     choices.choose_warmup(FINETUNING_WARMUP_EPOCHS)
     choices.choose("model", FINETUNING_MODEL, "the paper's")
     if "lr" not in choices.settings and "blr" not in choices.settings:
-        if choices.settings["model"] in (SMALL_MODEL, SMALL_ENCODER):  # weights of pretraining record the former
-            choices.choose("lr", SMALL_MODEL_LR, f"suits {SMALL_ENCODER}")
+        encoder = encoder_of(choices.settings["model"])
+        if encoder == encoder_of(SMALL_MODEL):
+            choices.choose("lr", SMALL_MODEL_LR, f"suits {encoder}")
         else:
             choices.choose("blr", FINETUNING_BLR, "as in the recipes")
     return choices
